@@ -1,0 +1,98 @@
+"""The job's front door: `python entrypoint.py [run|plan|settings|status]`. Everything else is an environment variable."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from job import __version__
+from job.environment import load_settings, settings_table
+from job.errors import ExitCode, JobError
+from job.report.console import open_console
+from job.run import Run
+from job.settings import Settings, masked, secret_values
+
+_VERSIONS_OF = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub", "boto3")
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, hand over, and turn what went wrong into a sentence and an exit code."""
+    parser = argparse.ArgumentParser(description="Fine-tune a language model with QLoRA, from download to published model.")
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "plan", "settings", "status"))
+    parser.add_argument("--version", action="version", version=_versions())
+    command = parser.parse_args(arguments).command
+    try:
+        if command == "settings":
+            _print_settings()
+            return ExitCode.OK
+        settings = load_settings()
+        return {"run": _run, "plan": _plan, "status": _status}[command](settings)
+    except JobError as error:
+        return _report(error)
+    except Exception as error:  # the outermost boundary
+        masked_trace = masked(traceback.format_exc(), secret_values())
+        return _report(JobError(f"{type(error).__name__}: {error}", f"This is a bug.\n{masked_trace}"))
+
+
+def _run(settings: Settings) -> int:
+    from job.supervisor import Supervisor
+
+    run = Run.of(settings)
+    console = open_console(settings.log_format, settings.log_level)
+    console.say(f"Run {run.id}: {settings.model_name} on {settings.dataset_name}.", run_id=run.id, store=run.store.url)
+    Supervisor(run, console).supervise()
+    return ExitCode.OK
+
+
+def _plan(settings: Settings) -> int:
+    from job.plan import print_plan
+
+    print_plan(Run.of(settings))
+    return ExitCode.OK
+
+
+def _status(settings: Settings) -> int:
+    from job.status import print_status
+
+    print_status(Run.of(settings))
+    return ExitCode.OK
+
+
+def _print_settings() -> None:
+    for row in settings_table():
+        print(f"{row['name']}\n    {row['meaning']}\n    {row['allowed']}; default: {row['default']}")
+
+
+def _versions() -> str:
+    lines = [f"finetune-job {__version__}"]
+    for package in _VERSIONS_OF:
+        try:
+            lines.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return ", ".join(lines)
+
+
+def _report(error: JobError) -> int:
+    """The last word: on standard error, as JSON where logs are JSON, and in Kubernetes' termination message."""
+    secrets = secret_values()
+    record = {"event": "error", "level": "error", "exit_code": int(error.exit_code), "message": error.message, "mend": error.mend}
+    line = masked(json.dumps(record, ensure_ascii=False), secrets)
+    as_text = os.environ.get("FT_LOG_FORMAT") == "text" or (os.environ.get("FT_LOG_FORMAT") != "json" and sys.stderr.isatty())
+    print(masked(f"error: {error}", secrets) if as_text else line, file=sys.stderr, flush=True)
+    termination_log = Path("/dev/termination-log")  # Kubernetes makes it; elsewhere it is not there
+    if termination_log.is_file():
+        try:
+            termination_log.write_text(line[:4096], encoding="utf-8")
+        except OSError as failure:
+            print(f"could not write {termination_log}: {failure}", file=sys.stderr)
+    return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

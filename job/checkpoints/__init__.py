@@ -1,0 +1,1 @@
+"""What survives this machine: manifests, the syncer that uploads, retention, and restore."""

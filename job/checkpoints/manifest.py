@@ -1,0 +1,152 @@
+"""A manifest vouches for the files it lists. It is written last; what has no manifest does not exist."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from job.errors import InputError
+from job.run import now, write_json
+from job.storage import Conflict, Store
+
+MANIFEST = "MANIFEST.json"
+
+
+class Rejected(Exception):
+    """Stored files differ from their manifest; the message names the first that does."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: its path relative to the manifest, its size in bytes and its SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of one artefact and the fingerprint of the settings that made it."""
+
+    fingerprint: str
+    created: str
+    files: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, folder: Path, fingerprint: str) -> Manifest:
+        """Hash every file below `folder`, following links, on as many threads as there are cores."""
+        names = sorted(_files_below(folder))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = list(pool.map(sha256, (folder / name for name in names)))
+        entries = (Entry(name, (folder / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True))
+        return cls(fingerprint, now(), tuple(entries))
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """Read `to_bytes` back; raises Rejected if it is no manifest."""
+        try:
+            raw = json.loads(data)
+            files = tuple(Entry(str(item["path"]), int(item["size"]), str(item["sha256"])) for item in raw["files"])
+            return cls(str(raw["fingerprint"]), str(raw["created"]), files)
+        except (ValueError, KeyError, TypeError) as error:
+            raise Rejected(f"{MANIFEST} is not readable: {error!r}") from error
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    def sizes_match(self, folder: Path) -> bool:
+        """Whether every file is there with its size; enough for a local disk that nobody else writes to."""
+        return all((folder / entry.path).is_file() and (folder / entry.path).stat().st_size == entry.size for entry in self.files)
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def commit(store: Store, prefix: str, folder: Path, fingerprint: str) -> Manifest:
+    """Copy `folder` to the store below `prefix` and make it count by writing its manifest last.
+
+    An artefact with the same content is left as it is; one with other content is withdrawn first.
+    """
+    manifest = Manifest.of(folder, fingerprint)
+    key = f"{prefix}/{MANIFEST}"
+    committed = read(store, prefix)
+    if committed is not None and (committed.fingerprint, committed.files) == (manifest.fingerprint, manifest.files):
+        return committed
+    if committed is not None:
+        store.delete(key)
+    for entry in manifest.files:
+        store.upload(folder / entry.path, f"{prefix}/{entry.path}")
+    try:
+        store.put_if_absent(key, manifest.to_bytes())
+    except Conflict:
+        raise InputError(
+            f"Another process committed {prefix} in {store.url} at the same time.", "Run one job per FT_RUN_ID."
+        ) from None
+    return manifest
+
+
+def read(store: Store, prefix: str) -> Manifest | None:
+    """The manifest below `prefix`, or None if nothing was committed there."""
+    try:
+        return Manifest.parse(store.get(f"{prefix}/{MANIFEST}"))
+    except (FileNotFoundError, Rejected):
+        return None
+
+
+def restore(store: Store, prefix: str, folder: Path) -> Manifest:
+    """Copy a committed artefact to `folder`, replacing it; raises Rejected if a byte differs from the manifest."""
+    try:
+        manifest = Manifest.parse(store.get(f"{prefix}/{MANIFEST}"))
+    except FileNotFoundError:
+        raise Rejected(f"{prefix} has no manifest") from None
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for entry in manifest.files:
+        target = partial / entry.path
+        if partial.absolute() not in target.absolute().parents or ".." in target.parts:
+            raise Rejected(f"{prefix} lists a path outside itself: {entry.path}")
+        try:
+            store.download(f"{prefix}/{entry.path}", target)
+        except FileNotFoundError:
+            raise Rejected(f"{prefix}/{entry.path} is missing") from None
+        if target.stat().st_size != entry.size or sha256(target) != entry.sha256:
+            raise Rejected(f"{prefix}/{entry.path} differs from its manifest")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / MANIFEST).write_bytes(manifest.to_bytes())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return manifest
+
+
+def mark(folder: Path, fingerprint: str) -> Manifest:
+    """Declare the local `folder` complete by writing its manifest."""
+    manifest = Manifest.of(folder, fingerprint)
+    write_json(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+def marked(folder: Path) -> Manifest | None:
+    """The manifest of a local folder whose files are all there, else None."""
+    try:
+        manifest = Manifest.parse((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, Rejected):
+        return None
+    return manifest if manifest.sizes_match(folder) else None
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            path = (Path(parent) / name).relative_to(folder).as_posix()
+            if path != MANIFEST and ".partial" not in name:
+                yield path

@@ -1,0 +1,23 @@
+"""Which committed checkpoints stay."""
+
+from __future__ import annotations
+
+from job.checkpoints.manifest import MANIFEST
+from job.checkpoints.restore import committed_steps, prefix_of
+from job.run import Run
+
+KEPT = 2  # the newest, and one more in case the newest turns out to be damaged
+
+
+def apply_retention(run: Run) -> list[int]:
+    """Delete all but the newest `KEPT` committed checkpoints from the store; returns the steps deleted.
+
+    The manifest goes first, so that a deletion cut short leaves no checkpoint that looks whole.
+    """
+    old = committed_steps(run)[KEPT:]
+    for step in old:
+        prefix = prefix_of(run.id, step)
+        run.store.delete(f"{prefix}/{MANIFEST}")
+        for key, _ in list(run.store.list(prefix)):
+            run.store.delete(key)
+    return old

@@ -1,0 +1,1 @@
+"""Rows to tokens: formats, chat templates, which tokens are learned, packing."""

@@ -1,0 +1,73 @@
+"""Tokenizers and chat templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from job.errors import InputError, SettingsError
+
+# Meta's format for Llama-2-chat: https://github.com/meta-llama/llama (llama/generation.py, chat_completion)
+LLAMA_2 = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
+    "{%- for turn in turns -%}"
+    "{%- if turn['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
+    "{{- raise_exception('turns must alternate user/assistant, beginning with user') -}}{%- endif -%}"
+    "{%- if turn['role'] == 'user' -%}"
+    "{{- bos_token + '[INST] ' + (system if loop.first else '') + turn['content'].strip() + ' [/INST]' -}}"
+    "{%- else -%}{{- ' ' + turn['content'].strip() + ' ' + eos_token -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+# https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md
+CHATML = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+NAMED = {"llama-2": LLAMA_2, "chatml": CHATML}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, which encodes as its `tokenizer.json` says.
+
+    transformers' own Llama class rebuilds the tokenizer and, unless `legacy` is true, encodes `<s>[INST]` without the
+    leading space that Llama 2 was trained with. Where the class and the file disagree, the file is right.
+    """
+    file = folder / "tokenizer.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({} if file.is_file() else {"legacy": True}))
+        if file.is_file():
+            probe = f"{tokenizer.bos_token or ''}[INST] A question? [/INST] An answer. {tokenizer.eos_token or ''}"
+            truth = tokenizers.Tokenizer.from_file(str(file)).encode(probe, add_special_tokens=False).ids
+            if tokenizer.encode(probe, add_special_tokens=False) != truth:
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The tokenizer in {folder} cannot be loaded: {error}", "Check the model's tokenizer files.") from error
+    if not tokenizer.is_fast:
+        raise InputError(f"The tokenizer in {folder} has no fast form.", "Convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…).")
+    if tokenizer.eos_token is None:
+        raise InputError(f"The tokenizer in {folder} has no end-of-sequence token.", "Set eos_token in tokenizer_config.json.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so that a real </s> is still learned
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def set_chat_template(tokenizer: Any, wanted: str) -> str:
+    """Give the tokenizer the template that FT_CHAT_TEMPLATE names; returns the name of what was chosen."""
+    if wanted == "auto":
+        if tokenizer.chat_template:
+            return "the tokenizer's own"
+        wanted = "llama-2"
+    if wanted in NAMED:
+        tokenizer.chat_template = NAMED[wanted]
+        return wanted
+    path = Path(wanted).expanduser()
+    if not path.is_file():
+        raise SettingsError(f"FT_CHAT_TEMPLATE={wanted!r} is no file and no known template.", f"Use auto, {', '.join(NAMED)}, or a Jinja file.")
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return path.name

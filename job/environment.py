@@ -1,0 +1,176 @@
+"""From the process's environment to `Settings`, with every mistake explained at once."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dotenv import load_dotenv
+from pydantic import ValidationError
+
+from job.errors import SettingsError
+from job.settings import PREFIX, Settings, allowed_text, default_text, masked, secret_values, variable
+
+# SFTConfig arguments that the job itself decides; a second opinion would break resume, the store or the proof.
+_OWNED_ARGUMENTS = {
+    "output_dir", "run_name", "resume_from_checkpoint", "report_to", "save_strategy", "save_total_limit", "save_only_model",
+    "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "use_cpu", "deepspeed", "fsdp",
+    "fsdp_config", "model_init_kwargs", "trust_remote_code", "dataset_kwargs", "dataset_text_field", "max_length",
+    "remove_unused_columns", "ignore_data_skip", "data_seed", "disable_tqdm", "logging_dir", "eval_strategy", "do_train",
+    "chat_template_path", "eos_token", "pad_token", "padding_free", "packing_strategy", "eval_packing", "eval_on_start",
+}  # fmt: skip
+
+
+def load_settings(env_file: Path | None = Path(".env")) -> Settings:
+    """Read `.env` (the real environment wins) and the environment; raise one SettingsError that lists every mistake."""
+    if env_file is not None and env_file.is_file():
+        load_dotenv(env_file, override=False)
+    problems = _unknown_names()
+    settings: Settings | None = None
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        problems += _malformed_values(error)
+    except ValueError as error:  # a JSON value that pydantic-settings could not even split
+        problems.append(str(error))
+    if settings is not None:
+        problems += _contradictions(settings) + _unknown_choices(settings) + _bad_extra_arguments(settings)
+    if problems or settings is None:
+        count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise SettingsError(
+            masked(f"{count} wrong:\n{listing}", secret_values()),
+            "Nothing was downloaded. `python entrypoint.py settings` lists every variable.",
+        )
+    return settings
+
+
+def _unknown_names() -> list[str]:
+    known = [variable(name) for name in Settings.model_fields]
+    problems = []
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "there is no such setting; unset it."
+            problems.append(f"{name}: unknown; {hint}")
+    return problems
+
+
+def _malformed_values(error: ValidationError) -> list[str]:
+    """One line a variable; a union reports one error per member, of which the variable's own description says it all."""
+    problems: dict[str, str] = {}
+    for detail in error.errors():
+        field_name = str(detail["loc"][0])
+        if field_name not in Settings.model_fields:
+            field_name = field_name.lower().removeprefix(PREFIX.lower())
+        reason = str(detail["msg"]).removeprefix("Value error, ")
+        plain = f"{variable(field_name)}={os.environ.get(variable(field_name), '')!r}: must be {allowed_text(field_name)}"
+        if detail["type"] == "value_error":
+            plain += f" ({reason})"
+        default = default_text(field_name)
+        way_out = "Unset it to go without." if default == "(unset)" else f"Unset it for {default}."
+        problems.setdefault(field_name, f"{plain}. {way_out}")
+    return list(problems.values())
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    problems = []
+    if settings.fp16 is True and settings.bf16 is True:
+        problems.append("FT_FP16 and FT_BF16 are both true: choose one, or leave both at auto.")
+    if settings.use_nested_quant and not settings.use_4bit:
+        problems.append("FT_USE_NESTED_QUANT=true quantises the constants of 4-bit weights: it needs FT_USE_4BIT=true.")
+    if settings.eval_steps is not None and not settings.evaluates:
+        problems.append("FT_EVAL_STEPS is set, but there is nothing to evaluate on: set FT_EVAL_SPLIT too.")
+    if settings.device == "cpu" and (settings.fp16 is True or settings.bnb_4bit_compute_dtype == "float16"):
+        problems.append("FT_DEVICE=cpu cannot compute in float16: use float32 or bfloat16, or leave it at auto.")
+    if not settings.stages:
+        problems.append("FT_STAGES names no stage: unset it to run all of them.")
+    if settings.publish_to and settings.publish_to.startswith("hf:"):
+        if not settings.publish_to.removeprefix("hf://").strip("/") or not settings.publish_to.startswith("hf://"):
+            problems.append(f"FT_PUBLISH_TO={settings.publish_to!r}: a Hub repository is written hf://user/name.")
+        if "publish" in settings.stages and not os.environ.get("HF_TOKEN"):
+            problems.append(f"FT_PUBLISH_TO={settings.publish_to!r} needs HF_TOKEN, a token that may write to the Hub.")
+    if settings.store_url and "://" in settings.store_url and not settings.store_url.startswith(("s3://", "file://")):
+        problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder or s3://bucket/prefix.")
+    return problems
+
+
+def _bad_extra_arguments(settings: Settings) -> list[str]:
+    if not settings.extra_training_args:
+        return []
+    known = _training_argument_names()
+    covered = {name: variable(name) for name in Settings.model_fields}
+    covered |= {"max_seq_length": "FT_MAX_SEQ_LENGTH", "max_length": "FT_MAX_SEQ_LENGTH", "warmup_steps": "FT_WARMUP_RATIO"}
+    problems = []
+    for name in settings.extra_training_args:
+        where = f"FT_EXTRA_TRAINING_ARGS: {name!r}"
+        if name in covered:
+            problems.append(f"{where} has a variable of its own: set {covered[name]}.")
+        elif name in _OWNED_ARGUMENTS:
+            problems.append(f"{where} is decided by the job and cannot be set.")
+        elif name not in known:
+            near = difflib.get_close_matches(name, sorted(known - _OWNED_ARGUMENTS), n=1, cutoff=0.5)
+            problems.append(f"{where} is no argument of SFTConfig" + (f"; did you mean {near[0]!r}?" if near else "."))
+    return problems
+
+
+def _unknown_choices(settings: Settings) -> list[str]:
+    """Optimizer and schedule names, which transformers would refuse only after the model is downloaded."""
+    problems = []
+    for field_name, module, class_name in (
+        ("optim", "training_args.py", "OptimizerNames"),
+        ("lr_scheduler_type", "trainer_utils.py", "SchedulerType"),
+    ):
+        value = getattr(settings, field_name)
+        if value == Settings.model_fields[field_name].default:
+            continue
+        body = _class_bodies("transformers", module, class_name)
+        known = [ast.literal_eval(item.value) for item in body if isinstance(item, ast.Assign)]
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1, cutoff=0.3)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            problems.append(f"{variable(field_name)}={value!r}: must be one of {', '.join(known)}.{hint}")
+    return problems
+
+
+def _training_argument_names() -> set[str]:
+    """The field names of trl's SFTConfig."""
+    body = [
+        *_class_bodies("transformers", "training_args.py", "TrainingArguments"),
+        *_class_bodies("trl", "trainer/base_config.py", "_BaseConfig"),
+        *_class_bodies("trl", "trainer/sft_config.py", "SFTConfig"),
+    ]
+    targets = [item.target for item in body if isinstance(item, ast.AnnAssign)]
+    return {target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith("_")}
+
+
+def _class_bodies(package: str, module: str, class_name: str) -> list[ast.stmt]:
+    """The statements of one class, read from the package's source: importing it would take seconds and load torch."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise SettingsError(f"The package {package!r} is not installed.", "Install it: pip install -r requirements.txt")
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / module).read_text(encoding="utf-8"))
+    return [item for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name for item in node.body]
+
+
+def settings_table() -> list[dict[str, Any]]:
+    """Name, allowed values, default and meaning of every variable, in the order of the class."""
+    return [
+        {
+            "name": variable(name),
+            "allowed": allowed_text(name),
+            "default": default_text(name),
+            "meaning": field.description or "",
+        }
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON values; there is no secret among them by construction."""
+    return dict(json.loads(settings.model_dump_json()))

@@ -1,0 +1,93 @@
+"""Everything the job can end with, and the exit code each ending has.
+
+    JobError
+    ├── SettingsError      78  the environment variables are wrong
+    ├── InputError         65  the data, the model or the merge proof is not acceptable
+    ├── NodeError          69  this machine is unfit: no GPU, a broken GPU, no space
+    ├── PermissionRefused  77  the Hub or S3 said no, or the model is gated
+    ├── TransientError     75  the network or a store failed past its retries
+    └── Stopped            75  asked to stop; the work so far is committed
+
+Whatever else is raised is a bug and ends with 70. The codes are those of sysexits.h, so that a Kubernetes
+podFailurePolicy and a Slurm script can tell "retry", "retry elsewhere" and "fail" apart.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the process ends with; the values are fixed by sysexits.h."""
+
+    OK = 0
+    BAD_INPUT = 65
+    NODE_UNFIT = 69
+    BUG = 70
+    TRY_AGAIN = 75
+    PERMISSION = 77
+    SETTINGS = 78
+
+
+class JobError(Exception):
+    """An ending that a user can act on: `message` says what happened, `mend` what to do about it."""
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, message: str, mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.mend}" if self.mend else self.message
+
+
+class SettingsError(JobError):
+    """One or more environment variables are unknown, malformed or do not go together."""
+
+    exit_code = ExitCode.SETTINGS
+
+
+class InputError(JobError):
+    """The dataset, the base model or the merged model is not what the job can work with."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class NodeError(JobError):
+    """This machine cannot do the work; another one may."""
+
+    exit_code = ExitCode.NODE_UNFIT
+
+
+class PermissionRefused(JobError):
+    """A remote service knows us and refuses, or does not know us."""
+
+    exit_code = ExitCode.PERMISSION
+
+
+class TransientError(JobError):
+    """A remote service failed in a way that a later start may not see."""
+
+    exit_code = ExitCode.TRY_AGAIN
+
+
+class Stopped(JobError):
+    """The job was asked to stop and did."""
+
+    exit_code = ExitCode.TRY_AGAIN
+
+
+_BY_CODE: dict[int, type[JobError]] = {
+    ExitCode.SETTINGS: SettingsError,
+    ExitCode.BAD_INPUT: InputError,
+    ExitCode.NODE_UNFIT: NodeError,
+    ExitCode.PERMISSION: PermissionRefused,
+    ExitCode.TRY_AGAIN: TransientError,
+}
+
+
+def from_code(code: int, message: str, mend: str = "") -> JobError:
+    """Rebuild the error that a child process wrote down, from its exit code; unknown codes become a bug."""
+    return _BY_CODE.get(code, JobError)(message, mend)

@@ -1,0 +1,64 @@
+"""Models and datasets in, models out: the Hugging Face Hub, local folders, and S3 prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from job.errors import InputError, JobError, PermissionRefused, SettingsError, TransientError
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn huggingface_hub's errors into the job's; `what` names the repository and the variable that chose it."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:
+        explained = _explained(error, what)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explained(error: Exception, what: str) -> JobError | None:
+    if isinstance(error, GatedRepoError):
+        return PermissionRefused(f"{what} is gated.", "Accept its licence on its Hub page, and set HF_TOKEN to a token of that account.")
+    if isinstance(error, RepositoryNotFoundError) and _status(error) != 403:
+        return SettingsError(f"{what} does not exist on the Hub, or is private.", "Check the spelling; for a private one set HF_TOKEN.")
+    if isinstance(error, RevisionNotFoundError):
+        return SettingsError(f"{what} has no such revision.", "Check what stands behind the @.")
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return SettingsError(
+            f"{what} is not in the local cache, and the Hub could not be asked.",
+            "Unset HF_HUB_OFFLINE, check the network and HF_ENDPOINT, or name a local folder.",
+        )
+    if isinstance(error, EntryNotFoundError):
+        return InputError(f"{what} lacks a file: {error}", "Check that the repository is complete.")
+    if isinstance(error, HFValidationError):
+        return SettingsError(f"{what} is not a valid Hub id.", "Write it as user/name or user/name@revision.")
+    if isinstance(error, HfHubHTTPError):
+        status = _status(error)
+        if status in (401, 403):
+            return PermissionRefused(f"The Hub refused {what} ({status}).", "Check that HF_TOKEN is valid and has the rights for it.")
+        return TransientError(f"The Hub answered {status} for {what}.", "Start the job again later.")
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests")):
+        return TransientError(f"The Hub cannot be reached for {what}: {type(error).__name__}.", "Check the network and HF_ENDPOINT, then start again.")
+    return None
+
+
+def _status(error: HfHubHTTPError) -> int:
+    response = getattr(error, "response", None)
+    return int(getattr(response, "status_code", 0) or 0)

@@ -1,0 +1,106 @@
+"""Putting a finished model where others can load it: a Hub repository or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from job.checkpoints.manifest import sha256
+from job.errors import PermissionRefused, SettingsError, TransientError
+from job.hub import hub_errors
+from job.run import Run, read_json
+
+RECORD = "finetune_run.json"  # written into what is published; tells our own folders from other people's
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where FT_PUBLISH_TO points: a Hub repository id, or a folder."""
+
+    hub_id: str | None
+    folder: Path | None
+
+    @classmethod
+    def of(cls, run: Run) -> Destination:
+        target = run.settings.publish_to
+        if target is None:
+            return cls(None, run.paths.output_dir / "published" / run.settings.new_model)
+        if target.startswith("hf://"):
+            return cls(target.removeprefix("hf://").strip("/"), None)
+        return cls(None, Path(target).expanduser().absolute())
+
+    def __str__(self) -> str:
+        return f"hf://{self.hub_id}" if self.hub_id else str(self.folder)
+
+
+def check_destination(run: Run) -> None:
+    """Prove now that publishing will be allowed later: hours of training stand in between."""
+    destination = Destination.of(run)
+    if destination.hub_id is not None:
+        _create_repository(run, destination.hub_id)
+        return
+    folder = destination.folder
+    assert folder is not None
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"FT_PUBLISH_TO: {folder} is a file.", "Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise SettingsError(f"FT_PUBLISH_TO: {folder} holds files that this job did not write.", "Name a new folder, or empty that one.")
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(nearest, os.W_OK):
+        raise PermissionRefused(f"FT_PUBLISH_TO: {nearest} is not writable.", "Name a folder that this user may write.")
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Copy `source` to `target`; whoever looks sees the model as it was before or the whole new one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, former = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.former")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    if target.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        os.replace(target, former)
+    os.replace(partial, target)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def publish_to_hub(run: Run, source: Path, hub_id: str) -> tuple[str, str]:
+    """Push `source` in one commit, then compare what the Hub lists with what lies here.
+
+    Returns (repository id with its namespace, commit). Files of an earlier push that are no longer part of the model
+    are removed in the same commit. Raises TransientError if the Hub holds other bytes than were sent.
+    """
+    repository = _create_repository(run, hub_id)
+    files = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
+    api = HfApi()
+    with hub_errors(f"FT_PUBLISH_TO=hf://{repository}"):
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+        commit = api.create_commit(repository, operations, commit_message=f"Fine-tuned model of run {run.id}")
+        listed = {item.path: item for item in api.list_repo_tree(repository, recursive=True, revision=commit.oid) if hasattr(item, "blob_id")}
+    wrong = [name for name, path in files.items() if name not in listed or not _same_bytes(path, listed[name])]
+    if wrong:
+        raise TransientError(f"The Hub holds other bytes than were sent for {', '.join(wrong)}.", "Start the job again: it pushes once more.")
+    return repository, commit.oid
+
+
+def _same_bytes(path: Path, listed: object) -> bool:
+    lfs = getattr(listed, "lfs", None)
+    if lfs is not None:
+        return bool(lfs.sha256 == sha256(path))
+    data = path.read_bytes()  # git's own name for a file: the SHA-1 of a header and the bytes
+    return bool(getattr(listed, "blob_id", None) == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
+
+
+def _create_repository(run: Run, hub_id: str) -> str:
+    with hub_errors(f"FT_PUBLISH_TO=hf://{hub_id}"):
+        return HfApi().create_repo(hub_id, private=run.settings.hub_private, exist_ok=True).repo_id
+
+
+def published_as(run: Run) -> str:
+    """Where the published model lies, for people: the folder, or the repository's page."""
+    record = read_json(run.paths.published_file)
+    return str(record.get("page") or record["destination"])

@@ -1,0 +1,178 @@
+"""Where a model or a dataset comes from, and bringing its files here."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi, snapshot_download
+
+from job.errors import InputError, SettingsError
+from job.hub import hub_errors
+from job.storage import Store, open_store
+
+# What a model folder may hold: weights that cannot run code when loaded, and what describes them. Only the top level.
+MODEL_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "LICENSE*", "USE_POLICY*",
+)  # fmt: skip
+_DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
+DATA_FILES = tuple(f"*{suffix}{packed}" for suffix in _DATA_SUFFIXES for packed in ("", ".gz", ".zst", ".bz2")) + ("README.md",)
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+Kind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One parsed setting. `place` is a Hub id, a local path or an S3 URL."""
+
+    variable: str
+    kind: Kind
+    scheme: Literal["hub", "local", "s3"]
+    place: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, variable: str, kind: Kind, text: str) -> Source:
+        """Tell `id`, `id@revision`, a path and `s3://…` apart; a path that exists wins over a Hub id."""
+        if text.startswith("s3://"):
+            return cls(variable, kind, "s3", text.rstrip("/"))
+        path = Path(text).expanduser()
+        if path.exists():
+            return cls(variable, kind, "local", str(path.absolute()))
+        if text.startswith(("/", "./", "../", "~")) or path.suffix in _DATA_SUFFIXES:
+            raise SettingsError(f"{variable}={text!r}: no such file or folder.", "Check the path; inside a container it must be mounted.")
+        name, _, revision = text.partition("@")
+        if not _HUB_ID.match(name):
+            raise SettingsError(f"{variable}={text!r} is neither a Hub id nor a path nor s3://bucket/prefix.", "Write it as user/name.")
+        return cls(variable, kind, "hub", name, revision or None)
+
+    def __str__(self) -> str:
+        return self.place + (f"@{self.revision}" if self.revision else "")
+
+    @property
+    def described(self) -> str:
+        return f"{self.variable}={self}"
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return MODEL_FILES if self.kind == "model" else DATA_FILES
+
+    def wants(self, name: str) -> bool:
+        """Whether the job uses the file `name` (relative, with slashes) of this source."""
+        if self.kind == "model" and ("/" in name or name.startswith("consolidated")):
+            return False  # the original format beside the transformers one, or weights for another library
+        return any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds: its commit, where it has one, and each wanted file with its size in bytes."""
+
+    commit: str | None
+    files: tuple[tuple[str, int], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+def disk_needed(listings: Mapping[Source, Listing]) -> int:
+    """Bytes that a run on these sources writes: what is fetched, the merged model (as large as the base), its published
+    copy, and a tenth more for checkpoints, tokenised data and logs."""
+    fetched = sum(listing.total_bytes for source, listing in listings.items() if source.scheme != "local")
+    model = sum(listing.total_bytes for source, listing in listings.items() if source.kind == "model")
+    return (fetched + 2 * model) * 11 // 10
+
+
+def look_up(source: Source, commit: str | None = None) -> Listing:
+    """List a source without fetching it; `commit` pins a Hub repository to what an earlier start resolved.
+
+    Raises SettingsError for what does not exist, InputError for what the job cannot use.
+    """
+    if source.scheme == "hub":
+        listing = _look_up_hub(source, commit)
+    elif source.scheme == "s3":
+        entries = ((key, size) for key, size in open_store(source.place).list("") if source.wants(key))
+        listing = Listing(None, tuple(sorted(entries)))
+    else:
+        listing = Listing(None, tuple(sorted(_local_files(source))))
+    _require_usable(source, [name for name, _ in listing.files])
+    return listing
+
+
+def fetch(source: Source, listing: Listing, folder: Path) -> None:
+    """Make the wanted files of a source appear below `folder`: links where they lie on a disk already, else copies."""
+    if source.scheme == "s3":
+        _fetch_s3(open_store(source.place), listing, folder)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    origin = Path(source.place)
+    if source.scheme == "hub":
+        names = [name for name, _ in listing.files]
+        with hub_errors(source.described):
+            origin = Path(
+                snapshot_download(source.place, repo_type=source.kind, revision=listing.commit or source.revision, allow_patterns=names)
+            )
+    for name, _ in listing.files:
+        link = folder / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(origin if origin.is_file() else origin / name)
+
+
+def _look_up_hub(source: Source, commit: str | None) -> Listing:
+    from huggingface_hub import constants
+
+    with hub_errors(source.described):
+        if constants.HF_HUB_OFFLINE:
+            cached = Path(snapshot_download(source.place, repo_type=source.kind, revision=commit or source.revision, local_files_only=True))
+            found = ((path.relative_to(cached).as_posix(), path.stat().st_size) for path in cached.rglob("*") if path.is_file())
+            return Listing(cached.name, tuple(sorted(item for item in found if source.wants(item[0]))))
+        info = HfApi().repo_info(source.place, repo_type=source.kind, revision=commit or source.revision, files_metadata=True)
+    siblings = info.siblings or []
+    return Listing(info.sha, tuple(sorted((item.rfilename, item.size or 0) for item in siblings if source.wants(item.rfilename))))
+
+
+def _local_files(source: Source) -> list[tuple[str, int]]:
+    root = Path(source.place)
+    if root.is_file():
+        return [(root.name, root.stat().st_size)] if source.wants(root.name) else []
+    found = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            if source.wants(relative):
+                found.append((relative, path.stat().st_size))
+    return found
+
+
+def _fetch_s3(store: Store, listing: Listing, folder: Path) -> None:
+    for name, size in listing.files:
+        target = folder / name
+        if not (target.is_file() and target.stat().st_size == size):  # a file takes its name only when complete
+            store.download(name, target)
+
+
+def _require_usable(source: Source, names: list[str]) -> None:
+    if source.kind == "dataset":
+        if not any(name.rsplit("/", 1)[-1] != "README.md" for name in names):
+            raise InputError(f"{source.described} holds no data files.", f"It must have {', '.join(_DATA_SUFFIXES)} files (optionally .gz, .zst, .bz2).")
+        return
+    if "config.json" not in names:
+        raise InputError(f"{source.described} has no config.json.", "Name the folder or repository of a transformers model.")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise InputError(
+            f"{source.described} has no safetensors weights.",
+            "Pickled weights (.bin, .pt) are never loaded, since loading them runs code: convert the model with save_pretrained.",
+        )
+    if not any(name.startswith("tokenizer") for name in names):
+        raise InputError(f"{source.described} has no tokenizer.", "Add tokenizer.json or tokenizer.model to it.")

@@ -1,0 +1,1 @@
+"""The network: loading, quantisation, adapters, merging."""

@@ -1,0 +1,38 @@
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) by peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from job.run import Run
+from job.settings import Settings
+
+
+def lora_config(settings: Settings) -> LoraConfig:
+    """The FT_LORA_* settings as peft wants them."""
+    targets: str | list[str] | None
+    if settings.lora_target_modules == "auto":
+        targets = None
+    elif settings.lora_target_modules == "all-linear":
+        targets = "all-linear"
+    else:
+        targets = list(settings.lora_target_modules)
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def with_adapter(run: Run, base: PreTrainedModel) -> PeftModel:
+    """`base` with the trained adapter, ready to answer; `disable_adapter()` gives the base's own answers."""
+    folder: Path = run.paths.adapter_dir
+    model = PeftModel.from_pretrained(base, folder, is_trainable=False)
+    model.eval()
+    return model

@@ -1,0 +1,39 @@
+"""Where this process computes, and in which numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from job.errors import NodeError
+from job.run import Run
+from job.settings import Settings
+
+
+def device_of(run: Run) -> torch.device:
+    """The device of this process; NodeError if a GPU was asked for and there is none."""
+    if run.settings.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise NodeError(
+            "FT_DEVICE=cuda, but torch sees no GPU on this machine.",
+            "Start the container with GPUs (docker run --gpus all, nvidia.com/gpu in the pod), check the driver with nvidia-smi, "
+            "or set FT_DEVICE=cpu to compute on the CPU, which is slow.",
+        )
+    return torch.device("cuda", run.node.local_rank)
+
+
+def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """The type of the products, as FT_BNB_4BIT_COMPUTE_DTYPE says."""
+    if settings.bnb_4bit_compute_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, settings.bnb_4bit_compute_dtype)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32  # CPUs without bfloat16 instructions emulate it at a tenth of the speed
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def mixed_precision(settings: Settings, dtype: torch.dtype) -> dict[str, bool]:
+    """The trainer's `fp16` and `bf16`."""
+    fp16 = dtype == torch.float16 if settings.fp16 == "auto" else settings.fp16
+    bf16 = dtype == torch.bfloat16 if settings.bf16 == "auto" else settings.bf16
+    return {"fp16": bool(fp16), "bf16": bool(bf16) and not fp16}

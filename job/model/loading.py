@@ -1,0 +1,55 @@
+"""Loading the base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from job.errors import InputError
+from job.model.device import compute_dtype, device_of
+from job.model.quantization import four_bit_config, keep_plain_layout
+from job.run import Run
+from job.settings import Settings
+
+
+def load_base(run: Run, *, quantized: bool) -> PreTrainedModel:
+    """The base model on this process's device, its frozen layers in 4 bits if `quantized`.
+
+    Only safetensors are read, only classes that transformers ships are built. InputError for a folder that is no model.
+    """
+    settings, folder, device = run.settings, run.paths.model_dir, device_of(run)
+    dtype = compute_dtype(settings, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=_device_map(settings, device),
+            quantization_config=four_bit_config(settings, dtype) if quantized else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"FT_MODEL_NAME={settings.model_name} cannot be loaded: {error}", "It must be a causal language model that transformers knows.") from error
+    if device.type == "cpu":
+        keep_plain_layout(model)
+    return model
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type that a model folder's weights are written in, by its config.json; bfloat16 where it does not say."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _device_map(settings: Settings, device: torch.device) -> Any:
+    if settings.device_map == "auto":
+        return {"": device}
+    return json.loads(settings.device_map) if settings.device_map.startswith("{") else settings.device_map

@@ -1,0 +1,40 @@
+"""4-bit weights by bitsandbytes (Dettmers et al. 2023, QLoRA, arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from job.settings import Settings
+
+
+def four_bit_config(settings: Settings, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """FT_BNB_4BIT_QUANT_TYPE and FT_USE_NESTED_QUANT as transformers wants them; products in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=settings.use_nested_quant,
+    )
+
+
+def keep_plain_layout(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking weights for AVX512-BF16 in evaluation mode.
+
+    It does so on the first forward on such CPUs, cannot undo it, and fails where `in_features` is no multiple of 64
+    (seen with bitsandbytes 0.50.2). The plain layout gives the same numbers.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def full_weight(layer: torch.nn.Module) -> torch.Tensor:
+    """The values that a linear layer multiplies with, shape (out_features, in_features), 4-bit ones dequantised."""
+    weight = layer.weight
+    if isinstance(weight, bnb.nn.Params4bit):
+        values: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return values
+    assert isinstance(weight, torch.Tensor)
+    return weight.data

@@ -1,0 +1,123 @@
+"""Every local file name of a run. Stages find each other's results here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The files of the run `run_id` below `output_dir`; nothing is created by asking for a name."""
+
+    output_dir: Path
+    run_id: str
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / "runs" / self.run_id
+
+    def stage_dir(self, stage: str) -> Path:
+        """Everything that one stage writes, its marker last."""
+        return self.run_dir / stage
+
+    def marker_file(self, stage: str) -> Path:
+        return self.stage_dir(stage) / "MANIFEST.json"
+
+    # download
+    @property
+    def model_dir(self) -> Path:
+        """The base model: links to safetensors, configuration and tokenizer files, and nothing that unpickles."""
+        return self.stage_dir("download") / "model"
+
+    @property
+    def dataset_dir(self) -> Path:
+        return self.stage_dir("download") / "dataset"
+
+    @property
+    def eval_dataset_dir(self) -> Path:
+        """The evaluation dataset, where it is another than the training dataset."""
+        return self.stage_dir("download") / "eval_dataset"
+
+    @property
+    def sources_file(self) -> Path:
+        """Where model and datasets came from, and at which commit."""
+        return self.stage_dir("download") / "sources.json"
+
+    # prepare
+    @property
+    def train_data_dir(self) -> Path:
+        return self.stage_dir("prepare") / "train"
+
+    @property
+    def eval_data_dir(self) -> Path:
+        return self.stage_dir("prepare") / "eval"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer with the chat template that the data was written in."""
+        return self.stage_dir("prepare") / "tokenizer"
+
+    @property
+    def data_report_file(self) -> Path:
+        """Rows, tokens, what was cut or dropped, and one row as the model sees it."""
+        return self.stage_dir("prepare") / "data_report.json"
+
+    # train
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Local checkpoints, `checkpoint-STEP` each; the store's committed copies are the ones that count."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.stage_dir("train") / "adapter"
+
+    @property
+    def trainer_state_file(self) -> Path:
+        return self.stage_dir("train") / "trainer_state.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.stage_dir("train") / "metrics.json"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.stage_dir("train") / "tensorboard"
+
+    # sample, merge, publish
+    @property
+    def samples_file(self) -> Path:
+        return self.stage_dir("sample") / "samples.json"
+
+    @property
+    def merged_dir(self) -> Path:
+        return self.stage_dir("merge") / "model"
+
+    @property
+    def merge_proof_file(self) -> Path:
+        return self.stage_dir("merge") / "merge_proof.json"
+
+    @property
+    def repository_dir(self) -> Path:
+        """The repository as it will be published; hard links to the merged model, removed afterwards."""
+        return self.run_dir / "repository"
+
+    @property
+    def published_file(self) -> Path:
+        """Where the model was published, and as which commit."""
+        return self.stage_dir("publish") / "published.json"
+
+    # between supervisor and stages
+    @property
+    def stop_file(self) -> Path:
+        """Its existence is the request to stop; its content is the deadline, in seconds since the epoch."""
+        return self.run_dir / "stop-request"
+
+    def error_file(self, stage: str, rank: int) -> Path:
+        """Why a process of a stage failed, as JSON: torchrun does not pass exit codes on."""
+        return self.run_dir / "errors" / f"{stage}-rank{rank}.json"
+
+    def log_file(self, stage: str) -> Path:
+        """All that a stage and its libraries printed, secrets masked."""
+        return self.run_dir / "logs" / f"{stage}.log"

@@ -1,0 +1,1 @@
+"""What people and machines see of a run: events, the console, plots, the model card."""

@@ -1,0 +1,67 @@
+"""Run: the one value that flows through the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job.cluster import Node, scheduler_run_id, this_node
+from job.errors import Stopped
+from job.paths import Paths
+from job.settings import Settings
+from job.storage import Store, open_store
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage is given: the settings, the file names, this process's place, and the store."""
+
+    settings: Settings
+    paths: Paths
+    node: Node
+    store: Store
+
+    @classmethod
+    def of(cls, settings: Settings) -> Run:
+        """The run that these settings name; the same environment gives the same run in every process."""
+        run_id = settings.run_id or scheduler_run_id() or f"run-{settings.fingerprint('train')[:12]}"
+        paths = Paths(settings.output_dir.absolute(), run_id)
+        url = settings.store_url or str(paths.output_dir / "store")
+        return cls(settings, paths, this_node(), open_store(url))
+
+    @property
+    def id(self) -> str:
+        return self.paths.run_id
+
+    def check_stop(self) -> None:
+        """Raise Stopped if a stop was requested; stages call this between units of work."""
+        if self.stop_requested():
+            raise Stopped("Stopped on request.", "Start the job again to go on from here.")
+
+    def stop_requested(self) -> bool:
+        return self.paths.stop_file.exists()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that a reader sees either all of it or the file as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def now() -> str:
+    """The time as RFC 3339 in UTC, for records that people read."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

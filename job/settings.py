@@ -1,0 +1,279 @@
+"""Every environment variable of the job, once: name, type, default, bounds and one sentence.
+
+The README's table, `entrypoint.py settings`, the manifests and the parsing are all read from the class below, so this
+file is as long as the table is. It imports neither torch nor transformers: a mistake is answered in well under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "FT_"
+STAGE_NAMES = ("preflight", "download", "prepare", "train", "sample", "merge", "publish")
+
+# Names that the ecosystem chose before us. Their values are masked wherever the job writes anything.
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "WANDB_API_KEY",
+)
+
+
+def _split(value: Any) -> Any:
+    """`a, b` in an environment variable means ("a", "b"); a JSON list is taken as well."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _fraction_or_split(value: str | None) -> str | None:
+    if value is not None and value.replace(".", "", 1).isdigit() and not 0 < float(value) < 1:
+        raise ValueError("a fraction lies between 0 and 1, both excluded")
+    return value
+
+
+def _in_stage_order(value: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in STAGE_NAMES if name in value)
+
+
+Auto = Literal["auto"]
+CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Stages = Annotated[
+    tuple[Literal["preflight", "download", "prepare", "train", "sample", "merge", "publish"], ...],
+    NoDecode,
+    BeforeValidator(_split),
+    AfterValidator(_in_stage_order),
+]
+Prompts = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], NoDecode, BeforeValidator(_json)]
+JsonObject = Annotated[dict[str, Any], NoDecode, BeforeValidator(_json)]
+NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+EvalSplit = Annotated[NonEmpty, AfterValidator(_fraction_or_split)]
+
+
+def _setting(default: Any, meaning: str, *, since: str | None, **bounds: Any) -> Any:
+    """`since` is the first stage whose result depends on the setting, or None if no result does."""
+    return Field(default, description=meaning, json_schema_extra={"since": since}, **bounds)
+
+
+class Settings(BaseSettings):
+    """The parsed environment. Build it with `job.environment.load_settings`, which explains what is wrong."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True, protected_namespaces=()
+    )
+
+    # -- what to train, on what ---------------------------------------------------------------------------------
+    model_name: NonEmpty = _setting(
+        "NousResearch/Llama-2-7b-chat-hf",
+        "Base model: a Hub id, `id@revision`, a local folder, or an `s3://` prefix. Safetensors only.",
+        since="download",
+    )
+    dataset_name: NonEmpty = _setting(
+        "mlabonne/guanaco-llama2-1k",
+        "Training data: a Hub id, `id@revision`, a local file or folder, or an `s3://` prefix.",
+        since="download",
+    )
+    dataset_config: NonEmpty | None = _setting(None, "Configuration of a Hub dataset that has several.", since="download")
+    dataset_split: NonEmpty = _setting("train", "Split to train on; slices such as `train[:1000]` work.", since="prepare")
+    dataset_format: Literal["auto", "text", "messages", "prompt_completion", "human_assistant"] = _setting(
+        "auto", "How a row is read; `auto` decides from the columns and the first rows.", since="prepare"
+    )
+    dataset_text_field: NonEmpty = _setting("text", "Column that holds the text of `text` and `human_assistant` rows.", since="prepare")
+    eval_dataset_name: NonEmpty | None = _setting(None, "Evaluation data, if not from the training dataset.", since="download")
+    eval_split: EvalSplit | None = _setting(
+        None, "What to evaluate on: a split such as `test` or `train[:100]`, or a fraction to hold out such as `0.05`.", since="prepare"
+    )
+    new_model: NonEmpty = _setting("llama-2-7b-miniguanaco", "Name of the model that is made.", since="publish")
+    chat_template: NonEmpty = _setting(
+        "auto", "`auto` (the tokenizer's own, else `llama-2`), `llama-2`, `chatml`, or a Jinja file.", since="prepare"
+    )
+    max_seq_length: Auto | Annotated[int, Field(ge=8, le=1_048_576)] = _setting(
+        "auto", "Longest row in tokens, longer ones are cut; `auto` is 1024 or what the model allows, if less.", since="prepare"
+    )
+    packing: bool = _setting(False, "Put several short rows into one of the full length; no row attends to another.", since="prepare")
+    completion_only_loss: bool = _setting(True, "For prompt/completion rows: learn the completion alone.", since="prepare")
+    assistant_only_loss: bool = _setting(False, "For conversations: learn the assistant's turns alone.", since="prepare")
+
+    # -- the adapter --------------------------------------------------------------------------------------------
+    lora_r: int = _setting(64, "Rank of the LoRA adapter.", since="train", ge=1, le=4096)
+    lora_alpha: int = _setting(16, "LoRA scale; products are scaled by alpha / r.", since="train", ge=1, le=65536)
+    lora_dropout: float = _setting(0.1, "Dropout in front of the LoRA products.", since="train", ge=0, lt=1)
+    lora_target_modules: Auto | Literal["all-linear"] | CommaList = _setting(
+        "auto", "Layers to adapt: `auto` (peft's choice, q_proj and v_proj for Llama), `all-linear`, or names.", since="train"
+    )
+
+    # -- the base model's numbers -------------------------------------------------------------------------------
+    use_4bit: bool = _setting(True, "Hold the frozen base model in 4 bits (QLoRA).", since="train")
+    bnb_4bit_compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting(
+        "auto", "Type of the products; `auto` is bfloat16, float16 on GPUs without it, float32 on the CPU.", since="train"
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _setting("nf4", "4-bit data type.", since="train")
+    use_nested_quant: bool = _setting(False, "Quantise the quantisation constants too.", since="train")
+    fp16: Auto | bool = _setting("auto", "float16 mixed precision; `auto` follows the compute type.", since="train")
+    bf16: Auto | bool = _setting("auto", "bfloat16 mixed precision; `auto` follows the compute type.", since="train")
+
+    # -- the training -------------------------------------------------------------------------------------------
+    num_train_epochs: float = _setting(1, "Passes over the data.", since="train", gt=0, le=10_000)
+    max_steps: int | None = _setting(None, "Optimizer steps to take, instead of whole epochs.", since="train", ge=1)
+    per_device_train_batch_size: int = _setting(4, "Rows per step on each GPU.", since="train", ge=1, le=65536)
+    per_device_eval_batch_size: int = _setting(4, "Rows per evaluation step on each GPU.", since="train", ge=1, le=65536)
+    gradient_accumulation_steps: int = _setting(1, "Batches that make one optimizer step.", since="train", ge=1, le=65536)
+    gradient_checkpointing: Auto | bool = _setting(
+        "auto", "Recompute activations in the backward pass to save memory; `auto` is on for a GPU.", since=None
+    )
+    max_grad_norm: float = _setting(0.3, "Gradients are clipped to this norm.", since="train", gt=0)
+    learning_rate: float = _setting(2e-4, "Highest learning rate.", since="train", gt=0, le=10)
+    weight_decay: float = _setting(0.001, "AdamW weight decay.", since="train", ge=0, le=1)
+    optim: NonEmpty = _setting(
+        "paged_adamw_32bit", "Optimizer, by its transformers name; paged ones become `adamw_torch` on the CPU.", since="train"
+    )
+    lr_scheduler_type: NonEmpty = _setting("cosine", "Learning-rate schedule, by its transformers name.", since="train")
+    warmup_ratio: float = _setting(0.03, "Part of the steps in which the rate rises.", since="train", ge=0, lt=1)
+    group_by_length: bool = _setting(True, "Batch rows of like length together; no effect with packing.", since="train")
+    eval_steps: int | None = _setting(None, "Steps between evaluations; without it at the start and the end.", since="train", ge=1)
+    save_steps: int = _setting(50, "Steps between checkpoints.", since=None, ge=1)
+    logging_steps: int = _setting(5, "Steps between points of the loss curve.", since=None, ge=1)
+    seed: int = _setting(42, "Seed of every random choice.", since="prepare", ge=0, lt=2**32)
+    extra_training_args: JsonObject = _setting(
+        {}, "JSON object of further SFTConfig arguments that no variable here covers.", since="train"
+    )
+
+    # -- sampling -----------------------------------------------------------------------------------------------
+    sample_prompts: Prompts = _setting(
+        ("What is a large language model?",), "JSON list of prompts that the base and the tuned model answer.", since="sample"
+    )
+    sample_max_new_tokens: int = _setting(200, "Longest answer, in tokens.", since="sample", ge=1, le=32768)
+
+    # -- where things go ----------------------------------------------------------------------------------------
+    output_dir: Path = _setting(Path("results"), "Folder for everything the job writes locally.", since=None)
+    store_url: NonEmpty | None = _setting(
+        None, "Where checkpoints and results survive: a folder or `s3://bucket/prefix`; unset, `store` in the output folder.", since=None
+    )
+    run_id: RunId | None = _setting(
+        None, "Name of the run, stable across restarts; unset, the Slurm job's id or a hash of the settings.", since=None
+    )
+    publish_to: NonEmpty | None = _setting(
+        None, "`hf://user/name` for the Hub, or a folder; unset, `published/NEW_MODEL` in the output folder.", since="publish"
+    )
+    hub_private: bool = _setting(True, "Whether a Hub repository that the job creates is private.", since="publish")
+
+    # -- how it runs --------------------------------------------------------------------------------------------
+    stages: Stages = _setting(STAGE_NAMES, "Stages to run; what they need and is missing runs too.", since=None)
+    device: Literal["cuda", "cpu"] = _setting("cuda", "What to compute on. A missing GPU is an error, never a slow surprise.", since=None)
+    device_map: Auto | NonEmpty = _setting(
+        "auto", "`auto` (all of the model on each process's own GPU), or a transformers device map name or JSON object.", since=None
+    )
+    nproc_per_node: Auto | Annotated[int, Field(ge=1, le=64)] = _setting(
+        "auto", "Training processes on this machine; `auto` is one per visible GPU.", since="train"
+    )
+    stop_grace_seconds: float = _setting(25, "Time a stop request leaves for saving before the job is killed.", since=None, ge=0, le=86400)
+    log_format: Literal["auto", "text", "json"] = _setting("auto", "`auto` is text on a terminal, else one JSON object a line.", since=None)
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe messages shown.", since=None)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.eval_split is not None or self.eval_dataset_name is not None
+
+    def fingerprint(self, stage: str) -> str:
+        """SHA-256 over the settings that the result of `stage` depends on."""
+        return hashlib.sha256(json.dumps(self.affecting(stage), sort_keys=True).encode()).hexdigest()
+
+    def affecting(self, stage: str) -> dict[str, Any]:
+        """The settings that the result of `stage` depends on, as JSON values."""
+        known = STAGE_NAMES[: STAGE_NAMES.index(stage) + 1]
+        values = self.model_dump(mode="json")
+        return {name: values[name] for name, since in _since().items() if since in known}
+
+
+def _since() -> dict[str, str | None]:
+    extras = ((name, field.json_schema_extra) for name, field in Settings.model_fields.items())
+    return {name: typing.cast(dict[str, Any], extra)["since"] for name, extra in extras}
+
+
+def variable(field_name: str) -> str:
+    """`lora_r` → `FT_LORA_R`."""
+    return PREFIX + field_name.upper()
+
+
+def secret_values(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The secrets in `environ`, longest first, so that masking one never leaves the tail of another."""
+    return tuple(sorted({environ[name] for name in SECRET_VARIABLES if len(environ.get(name, "")) > 3}, key=len, reverse=True))
+
+
+def masked(text: str, secrets: Iterable[str]) -> str:
+    """`text` with every secret replaced by asterisks."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+def default_text(field_name: str) -> str:
+    """The default of a setting, written as one would write it in the environment."""
+    return value_text(Settings.model_fields[field_name].default)
+
+
+def value_text(value: Any) -> str:
+    """A setting's value, written as one would write it in the environment."""
+    if value is None:
+        return "(unset)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict) or (isinstance(value, tuple | list) and any(" " in item for item in value)):
+        return json.dumps(value)
+    return ",".join(value) if isinstance(value, tuple | list) else str(value)
+
+
+def allowed_text(field_name: str) -> str:
+    """What a setting may be, in words: `a whole number, at least 1 and at most 4096`."""
+    field = Settings.model_fields[field_name]
+    limits = [_limit(item) for item in field.metadata]
+    return ", ".join([_type_text(field.annotation), *filter(None, [" and ".join(filter(None, limits))])])
+
+
+_LIMITS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+
+def _limit(item: Any) -> str:
+    return " and ".join(words.format(getattr(item, name)) for name, words in _LIMITS.items() if hasattr(item, name))
+
+
+def _type_text(annotation: Any) -> str:
+    if annotation is type(None):
+        return ""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        limits = [_limit(part) for item in arguments[1:] for part in getattr(item, "metadata", [item])]
+        return " ".join(filter(None, [_type_text(arguments[0]), *limits]))
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is tuple:
+        inner = _type_text(arguments[0])
+        return f"a list of {inner}"
+    if origin is dict:
+        return "a JSON object"
+    return " or ".join(filter(None, map(_type_text, arguments)))

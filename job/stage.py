@@ -1,0 +1,92 @@
+"""The child's side of a stage: `python -m job.stage NAME`, started by the supervisor (or, for training, by torchrun)."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from job.cluster import visible_gpus
+from job.environment import load_settings
+from job.errors import ExitCode, JobError, NodeError
+from job.run import Run, write_json
+from job.settings import Settings, masked, secret_values
+from job.stages import STAGES
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(name: str) -> int:
+    """Run one stage to its end; the exit code is that of DESIGN's table, and the reason lies in the error file."""
+    _die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # stop requests come through the stop file, at a moment that we choose
+    settings = load_settings(env_file=None)
+    stage = next(stage for stage in STAGES if stage.name == name)
+    processes = training_processes(settings) if stage.per_gpu else 1
+    if processes > 1 and "RANK" not in os.environ:
+        _become_torchrun(name, processes)
+    run = Run.of(settings)
+    try:
+        function: Callable[[Run], None] = getattr(importlib.import_module(f"job.stages.{name}"), name)
+        function(run)
+    except Exception as error:  # the boundary: everything becomes an exit code and a written reason
+        return _write_down(run, name, error)
+    return ExitCode.OK
+
+
+def training_processes(settings: Settings) -> int:
+    """How many processes train on this machine: one per visible GPU unless a number is set."""
+    if settings.nproc_per_node != "auto":
+        return int(settings.nproc_per_node)
+    return max(1, len(visible_gpus())) if settings.device == "cuda" else 1
+
+
+def _become_torchrun(name: str, processes: int) -> None:
+    """Replace this process by torchrun: it keeps our process id and our death signal."""
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "job.stage", name]
+    os.execv(sys.executable, arguments)
+
+
+def _die_with_parent() -> None:
+    """A trainer whose supervisor was killed must not go on writing: the kernel kills it too (prctl(2), Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        supervisor = os.environ.get("JOB_SUPERVISOR_PID")
+        if supervisor is not None and "RANK" not in os.environ and int(supervisor) != os.getppid():
+            os._exit(ExitCode.TRY_AGAIN)  # it was killed before the line above
+
+
+def _write_down(run: Run, name: str, error: Exception) -> int:
+    known = _as_job_error(error)
+    if known is None:
+        traceback.print_exc()
+        known = JobError(f"{type(error).__name__}: {error}", f"This is a bug, or a case nobody met before; see {run.paths.log_file(name)}.")
+    record = {"exit_code": int(known.exit_code), "message": known.message, "mend": known.mend}
+    secrets = secret_values()
+    write_json(run.paths.error_file(name, run.node.rank), {key: masked(value, secrets) if isinstance(value, str) else value for key, value in record.items()})
+    return int(known.exit_code)
+
+
+def _as_job_error(error: Exception) -> JobError | None:
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return NodeError(f"No space left on the disk{where}.", "Free space or set FT_OUTPUT_DIR to a larger volume; what was committed is intact.")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which only the stages that use it may import
+        return NodeError(
+            f"The GPU's memory is full: {str(error).splitlines()[0]}",
+            "Set FT_GRADIENT_CHECKPOINTING=true, halve FT_PER_DEVICE_TRAIN_BATCH_SIZE and double FT_GRADIENT_ACCUMULATION_STEPS "
+            "(the same mathematics), lower FT_MAX_SEQ_LENGTH, or rent a larger card.",
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,60 @@
+"""Stage download: FT_MODEL_NAME, FT_DATASET_NAME, FT_EVAL_DATASET_NAME → download/{model,dataset,eval_dataset}, sources.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from job.data.formats import check_columns
+from job.hub.sources import Source, fetch, look_up
+from job.report.events import message, progress
+from job.run import Run, write_json
+
+
+def wanted_sources(run: Run) -> list[tuple[Source, Path]]:
+    """The run's sources and where each belongs; the small ones first, so that a mistake in the data costs little."""
+    settings, paths = run.settings, run.paths
+    sources = [(Source.parse("FT_DATASET_NAME", "dataset", settings.dataset_name), paths.dataset_dir)]
+    if settings.eval_dataset_name is not None:
+        sources.append((Source.parse("FT_EVAL_DATASET_NAME", "dataset", settings.eval_dataset_name), paths.eval_dataset_dir))
+    return [*sources, (Source.parse("FT_MODEL_NAME", "model", settings.model_name), paths.model_dir)]
+
+
+def recorded_commits(run: Run) -> dict[str, str]:
+    """The commits that the first start of this run resolved; a branch may have moved since."""
+    try:
+        record = json.loads(run.store.get(f"{run.id}/run.json"))
+    except FileNotFoundError:
+        return {}
+    return dict(record.get("commits", {}))
+
+
+def download(run: Run) -> None:
+    """Fetch what is not here yet, at the commits that the run began with."""
+    commits, report = recorded_commits(run), {}
+    sources = wanted_sources(run)
+    listings = [look_up(source, commits.get(source.variable)) for source, _ in sources]
+    total, done = sum(listing.total_bytes for listing in listings), 0
+    for (source, folder), listing in zip(sources, listings, strict=True):
+        run.check_stop()
+        message(f"{source.described}: {listing.total_bytes / 1e6:,.1f} MB" + (f" at {listing.commit}" if listing.commit else ""))
+        fetch(source, listing, folder)
+        if source.kind == "dataset":
+            check_columns(run, folder)
+        done += listing.total_bytes
+        progress(done / 1e6, total / 1e6, "MB")
+        report[source.variable] = {
+            "source": source.place,
+            "kind": source.scheme,
+            "revision": source.revision,
+            "commit": listing.commit,
+            "bytes": listing.total_bytes,
+        }
+    write_json(run.paths.sources_file, report)
+    _record_commits(run, {name: str(item["commit"]) for name, item in report.items() if item["commit"]})
+
+
+def _record_commits(run: Run, commits: dict[str, str]) -> None:
+    record = json.loads(run.store.get(f"{run.id}/run.json"))
+    if record.get("commits") != commits:
+        run.store.put(f"{run.id}/run.json", json.dumps(record | {"commits": commits}, indent=1).encode())

@@ -1,0 +1,57 @@
+"""Stage merge: download/model, train/adapter → merge/model, merge_proof.json."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM
+
+from job.data.templates import load_tokenizer
+from job.errors import InputError
+from job.model.adapters import with_adapter
+from job.model.device import device_of
+from job.model.loading import load_base, stored_dtype
+from job.model.merge import compare_distributions, largest_difference, next_token_distributions, write_merged
+from job.report.events import message, output
+from job.run import Run, write_json
+
+_PROOF_ROWS, _PROOF_TOKENS = 8, 256
+_MOST_DIFFERENCE = 2**-7  # of a weight's norm; rounding to bfloat16 stays under 2^-8
+_MOST_KL = 0.02  # nats per token; rounding gives less than a thousandth, a wrong scale or a lost layer far more
+
+
+def merge(run: Run) -> None:
+    """Write the merged model, read it back as a user would, and refuse to go on if it is not the one that was trained."""
+    base = load_base(run, quantized=run.settings.use_4bit)
+    trained = with_adapter(run, base)
+    rows = load_from_disk(run.paths.eval_data_dir if run.paths.eval_data_dir.exists() else run.paths.train_data_dir)
+    proof_rows = [list(ids)[:_PROOF_TOKENS] for ids in rows[:_PROOF_ROWS]["input_ids"]]
+    expected = next_token_distributions(trained, proof_rows)
+    run.check_stop()
+    write_merged(trained, run.paths.merged_dir, stored_dtype(run.paths.model_dir))
+    load_tokenizer(run.paths.tokenizer_dir).save_pretrained(run.paths.merged_dir)
+    run.check_stop()
+    layer, difference = largest_difference(trained, run.paths.merged_dir)
+    dtype = next(parameter.dtype for parameter in base.parameters() if parameter.is_floating_point())
+    del base, trained
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    merged = AutoModelForCausalLM.from_pretrained(run.paths.merged_dir, dtype=dtype, device_map={"": device_of(run)}).eval()
+    proof = {
+        "largest_weight_difference": difference,
+        "in_layer": layer,
+        **compare_distributions(expected, next_token_distributions(merged, proof_rows)),
+        "rows": len(proof_rows),
+        "tokens": sum(map(len, proof_rows)),
+    }
+    write_json(run.paths.merge_proof_file, proof)
+    if not (difference <= _MOST_DIFFERENCE and proof["mean_kl_nats"] <= _MOST_KL):
+        raise InputError(
+            f"The merged model is not the trained one: weights differ by {difference:.2g} (in {layer}), answers by {proof['mean_kl_nats']:.2g} nats a token.",
+            f"Nothing was published. The adapter is intact; the figures are in {run.paths.merge_proof_file}.",
+        )
+    message(f"Merge proved: {proof['mean_kl_nats']:.1e} nats a token from what was trained, {proof['same_first_choice']:.1%} equal first choices.")
+    output("merged model", str(run.paths.merged_dir))

@@ -1,0 +1,65 @@
+"""Stage preflight: settings, machine, sources, store, destination → nothing but the certainty that the run can succeed."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from job.errors import NodeError, PermissionRefused
+from job.hub.publish import check_destination
+from job.hub.sources import disk_needed, look_up
+from job.model.device import compute_dtype, device_of
+from job.report.events import message
+from job.run import Run
+from job.stages.download import recorded_commits, wanted_sources
+
+def preflight(run: Run) -> None:
+    """Raise now whatever would otherwise be raised after hours."""
+    _check_device(run)
+    _check_store(run)
+    commits = recorded_commits(run)
+    _check_disk(run, disk_needed({source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)}))
+    if "publish" in run.settings.stages:
+        check_destination(run)
+
+
+def _check_device(run: Run) -> None:
+    device = device_of(run)
+    if device.type == "cpu":
+        message(f"Computing on the CPU with {torch.get_num_threads()} threads in {compute_dtype(run.settings, device)}.")
+        return
+    try:
+        _acceptance_test(device)
+    except RuntimeError as error:
+        raise NodeError(f"The GPU fails its acceptance test: {error}", "Another machine may do; this one's driver or card is broken.") from error
+    properties = torch.cuda.get_device_properties(device)
+    count = torch.cuda.device_count()
+    message(f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each, computing in {compute_dtype(run.settings, device)}.")
+
+
+def _acceptance_test(device: torch.device) -> None:
+    """One product of known result; a card with a broken unit or a half-installed driver fails here."""
+    ones = torch.ones(1024, 1024, device=device)
+    total = float((ones @ ones).double().sum())
+    if total != 1024.0**3:
+        raise RuntimeError(f"a matrix product gave {total} instead of {1024.0**3}")
+
+
+def _check_store(run: Run) -> None:
+    """Write, read and remove: a store that only reads would lose every checkpoint."""
+    key, data = f"{run.id}/preflight-probe", b"The store works."
+    run.store.put(key, data)
+    if run.store.get(key) != data:
+        raise PermissionRefused(f"The store {run.store.url} does not give back what was written.", "Choose another FT_STORE_URL.")
+    run.store.delete(key)
+
+
+def _check_disk(run: Run, needed: int) -> None:
+    run.paths.run_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(run.paths.run_dir).free
+    if free < needed:
+        raise NodeError(
+            f"FT_OUTPUT_DIR={run.settings.output_dir} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB.",
+            "Set FT_OUTPUT_DIR to a larger volume, or free space there.",
+        )

@@ -1,0 +1,73 @@
+"""Stage publish: merge/model, train/adapter, every report → a Hub repository or a folder, publish/published.json."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from job import __version__
+from job.environment import as_json
+from job.hub.publish import RECORD, Destination, publish_folder, publish_to_hub
+from job.report.events import message, output
+from job.report.model_card import write_model_card
+from job.report.plots import draw_loss_curve
+from job.run import Run, now, read_json, write_json
+
+_CURVE = "loss_curve.png"
+
+
+def publish(run: Run) -> None:
+    """Lay out the repository, put it where FT_PUBLISH_TO says, and note where that was."""
+    destination = Destination.of(run)
+    repository = _lay_out(run, destination.hub_id or run.settings.new_model.rsplit("/", 1)[-1])
+    run.check_stop()
+    record = {"published": now(), "destination": str(destination)}
+    if destination.hub_id is not None:
+        name, commit = publish_to_hub(run, repository, destination.hub_id)
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        record |= {"repository": name, "commit": commit, "page": f"{endpoint}/{name}"}
+    else:
+        assert destination.folder is not None
+        publish_folder(repository, destination.folder)
+    write_json(run.paths.published_file, record)
+    shutil.rmtree(repository)
+    where = record.get("page", record["destination"])
+    message(f"Published to {where}.")
+    output("published", where)
+    if destination.folder is not None:
+        output("loss curve", str(destination.folder / _CURVE))
+
+
+def _lay_out(run: Run, published_name: str) -> Path:
+    """The repository as others will see it: merged model on top, adapter beside it, card, curve, samples and proof."""
+    paths, repository = run.paths, run.paths.repository_dir
+    shutil.rmtree(repository, ignore_errors=True)
+    _link_tree(paths.merged_dir, repository)
+    _link_tree(paths.adapter_dir, repository / "adapter")
+    for file in (paths.samples_file, paths.merge_proof_file):
+        shutil.copy(file, repository / file.name)
+    history = read_json(paths.trainer_state_file)["log_history"]
+    draw_loss_curve(history, run.settings.new_model.rsplit("/", 1)[-1], repository / _CURVE)
+    (repository / "README.md").write_text(write_model_card(run, curve_file=_CURVE, published_name=published_name), encoding="utf-8")
+    write_json(repository / RECORD, _record(run))
+    return repository
+
+
+def _record(run: Run) -> dict[str, object]:
+    """The whole run for machines: settings, commits, figures. Paths and places of this machine are left out."""
+    private = {"output_dir", "store_url", "publish_to"}
+    settings = {name: value for name, value in as_json(run.settings).items() if name not in private}
+    return {"job_version": __version__, "run_id": run.id, "settings": settings, "metrics": read_json(run.paths.metrics_file)}
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard links where the file system has them: a second copy of 13 GB would need the disk twice."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, copy)
+            except OSError:
+                shutil.copy(path, copy)

@@ -1,0 +1,54 @@
+"""Stage sample: download/model, train/adapter → sample/samples.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from job.data.masking import render_prompt
+from job.data.templates import load_tokenizer
+from job.model.adapters import with_adapter
+from job.model.loading import load_base
+from job.report.events import message, output, progress
+from job.run import Run, write_json
+
+
+def sample(run: Run) -> None:
+    """Let the base and the tuned model answer each prompt, greedily, so that the answers can be compared and repeated."""
+    tokenizer = load_tokenizer(run.paths.tokenizer_dir)
+    model = with_adapter(run, load_base(run, quantized=run.settings.use_4bit))
+    samples = []
+    prompts = run.settings.sample_prompts
+    for number, prompt in enumerate(prompts, 1):
+        run.check_stop()
+        ids = render_prompt(prompt, tokenizer)
+        with model.disable_adapter():
+            before = answer(model, tokenizer, ids, run.settings.sample_max_new_tokens)
+        after = answer(model, tokenizer, ids, run.settings.sample_max_new_tokens)
+        samples.append({"prompt": prompt, "base": before, "tuned": after})
+        progress(number, len(prompts), "prompts")
+        message(f"{prompt}\n    before: {before}\n    after:  {after}")
+    write_json(run.paths.samples_file, samples)
+    output("answers", str(run.paths.samples_file))
+
+
+@torch.inference_mode()
+def answer(model: PeftModel, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
+    """The greedy continuation of `prompt_ids`, without special tokens."""
+    ids = torch.tensor([prompt_ids], device=model.get_base_model().get_input_embeddings().weight.device)
+    room = int(getattr(model.config, "max_position_embeddings", 0) or 2**20) - len(prompt_ids)
+    generated = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max(1, min(max_new_tokens, room)),
+        do_sample=False,
+        temperature=None,  # Llama-2-chat's generation_config samples; unset what greedy decoding would warn about
+        top_p=None,
+        top_k=None,
+        max_length=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    text: str = tokenizer.decode(generated[0, len(prompt_ids) :], skip_special_tokens=True)
+    return text.strip()

@@ -1,0 +1,119 @@
+"""Stage train: download/model, prepare/train, prepare/eval → train/adapter, trainer_state.json, metrics.json, tensorboard.
+
+Between its start and its end it writes checkpoints/checkpoint-STEP, which the supervisor stores and restores.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_from_disk
+from trl import SFTTrainer
+
+from job.data.templates import load_tokenizer
+from job.errors import InputError, Stopped
+from job.model.adapters import lora_config
+from job.model.device import device_of
+from job.model.loading import load_base
+from job.report.events import message, output
+from job.run import Run, read_json, write_json
+from job.training.arguments import peak_memory_bytes, training_arguments
+from job.training.callbacks import HonourStopRequests, OfferCheckpoints, RefuseNonsense, ReportProgress
+
+
+def train(run: Run) -> None:
+    """Train the adapter, from the restored checkpoint if there is one; raises Stopped if a stop request came first."""
+    live_tensorboard = run.paths.run_dir / "tensorboard"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(live_tensorboard)
+    os.environ.setdefault("WANDB_DIR", str(run.paths.run_dir))
+    if device_of(run).type == "cuda":
+        torch.cuda.set_device(run.node.local_rank)
+    checkpoint = _restored_checkpoint(run)
+    trainer, stop = _build_trainer(run, resumed=checkpoint is not None)
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        raise Stopped(f"Stopped on request behind step {trainer.state.global_step}.", "Start the job again to go on from there.")
+    if trainer.eval_dataset is not None and not _evaluated_at_the_end(trainer):
+        trainer.evaluate()
+    if run.node.is_first:
+        _save(run, trainer, result.metrics, time.monotonic() - started)
+        shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
+
+
+def _build_trainer(run: Run, *, resumed: bool) -> tuple[SFTTrainer, HonourStopRequests]:
+    train_rows = load_from_disk(run.paths.train_data_dir)
+    eval_rows = load_from_disk(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
+    assert isinstance(train_rows, Dataset)
+    max_length = int(read_json(run.paths.data_report_file)["max_length"])
+    stop = HonourStopRequests(run)
+    try:
+        trainer = SFTTrainer(
+            model=load_base(run, quantized=run.settings.use_4bit),
+            args=training_arguments(run, max_length=max_length, evaluates=eval_rows is not None, resumed=resumed),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=load_tokenizer(run.paths.tokenizer_dir),
+            peft_config=lora_config(run.settings),
+            callbacks=[ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
+        )
+    except ValueError as error:
+        if "arget modules" in str(error):
+            raise InputError(f"FT_LORA_TARGET_MODULES does not fit the model: {error}", "Use auto, all-linear, or names of its linear layers.") from error
+        raise
+    if run.node.is_first:
+        trainable, everything = trainer.model.get_nb_trainable_parameters()
+        message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
+    return trainer, stop
+
+
+def _restored_checkpoint(run: Run) -> Path | None:
+    """The one checkpoint that the supervisor restored and verified, if any."""
+    folders = list(run.paths.checkpoints_dir.glob("checkpoint-*"))
+    return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _evaluated_at_the_end(trainer: SFTTrainer) -> bool:
+    return any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history)
+
+
+def _save(run: Run, trainer: SFTTrainer, result: dict[str, float], seconds: float) -> None:
+    """The adapter, without this machine's paths in it; the whole loss history; the figures for card and table."""
+    paths, history = run.paths, trainer.state.log_history
+    for config in trainer.model.peft_config.values():
+        config.base_model_name_or_path = run.settings.model_name
+    trainer.model.save_pretrained(paths.adapter_dir)
+    (paths.adapter_dir / "README.md").unlink(missing_ok=True)  # peft's empty form; publish writes the real card
+    trainer.state.save_to_json(str(paths.trainer_state_file))
+    metrics = _metrics(run, trainer, seconds) | {"train_loss_mean": result.get("train_loss")}
+    write_json(paths.metrics_file, metrics)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    output("adapter", str(paths.adapter_dir))
+    output("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "no step was logged")
+    if metrics["eval_loss_last"] is not None:
+        output("evaluation loss", f"{metrics['eval_loss_first']:.4f} → {metrics['eval_loss_last']:.4f} nats a token")
+
+
+def _metrics(run: Run, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
+    history, device = trainer.state.log_history, device_of(run)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry and "loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "eval_loss_first": evaluations[0] if evaluations else None,
+        "eval_loss_last": evaluations[-1] if evaluations else None,
+        "tokens": tokens[-1] if tokens else None,
+        "seconds_of_this_start": round(seconds, 1),
+        "processes": run.node.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }

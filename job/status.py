@@ -1,0 +1,35 @@
+"""What the store knows of a run."""
+
+from __future__ import annotations
+
+import json
+
+from job.checkpoints import manifest
+from job.checkpoints.restore import committed_steps
+from job.errors import SettingsError
+from job.run import Run
+from job.stages import STAGES
+
+
+def print_status(run: Run) -> None:
+    """Print when the run began, which stages are complete, and which checkpoints are committed."""
+    try:
+        record = json.loads(run.store.get(f"{run.id}/run.json"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"The store {run.store.url} knows no run {run.id!r}.",
+            "Set FT_RUN_ID and FT_STORE_URL as the run had them; without FT_RUN_ID the other settings must be the same too.",
+        ) from None
+    print(f"run {run.id}, begun {record['created']}, store {run.store.url}")
+    for stage in STAGES:
+        if stage.name == "preflight":
+            continue
+        here = manifest.marked(run.paths.stage_dir(stage.name))
+        found = manifest.read(run.store, f"{run.id}/stages/{stage.name}") if stage.kept else here
+        if found is None:
+            print(f"  {stage.name:<10} not complete" + ("" if stage.kept else " on this machine"))
+        else:
+            stale = "" if found.fingerprint == run.settings.fingerprint(stage.name) else ", with other settings"
+            print(f"  {stage.name:<10} complete since {found.created}{stale}")
+    steps = committed_steps(run)
+    print("  checkpoints committed: " + (", ".join(f"step {step}" for step in steps) or "none"))

@@ -1,0 +1,121 @@
+"""A store in a folder: the default, and what a mounted volume or a shared file system is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from job.errors import NodeError, PermissionRefused, TransientError
+from job.storage import Conflict
+
+
+class LocalStore:
+    """Keys are files below `root`. Bytes are written beside their name, synced, and renamed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            os.replace(self._write_aside(key, data), self._path(key))
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            aside = self._write_aside(key, data)
+            try:
+                os.link(aside, self._path(key))  # unlike rename, link fails if the name is taken
+            except FileExistsError:
+                raise Conflict(key) from None
+            finally:
+                aside.unlink()
+
+    def get(self, key: str) -> bytes:
+        with self._errors(key):
+            return self._path(key).read_bytes()
+
+    def upload(self, source: Path, key: str) -> None:
+        with self._errors(key):
+            _copy_aside(source, self._path(key))
+
+    def download(self, key: str, target: Path) -> None:
+        with self._errors(key):
+            _copy_aside(self._path(key), target)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        with self._errors(prefix):
+            for folder, _, names in os.walk(self._path(prefix)):
+                for name in names:
+                    path = Path(folder) / name
+                    if ".partial-" not in name:
+                        yield path.relative_to(self.root).as_posix(), path.stat().st_size
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            path = self._path(key)
+            path.unlink(missing_ok=True)
+            for folder in path.parents:  # an empty folder is no object; leave none behind
+                if folder == self.root or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+    def _path(self, key: str) -> Path:
+        path = self.root / key
+        if self.root not in (path, *path.parents) or ".." in path.parts:
+            raise ValueError(f"key {key!r} leads out of the store")
+        return path
+
+    def _write_aside(self, key: str, data: bytes) -> Path:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(path)
+        with aside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return aside
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except PermissionError as error:
+            raise PermissionRefused(
+                f"The store folder {self.root} refuses access to {key!r}: {error.strerror}.",
+                "Make FT_STORE_URL a folder that this user may write, or mend its permissions.",
+            ) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NodeError(
+                    f"No space left for {key!r} in the store folder {self.root}.",
+                    "Free space there, or set FT_STORE_URL to a larger volume. What was committed is intact.",
+                ) from error
+            raise TransientError(f"The store folder {self.root} failed on {key!r}: {error}.", "Start the job again.") from error
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+
+
+def _copy_aside(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(target)
+    try:
+        with source.open("rb") as reader, aside.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 16 * 1024 * 1024)
+            writer.flush()
+            os.fsync(writer.fileno())
+        os.replace(aside, target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,132 @@
+"""A store in an S3 bucket, through boto3. Credentials and endpoint come from boto3's own chain (`AWS_*`)."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error, S3UploadFailedError
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+from job.errors import PermissionRefused, SettingsError, TransientError
+from job.storage import Conflict
+
+_ABSENT = {"404", "NoSuchKey", "NotFound"}
+_REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AllAccessDisabled", "InvalidToken"}
+_MISDIRECTED = {"NoSuchBucket", "PermanentRedirect", "AuthorizationHeaderMalformed", "301", "InvalidBucketName"}
+
+
+class S3Store:
+    """Keys are objects below `s3://bucket/prefix`."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        self._client: Any = None
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/{self._prefix}".rstrip("/")
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, ChecksumAlgorithm="SHA256")
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        with self._errors(key):
+            try:
+                self.client.put_object(
+                    Bucket=self.bucket, Key=self._key(key), Body=data, ChecksumAlgorithm="SHA256", IfNoneMatch="*"
+                )
+            except ClientError as error:
+                if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+                    raise Conflict(key) from None
+                raise
+
+    def get(self, key: str) -> bytes:
+        with self._errors(key):
+            data: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            return data
+
+    def upload(self, source: Path, key: str) -> None:
+        with self._errors(key):
+            self.client.upload_file(str(source), self.bucket, self._key(key), ExtraArgs={"ChecksumAlgorithm": "SHA256"})
+
+    def download(self, key: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
+        try:
+            with self._errors(key):
+                self.client.download_file(self.bucket, self._key(key), str(aside))
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        base = f"{self._key(prefix)}/" if prefix else (f"{self._prefix}/" if self._prefix else "")
+        drop = len(self._prefix) + 1 if self._prefix else 0
+        with self._errors(prefix):
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base):
+                for item in page.get("Contents", ()):
+                    yield item["Key"][drop:], item["Size"]
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    @property
+    def client(self) -> Any:
+        if self._client is None:
+            retries: Any = {"mode": "standard", "total_max_attempts": 6}
+            with self._errors(""):
+                self._client = boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
+        return self._client
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}".strip("/")
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        """Turn botocore's errors into the store's four."""
+        what = f"{self.url}/{key}".rstrip("/")
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise PermissionRefused(
+                f"No AWS credentials for {what}.", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role."
+            ) from error
+        except (ClientError, S3UploadFailedError) as error:
+            raise self._explained(error, what) from error
+        except (BotoCoreError, Boto3Error, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise TransientError(
+                f"S3 did not answer for {what}: {type(error).__name__}: {error}",
+                "Check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION if this is the first start; otherwise start the job again.",
+            ) from error
+
+    def _explained(self, error: Exception, what: str) -> Exception:
+        client_error = error if isinstance(error, ClientError) else error.__context__
+        code = _code(client_error) if isinstance(client_error, ClientError) else ""
+        if code in _ABSENT:
+            return FileNotFoundError(what)
+        if code in _REFUSED:
+            return PermissionRefused(f"S3 refused access to {what} ({code}).", "Check the AWS credentials and the bucket's policy.")
+        if code in _MISDIRECTED:
+            return SettingsError(f"S3 has no bucket {self.bucket!r} here ({code}).", "Check the bucket's name and AWS_DEFAULT_REGION.")
+        return TransientError(f"S3 failed for {what}: {error}", "Start the job again.")
+
+
+def _code(error: ClientError) -> str:
+    response: Any = error.response
+    code = str(response.get("Error", {}).get("Code", ""))
+    status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    # A HEAD carries no body, so its code is the bare status
+    return code if code and not code.isdigit() else status

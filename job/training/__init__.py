@@ -1,0 +1,1 @@
+"""TRL's SFTTrainer and the few callbacks that tie it to the job."""

@@ -1,0 +1,72 @@
+"""The settings as trl's SFTConfig."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from job.model.device import compute_dtype, device_of, mixed_precision
+from job.run import Run
+
+
+def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: bool) -> SFTConfig:
+    """Arguments for a training on prepared data: rows are tokenised, labelled, cut and packed already."""
+    settings, device = run.settings, device_of(run)
+    on_gpu = device.type == "cuda"
+    checkpointing = on_gpu if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing
+    arguments: dict[str, Any] = {
+        "output_dir": str(run.paths.checkpoints_dir),
+        "run_name": run.id,
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_eval_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_checkpointing": checkpointing,
+        "max_grad_norm": settings.max_grad_norm,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "optim": settings.optim if on_gpu else _cpu_optimizer(settings.optim),
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_ratio,  # below 1 it is a part of all steps
+        "train_sampling_strategy": "group_by_length" if settings.group_by_length and not settings.packing else "random",
+        "seed": settings.seed,
+        **mixed_precision(settings, compute_dtype(settings, device)),
+        # the data is ready
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": max_length,
+        "packing": settings.packing,
+        "eval_packing": False,
+        # evaluation, checkpoints, logs
+        "eval_strategy": "steps" if evaluates and settings.eval_steps else "no",
+        "eval_steps": settings.eval_steps,
+        "eval_on_start": evaluates and not resumed,
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen, not averaged away
+        "report_to": ["tensorboard", *(["wandb"] if os.environ.get("WANDB_API_KEY") else [])],
+        "disable_tqdm": True,
+        "use_cpu": not on_gpu,
+        "ddp_find_unused_parameters": False,
+        **settings.extra_training_args,
+    }
+    known = {field.name for field in fields(SFTConfig)}
+    missing = sorted(set(arguments) - known)
+    if missing:  # another version of transformers or trl: say so rather than train differently
+        raise TypeError(f"this version of trl's SFTConfig lacks {', '.join(missing)}")
+    return SFTConfig(**arguments)
+
+
+def _cpu_optimizer(name: str) -> str:
+    """bitsandbytes pages optimizer state between GPU and host memory; on the CPU plain AdamW takes the same steps."""
+    return "adamw_torch" if name.startswith("paged_") or "8bit" in name else name
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most that torch had allocated on a GPU; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
