@@ -31,16 +31,15 @@ def load_settings(env_file: Path | None = Path(".env")) -> Settings:
     if env_file is not None and env_file.is_file():
         load_dotenv(env_file, override=False)
     problems = _unknown_names()
-    settings: Settings | None = None
     try:
         settings = Settings()
     except ValidationError as error:
-        problems += _malformed_values(error)
-    except ValueError as error:  # a JSON value that pydantic-settings could not even split
-        problems.append(str(error))
-    if settings is not None:
-        problems += _contradictions(settings) + _unknown_choices(settings) + _bad_extra_arguments(settings)
-    if problems or settings is None:
+        malformed = _malformed_values(error)
+        problems += malformed.values()
+        # the other mistakes are wanted too, so go on as if the malformed variables were unset
+        settings = Settings(**{name: Settings.model_fields[name].default for name in malformed})
+    problems += _contradictions(settings) + _unknown_choices(settings) + _bad_extra_arguments(settings)
+    if problems:
         count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise SettingsError(
@@ -61,8 +60,8 @@ def _unknown_names() -> list[str]:
     return problems
 
 
-def _malformed_values(error: ValidationError) -> list[str]:
-    """One line a variable; a union reports one error per member, of which the variable's own description says it all."""
+def _malformed_values(error: ValidationError) -> dict[str, str]:
+    """Field name → one line; a union reports one error per member, of which the variable's own description says it all."""
     problems: dict[str, str] = {}
     for detail in error.errors():
         field_name = str(detail["loc"][0])
@@ -75,7 +74,7 @@ def _malformed_values(error: ValidationError) -> list[str]:
         default = default_text(field_name)
         way_out = "Unset it to go without." if default == "(unset)" else f"Unset it for {default}."
         problems.setdefault(field_name, f"{plain}. {way_out}")
-    return list(problems.values())
+    return problems
 
 
 def _contradictions(settings: Settings) -> list[str]:

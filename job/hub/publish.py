@@ -8,12 +8,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from job.checkpoints.manifest import sha256
 from job.errors import PermissionRefused, SettingsError, TransientError
 from job.hub import hub_errors
-from job.run import Run, read_json
+from job.run import Run
 
 RECORD = "finetune_run.json"  # written into what is published; tells our own folders from other people's
 
@@ -56,13 +56,13 @@ def check_destination(run: Run) -> None:
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """Copy `source` to `target`; whoever looks sees the model as it was before or the whole new one."""
+    """Move `source` to `target`; whoever looks sees the model as it was before or the whole new one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, former = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.former")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
+    for leftover in (partial, former):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.move(source, partial)  # a rename where both lie on one volume, else a copy
     if target.exists():
-        shutil.rmtree(former, ignore_errors=True)
         os.replace(target, former)
     os.replace(partial, target)
     shutil.rmtree(former, ignore_errors=True)
@@ -71,14 +71,16 @@ def publish_folder(source: Path, target: Path) -> None:
 def publish_to_hub(run: Run, source: Path, hub_id: str) -> tuple[str, str]:
     """Push `source` in one commit, then compare what the Hub lists with what lies here.
 
-    Returns (repository id with its namespace, commit). Files of an earlier push that are no longer part of the model
-    are removed in the same commit. Raises TransientError if the Hub holds other bytes than were sent.
+    Returns (repository id with its namespace, commit). Weights of an earlier push that are no longer part of the
+    model are removed in the same commit. Raises TransientError if the Hub holds other bytes than were sent.
     """
     repository = _create_repository(run, hub_id)
     files = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
     api = HfApi()
     with hub_errors(f"FT_PUBLISH_TO=hf://{repository}"):
-        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+        stale = [name for name in api.list_repo_files(repository) if name.endswith((".safetensors", ".safetensors.index.json")) and name not in files]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path_in_repo=name) for name in stale]
+        operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
         commit = api.create_commit(repository, operations, commit_message=f"Fine-tuned model of run {run.id}")
         listed = {item.path: item for item in api.list_repo_tree(repository, recursive=True, revision=commit.oid) if hasattr(item, "blob_id")}
     wrong = [name for name, path in files.items() if name not in listed or not _same_bytes(path, listed[name])]
@@ -98,9 +100,3 @@ def _same_bytes(path: Path, listed: object) -> bool:
 def _create_repository(run: Run, hub_id: str) -> str:
     with hub_errors(f"FT_PUBLISH_TO=hf://{hub_id}"):
         return HfApi().create_repo(hub_id, private=run.settings.hub_private, exist_ok=True).repo_id
-
-
-def published_as(run: Run) -> str:
-    """Where the published model lies, for people: the folder, or the repository's page."""
-    record = read_json(run.paths.published_file)
-    return str(record.get("page") or record["destination"])

@@ -31,7 +31,7 @@ def publish(run: Run) -> None:
         assert destination.folder is not None
         publish_folder(repository, destination.folder)
     write_json(run.paths.published_file, record)
-    shutil.rmtree(repository)
+    shutil.rmtree(repository, ignore_errors=True)
     where = record.get("page", record["destination"])
     message(f"Published to {where}.")
     output("published", where)
@@ -58,7 +58,8 @@ def _record(run: Run) -> dict[str, object]:
     """The whole run for machines: settings, commits, figures. Paths and places of this machine are left out."""
     private = {"output_dir", "store_url", "publish_to"}
     settings = {name: value for name, value in as_json(run.settings).items() if name not in private}
-    return {"job_version": __version__, "run_id": run.id, "settings": settings, "metrics": read_json(run.paths.metrics_file)}
+    metrics = {name: value for name, value in read_json(run.paths.metrics_file).items() if not name.startswith("seconds")}
+    return {"job_version": __version__, "run_id": run.id, "settings": settings, "metrics": metrics}
 
 
 def _link_tree(source: Path, target: Path) -> None:

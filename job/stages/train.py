@@ -17,8 +17,8 @@ from trl import SFTTrainer
 
 from job.data.templates import load_tokenizer
 from job.errors import InputError, Stopped
-from job.model.adapters import lora_config
-from job.model.device import device_of
+from job.model.adapters import keep_full_precision, lora_config
+from job.model.device import compute_dtype, device_of
 from job.model.loading import load_base
 from job.report.events import message, output
 from job.run import Run, read_json, write_json
@@ -66,6 +66,7 @@ def _build_trainer(run: Run, *, resumed: bool) -> tuple[SFTTrainer, HonourStopRe
         if "arget modules" in str(error):
             raise InputError(f"FT_LORA_TARGET_MODULES does not fit the model: {error}", "Use auto, all-linear, or names of its linear layers.") from error
         raise
+    keep_full_precision(trainer.model, compute_dtype(run.settings, device_of(run)))
     if run.node.is_first:
         trainable, everything = trainer.model.get_nb_trainable_parameters()
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")

@@ -1,0 +1,176 @@
+"""Fixtures: a tiny real Llama with its own tokenizer, a fake Hub that speaks the real protocol, and runs of the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIGHTHOUSE = ROOT / "examples" / "lighthouse.jsonl"
+SHARED = ROOT.parent / "shared" / "data"
+SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
+
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting, secret or cache of the developer's reaches a test."""
+    for name in list(os.environ):
+        if name.upper().startswith(("FT_", "SLURM_")) or name in SECRETS or name in ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with 2 layers and random weights, and a BPE tokenizer trained on the sample dataset."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train([str(LIGHTHOUSE)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=256)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Result:
+    """A finished process of the job: its exit code, its JSON log lines, and the JSON error it ended with."""
+
+    code: int
+    stdout: str
+    stderr: str
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return dict(json.loads(self.stderr.strip().splitlines()[-1]))
+
+    @property
+    def ended(self) -> dict[str, str]:
+        """Stage name → result, as the closing event lists them."""
+        closing = next(event for event in reversed(self.events) if event.get("event") == "run_ended")
+        return {item["stage"]: item["result"] for item in closing["stages"]}
+
+
+@dataclass
+class Job:
+    """The job as its user meets it: environment variables in, exit code and log lines out."""
+
+    environment: dict[str, str]
+
+    def start(self, command: str = "run", **settings: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "entrypoint.py"), command],
+            env={**os.environ, **self.environment, **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.environment.get("JOB_TEST_CWD", ROOT),
+        )
+
+    def run(self, command: str = "run", **settings: str) -> Result:
+        process = self.start(command, **settings)
+        stdout, stderr = process.communicate(timeout=600)
+        return finished(process, stdout, stderr)
+
+
+def finished(process: subprocess.Popen[str], stdout: str, stderr: str) -> Result:
+    events = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+    return Result(process.returncode, stdout, stderr, events)
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Path) -> Job:
+    """A whole run that takes seconds of training: the tiny model on the sample dataset, on the CPU."""
+    return Job(
+        {
+            "FT_MODEL_NAME": str(tiny_model),
+            "FT_DATASET_NAME": str(LIGHTHOUSE),
+            "FT_DATASET_SPLIT": "train[:48]",
+            "FT_EVAL_SPLIT": "0.2",
+            "FT_DEVICE": "cpu",
+            "FT_LORA_R": "4",
+            "FT_MAX_STEPS": "6",
+            "FT_SAVE_STEPS": "2",
+            "FT_LOGGING_STEPS": "1",
+            "FT_LEARNING_RATE": "1e-2",
+            "FT_SAMPLE_MAX_NEW_TOKENS": "8",
+            "FT_NEW_MODEL": "tiny-lighthouse",
+            "FT_OUTPUT_DIR": str(tmp_path / "results"),
+            "FT_LOG_FORMAT": "json",
+            "FT_RUN_ID": "test-run",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "hf-home"),
+        }
+    )
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A Run in this process, for tests of one stage or one room; keyword arguments are settings without their prefix."""
+
+    def make(**settings: str) -> Any:
+        from job.environment import load_settings
+        from job.run import Run
+
+        defaults = {"MODEL_NAME": str(tiny_model), "DATASET_NAME": str(LIGHTHOUSE), "DEVICE": "cpu", "OUTPUT_DIR": str(tmp_path / "results"), "RUN_ID": "here"}
+        for name, value in {**defaults, **settings}.items():
+            monkeypatch.setenv(f"FT_{name}", value)
+        return Run.of(load_settings(env_file=None))
+
+    return make
+
+
+@pytest.fixture
+def make_run_with_model(make_run: Callable[..., Any], tiny_model: Path) -> Callable[..., Any]:
+    """As `make_run`, with the tiny model where the download stage would have put it."""
+
+    def make(**settings: str) -> Any:
+        run = make_run(**settings)
+        run.paths.stage_dir("download").mkdir(parents=True)
+        run.paths.model_dir.symlink_to(tiny_model)
+        return run
+
+    return make
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The real data of this project's developers; a user's clone has none, and its tests are skipped there."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture
+def hub() -> Iterator[Any]:
+    """A Hub on a free port of this machine."""
+    from tests.fake_hub import FakeHub
+
+    with FakeHub() as server:
+        yield server

@@ -1,0 +1,155 @@
+"""Settings: one table, every mistake explained at once, nothing heavy imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from job.environment import load_settings, settings_table
+from job.errors import SettingsError
+from job.settings import STAGE_NAMES, Settings, masked, secret_values
+from job.stages import STAGES
+from tests.conftest import ROOT
+
+NOTEBOOK_PARAMETERS = """model_name dataset_name new_model lora_r lora_alpha lora_dropout use_4bit bnb_4bit_compute_dtype
+bnb_4bit_quant_type use_nested_quant output_dir num_train_epochs fp16 bf16 per_device_train_batch_size
+per_device_eval_batch_size gradient_accumulation_steps gradient_checkpointing max_grad_norm learning_rate weight_decay
+optim lr_scheduler_type max_steps warmup_ratio group_by_length save_steps logging_steps max_seq_length packing
+device_map""".split()
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return load_settings(env_file=None)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(monkeypatch, **variables)
+    assert caught.value.exit_code == 78
+    return str(caught.value)
+
+
+def test_every_parameter_of_the_seed_notebook_has_its_variable() -> None:
+    assert set(NOTEBOOK_PARAMETERS) <= set(Settings.model_fields)
+
+
+def test_with_nothing_set_the_job_is_the_seed_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch)
+    assert (settings.model_name, settings.dataset_name) == ("NousResearch/Llama-2-7b-chat-hf", "mlabonne/guanaco-llama2-1k")
+    assert (settings.lora_r, settings.lora_alpha, settings.lora_dropout) == (64, 16, 0.1)
+    assert (settings.use_4bit, settings.bnb_4bit_quant_type, settings.num_train_epochs) == (True, "nf4", 1)
+    assert (settings.per_device_train_batch_size, settings.max_grad_norm, settings.learning_rate) == (4, 0.3, 2e-4)
+    assert (settings.weight_decay, settings.optim, settings.lr_scheduler_type, settings.warmup_ratio) == (0.001, "paged_adamw_32bit", "cosine", 0.03)
+
+
+def test_every_setting_has_a_meaning_and_a_description_of_what_is_allowed() -> None:
+    for row in settings_table():
+        assert row["meaning"].endswith("."), row
+        assert row["allowed"], row
+
+
+def test_the_stage_names_of_the_settings_are_those_of_the_job() -> None:
+    assert tuple(stage.name for stage in STAGES) == STAGE_NAMES
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("FT_LORA_RANK", "8", "did you mean FT_LORA_R?"),
+        ("FT_LORA_R", "many", "must be a whole number, at least 1 and at most 4096. Unset it for 64."),
+        ("FT_LORA_R", "0", "at least 1"),
+        ("FT_LORA_DROPOUT", "1", "less than 1"),
+        ("FT_LEARNING_RATE", "-1", "more than 0"),
+        ("FT_USE_4BIT", "maybe", "must be true or false"),
+        ("FT_BNB_4BIT_QUANT_TYPE", "int4", "nf4, fp4"),
+        ("FT_MAX_SEQ_LENGTH", "long", "auto or a whole number"),
+        ("FT_MAX_STEPS", "-1", "Unset it to go without."),
+        ("FT_EVAL_SPLIT", "1.5", "a fraction lies between 0 and 1"),
+        ("FT_STAGES", "train,fly", "preflight, download, prepare"),
+        ("FT_SAMPLE_PROMPTS", "hello", "FT_SAMPLE_PROMPTS='hello': must be a list of text"),
+        ("FT_RUN_ID", "../escape", "FT_RUN_ID"),
+        ("FT_OPTIM", "adamw_trch", "Did you mean adamw_torch?"),
+        ("FT_LR_SCHEDULER_TYPE", "cosinus", "Did you mean cosine"),
+        ("FT_STORE_URL", "gs://bucket", "must be a folder or s3://bucket/prefix"),
+        ("FT_PUBLISH_TO", "hf://me/model", "needs HF_TOKEN"),
+        ("FT_EVAL_STEPS", "5", "set FT_EVAL_SPLIT too"),
+        ("FT_EXTRA_TRAINING_ARGS", "{'a': 1}", "must be a JSON object"),
+        ("FT_EXTRA_TRAINING_ARGS", '{"adam_beta_1": 0.8}', "did you mean 'adam_beta1'?"),
+        ("FT_EXTRA_TRAINING_ARGS", '{"learning_rate": 1}', "set FT_LEARNING_RATE"),
+        ("FT_EXTRA_TRAINING_ARGS", '{"push_to_hub": true}', "decided by the job"),
+    ],
+)
+def test_a_mistake_is_answered_with_what_is_allowed_and_how_to_mend_it(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+) -> None:
+    message = refusal(monkeypatch, **{variable: value})
+    assert variable in message
+    assert told in message
+
+
+def test_settings_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(monkeypatch, FT_FP16="true", FT_BF16="true", FT_USE_NESTED_QUANT="true", FT_USE_4BIT="false")
+    assert "FT_FP16 and FT_BF16 are both true" in message
+    assert "it needs FT_USE_4BIT=true" in message
+
+
+def test_three_mistakes_are_shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(monkeypatch, FT_LORA_RR="8", FT_LORA_R="x", FT_OPTIM="sgdd")
+    assert message.startswith("3 settings are wrong:")
+    assert all(name in message for name in ("FT_LORA_RR", "FT_LORA_R=", "FT_OPTIM"))
+
+
+def test_an_extra_training_argument_that_exists_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, FT_EXTRA_TRAINING_ARGS='{"adam_beta1": 0.8, "dataloader_num_workers": 2}')
+    assert settings.extra_training_args == {"adam_beta1": 0.8, "dataloader_num_workers": 2}
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(monkeypatch, FT_LORA_R="", FT_EVAL_SPLIT="").lora_r == 64
+
+
+def test_the_env_file_is_read_and_the_real_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("FT_LORA_R=8\nFT_LORA_ALPHA=32\n", encoding="utf-8")
+    monkeypatch.setenv("FT_LORA_R", "16")
+    monkeypatch.setenv("FT_LORA_ALPHA", "")  # so that monkeypatch takes what load_dotenv sets away again
+    monkeypatch.delenv("FT_LORA_ALPHA")
+    settings = load_settings(env_file=file)
+    assert (settings.lora_r, settings.lora_alpha) == (16, 32)
+
+
+def test_a_secret_in_the_wrong_variable_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(monkeypatch, HF_TOKEN="hf_canary_0123", FT_LORA_R="hf_canary_0123")
+    assert "hf_canary_0123" not in message
+    assert "***" in message
+
+
+def test_masking_a_short_secret_does_not_leave_the_tail_of_a_longer_one() -> None:
+    secrets = secret_values({"HF_TOKEN": "abcd", "WANDB_API_KEY": "abcdef"})
+    assert masked("abcdef abcd", secrets) == "*** ***"
+
+
+def test_the_fingerprint_of_training_ignores_what_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load(monkeypatch)
+    after = load(monkeypatch, FT_SAMPLE_PROMPTS='["Hello?"]', FT_LOG_FORMAT="json", FT_NEW_MODEL="other")
+    assert before.fingerprint("train") == after.fingerprint("train")
+    assert before.fingerprint("sample") != after.fingerprint("sample")
+    assert load(monkeypatch, FT_LORA_R="8").fingerprint("train") != before.fingerprint("train")
+
+
+@pytest.mark.parametrize("arguments", [["settings"], ["run"], ["plan"], ["--version"]])
+def test_settings_and_their_errors_are_answered_without_importing_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys, entrypoint\n"
+        "try: entrypoint.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'boto3'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    environment = {"FT_LORA_RR": "8", "FT_OPTIM": "nonsense", "FT_EXTRA_TRAINING_ARGS": '{"nonsense": 1}', "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
