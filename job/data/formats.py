@@ -125,13 +125,19 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
             loaded = load_dataset(str(folder), name=config, split=split, cache_dir=str(cache_dir))
     except Exception as error:  # datasets raises many kinds for files that are not what their name says
         reason = str(error.__cause__ or error).splitlines()[0]
+        if "corresponds to no data" in reason:
+            raise _empty(split) from error
         raise InputError(
             f"The dataset has no split {split!r} that can be read: {reason}", "Check FT_DATASET_SPLIT, FT_DATASET_CONFIG, FT_EVAL_SPLIT and the files."
         ) from error
     assert isinstance(loaded, Dataset) and not isinstance(loaded, DatasetDict)
     if len(loaded) == 0:
-        raise InputError(f"The dataset's split {split!r} is empty.", "Name a split that has rows.")
+        raise _empty(split)
     return loaded
+
+
+def _empty(split: str) -> InputError:
+    return InputError(f"The dataset's split {split!r} is empty.", "Name a split that has rows: FT_DATASET_SPLIT, FT_EVAL_SPLIT.")
 
 
 def check_columns(run: Run, folder: Path) -> None:

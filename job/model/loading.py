@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from job.errors import InputError
@@ -32,7 +33,7 @@ def load_base(run: Run, *, quantized: bool) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(f"FT_MODEL_NAME={settings.model_name} cannot be loaded: {error}", "It must be a causal language model that transformers knows.") from error

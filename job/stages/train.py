@@ -23,7 +23,7 @@ from job.model.loading import load_base
 from job.report.events import message, output
 from job.run import Run, read_json, write_json
 from job.training.arguments import peak_memory_bytes, training_arguments
-from job.training.callbacks import HonourStopRequests, OfferCheckpoints, RefuseNonsense, ReportProgress
+from job.training.callbacks import HonourStopRequests, KeepDataOrder, OfferCheckpoints, RefuseNonsense, ReportProgress
 
 
 def train(run: Run) -> None:
@@ -34,7 +34,7 @@ def train(run: Run) -> None:
     if device_of(run).type == "cuda":
         torch.cuda.set_device(run.node.local_rank)
     checkpoint = _restored_checkpoint(run)
-    trainer, stop = _build_trainer(run, resumed=checkpoint is not None)
+    trainer, stop = _build_trainer(run, checkpoint)
     started = time.monotonic()
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
@@ -46,7 +46,7 @@ def train(run: Run) -> None:
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
 
 
-def _build_trainer(run: Run, *, resumed: bool) -> tuple[SFTTrainer, HonourStopRequests]:
+def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[SFTTrainer, HonourStopRequests]:
     train_rows = load_from_disk(run.paths.train_data_dir)
     eval_rows = load_from_disk(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
     assert isinstance(train_rows, Dataset)
@@ -55,12 +55,12 @@ def _build_trainer(run: Run, *, resumed: bool) -> tuple[SFTTrainer, HonourStopRe
     try:
         trainer = SFTTrainer(
             model=load_base(run, quantized=run.settings.use_4bit),
-            args=training_arguments(run, max_length=max_length, evaluates=eval_rows is not None, resumed=resumed),
+            args=training_arguments(run, max_length=max_length, evaluates=eval_rows is not None, resumed=checkpoint is not None),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=load_tokenizer(run.paths.tokenizer_dir),
             peft_config=lora_config(run.settings),
-            callbacks=[ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
+            callbacks=[ReportProgress(), KeepDataOrder(checkpoint), OfferCheckpoints(), stop, RefuseNonsense()],
         )
     except ValueError as error:
         if "arget modules" in str(error):

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from job.errors import InputError
 from job.report.events import emit, message, progress
 from job.run import Run
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the trainer has just written its checkpoint."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 class ReportProgress(TrainerCallback):
@@ -49,6 +55,32 @@ class ReportProgress(TrainerCallback):
         progress(state.global_step, state.max_steps, "steps", **self._figures)
 
 
+class KeepDataOrder(TrainerCallback):
+    """Makes a resumed epoch visit the rows in the order in which it began.
+
+    The sampler that groups rows by length shuffles with torch's global generator when an epoch starts. The trainer
+    restores that generator only behind the skipped batches, so the order would be another one: some rows twice, some
+    never. The state at the epoch's start therefore goes into every checkpoint.
+    """
+
+    FILE = "epoch_start_rng.safetensors"
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        file = checkpoint / self.FILE if checkpoint is not None else None
+        self._to_restore = load_file(file)["torch_cpu"] if file is not None and file.is_file() else None
+        self._state: torch.Tensor | None = None
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._to_restore is not None:
+            torch.set_rng_state(self._to_restore)
+            self._to_restore = None
+        self._state = torch.get_rng_state()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._state is not None:
+            save_file({"torch_cpu": self._state}, checkpoint_folder(args, state) / self.FILE)
+
+
 class OfferCheckpoints(TrainerCallback):
     """Tells the supervisor of a checkpoint once every rank has written its part of it."""
 
@@ -56,8 +88,7 @@ class OfferCheckpoints(TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            emit("checkpoint", step=state.global_step, folder=str(folder))
+            emit("checkpoint", step=state.global_step, folder=str(checkpoint_folder(args, state)))
 
 
 class HonourStopRequests(TrainerCallback):

@@ -61,7 +61,7 @@ def test_an_empty_dataset_and_an_absent_split_are_refused(tmp_path: Path) -> Non
     file.write_text('{"text": "one"}\n', encoding="utf-8")
     with pytest.raises(InputError, match="no split 'test'"):
         load_split(tmp_path / "data", "test", None, tmp_path / "cache")
-    with pytest.raises(InputError, match="no data"):
+    with pytest.raises(InputError, match=r"'train\[:0\]' is empty"):
         load_split(tmp_path / "data", "train[:0]", None, tmp_path / "cache")
     file.unlink()
     (tmp_path / "data" / "rows.csv").write_text("text\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""Download from and publish to a Hub that speaks the real protocol over a socket."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import LIGHTHOUSE, Job
+from tests.fake_hub import FakeHub
+
+
+@pytest.fixture
+def hub_job(job: Job, hub: FakeHub, tiny_model: Path) -> Job:
+    """The job with model and dataset on the Hub, and a token."""
+    hub.add("models/base/tiny", tiny_model)
+    hub.add("datasets/data/lighthouse", {"train.jsonl": LIGHTHOUSE.read_bytes(), "evil.py": b"raise SystemExit", "README.md": b"# Data"})
+    job.environment |= {
+        "FT_MODEL_NAME": "base/tiny", "FT_DATASET_NAME": "data/lighthouse", "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test_token",
+    }  # fmt: skip
+    return job
+
+
+def folder_of(job: Job) -> Path:
+    return Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run"
+
+
+def test_the_whole_job_from_the_hub_to_the_hub(hub_job: Job, hub: FakeHub) -> None:
+    result = hub_job.run(FT_PUBLISH_TO="hf://me/tuned", FT_MAX_STEPS="2")
+    assert result.code == 0, result.stderr
+    files = hub.files("models/me/tuned")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "adapter/adapter_model.safetensors", "loss_curve.png"} <= set(files)
+    card = files["README.md"].decode()
+    assert "base_model: base/tiny" in card
+    assert "- data/lighthouse" in card
+    assert 'from_pretrained("me/tuned")' in card
+    commits = [path for method, path, _ in hub.requests if method == "POST" and "/commit/" in path]
+    assert len(commits) == 1  # atomic: no half-finished model is ever visible
+    assert not any("evil.py" in path for _, path, _ in hub.requests)
+    assert b"hf_test_token" not in b"".join(files.values())
+
+
+def test_a_restart_takes_the_commit_that_the_first_start_resolved(hub_job: Job, hub: FakeHub) -> None:
+    first = hub.repositories["models/base/tiny"][0][0]
+    assert hub_job.run(FT_STAGES="download").code == 0
+    hub.commit("models/base/tiny", {"config.json": b"{}", "model.safetensors": b"moved", "tokenizer.json": b"{}"})
+    marker = folder_of(hub_job) / "download" / "MANIFEST.json"
+    marker.unlink()
+    assert hub_job.run(FT_STAGES="download").code == 0
+    sources = json.loads((folder_of(hub_job) / "download" / "sources.json").read_text(encoding="utf-8"))
+    assert sources["FT_MODEL_NAME"]["commit"] == first
+    assert (folder_of(hub_job) / "download" / "model" / "config.json").read_bytes() != b"{}"
+
+
+def test_a_revision_is_taken_and_an_unknown_one_refused(hub_job: Job, hub: FakeHub) -> None:
+    first = hub.repositories["models/base/tiny"][0][0]
+    hub.commit("models/base/tiny", {"config.json": b"{}"})
+    assert hub_job.run(FT_STAGES="download", FT_MODEL_NAME=f"base/tiny@{first}").code == 0
+    result = hub_job.run(FT_STAGES="download", FT_MODEL_NAME="base/tiny@nothing", FT_RUN_ID="other")
+    assert result.code == 78
+    assert "no such revision" in result.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "told"),
+    [
+        ("absent", 78, "does not exist on the Hub, or is private"),
+        ("gated", 77, "is gated"),
+        ("forbidden", 77, "The Hub refused"),
+        ("unauthorized", 77, "The Hub refused"),
+        ("failing", 75, "answered 500"),
+        ("unreachable", 75, "cannot be reached"),
+        ("offline", 78, "HF_HUB_OFFLINE"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_at_the_start_with_its_exit_code(hub_job: Job, hub: FakeHub, what: str, code: int, told: str) -> None:
+    settings: dict[str, str] = {"FT_STAGES": "preflight,download"}
+    if what == "absent":
+        settings["FT_DATASET_NAME"] = "data/lighthous"
+    elif what == "gated":
+        hub.gated.add("models/base/tiny")
+    elif what == "unreachable":
+        settings["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    elif what == "offline":
+        settings["HF_HUB_OFFLINE"] = "1"
+    else:
+        hub.refuse = {"forbidden": 403, "unauthorized": 401, "failing": 500}[what]
+    result = hub_job.run(**settings)
+    assert result.code == code, result.stderr
+    assert told in result.error["message"] + result.error["mend"]
+    assert "hf_test_token" not in result.stdout + result.stderr
+
+
+def test_a_hub_that_will_not_take_the_model_is_found_before_anything_is_downloaded(hub_job: Job, hub: FakeHub) -> None:
+    hub.writable = False
+    result = hub_job.run(FT_PUBLISH_TO="hf://someone-else/tuned")
+    assert result.code == 77, result.stderr
+    assert "FT_PUBLISH_TO=hf://someone-else/tuned" in result.error["message"]
+    assert not (folder_of(hub_job) / "download").exists()
+
+
+def test_an_upload_that_arrives_damaged_is_noticed(hub: FakeHub, make_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import HfApi
+
+    import job.hub.publish as publishing
+    from job.errors import TransientError
+
+    monkeypatch.setenv("HF_TOKEN", "hf_test_token")
+    monkeypatch.setattr(publishing, "HfApi", lambda: HfApi(endpoint=hub.url, token="hf_test_token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_bytes(b"# Card")
+    run = make_run(PUBLISH_TO="hf://me/tuned")
+    repository, commit = publishing.publish_to_hub(run, folder, "me/tuned")
+    assert (repository, commit) == ("me/tuned", hub.repositories["models/me/tuned"][-1][0])
+    hub.corrupt_uploads = True
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(TransientError, match=r"other bytes than were sent for model\.safetensors"):
+        publishing.publish_to_hub(run, folder, "me/tuned")

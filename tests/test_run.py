@@ -1,0 +1,207 @@
+"""The whole job, from outside: environment variables in, published model out, whatever happens in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import LIGHTHOUSE, Job, finished
+
+
+# One worker makes the undisturbed run that all of these look at.
+shares_the_uninterrupted_run = pytest.mark.xdist_group("uninterrupted")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below `folder` and the hash of its bytes."""
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def published(job: Job) -> Path:
+    return Path(job.environment["FT_OUTPUT_DIR"]) / "published" / "tiny-lighthouse"
+
+
+def read_until(process: subprocess.Popen[str], **wanted: object) -> None:
+    """Follow the log until a line carries all of `wanted`."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if all(event.get(name) == value for name, value in wanted.items()):
+            return
+    pytest.fail(f"the job ended without {wanted}: {process.communicate()[1]}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Job:
+    """A complete run that nothing disturbed, and what it published."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    job = Job(
+        {
+            "FT_MODEL_NAME": str(tiny_model), "FT_DATASET_NAME": str(LIGHTHOUSE), "FT_DATASET_SPLIT": "train[:48]", "FT_EVAL_SPLIT": "0.2",
+            "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": "6", "FT_SAVE_STEPS": "2", "FT_LOGGING_STEPS": "1", "FT_LEARNING_RATE": "1e-2",
+            "FT_SAMPLE_MAX_NEW_TOKENS": "8", "FT_NEW_MODEL": "tiny-lighthouse", "FT_OUTPUT_DIR": str(folder / "results"), "FT_LOG_FORMAT": "json",
+            "FT_RUN_ID": "test-run", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"),
+        }
+    )  # fmt: skip
+    result = job.run()
+    assert result.code == 0, result.stderr
+    assert set(result.ended.values()) == {"done"}
+    return job
+
+
+@shares_the_uninterrupted_run
+def test_the_published_folder_holds_model_adapter_card_curve_samples_and_proof(uninterrupted: Job) -> None:
+    names = set(contents(published(uninterrupted)))
+    assert names == {
+        "README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "config.json", "finetune_run.json",
+        "generation_config.json", "loss_curve.png", "merge_proof.json", "model.safetensors", "samples.json", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
+    card = (published(uninterrupted) / "README.md").read_text(encoding="utf-8")
+    assert all(heading in card for heading in ("## Training", "## Data", "## Answers before and after", "## Merge proof", "## Settings"))
+    assert "| `FT_LORA_R` | `4` |" in card
+    assert uninterrupted.environment["FT_OUTPUT_DIR"] not in card  # places of this machine are nobody's business
+    assert (published(uninterrupted) / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@shares_the_uninterrupted_run
+def test_plain_transformers_loads_what_was_published_and_answers_as_the_sample_stage_showed(uninterrupted: Job) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = published(uninterrupted)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), AutoTokenizer.from_pretrained(folder)
+    for sample in json.loads((folder / "samples.json").read_text(encoding="utf-8")):
+        messages = [{"role": "user", "content": sample["prompt"]}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        text = tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert text == sample["tuned"]
+
+
+@shares_the_uninterrupted_run
+def test_a_second_run_after_a_complete_one_does_nothing_and_says_so(uninterrupted: Job) -> None:
+    before = contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"]))
+    result = uninterrupted.run()
+    assert result.code == 0
+    assert set(result.ended.values()) == {"skipped"}
+    assert "nothing to do" in result.stdout
+    assert contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"])) == before
+
+
+@shares_the_uninterrupted_run
+def test_status_and_plan_tell_what_is_there_and_change_nothing(uninterrupted: Job) -> None:
+    before = contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"]))
+    status, plan = uninterrupted.run("status"), uninterrupted.run("plan")
+    assert (status.code, plan.code) == (0, 0)
+    assert status.stdout.count(" complete since ") == 6
+    assert "checkpoints committed: step 6, step 4" in status.stdout
+    assert "preflight → download → prepare → train → sample → merge → publish" in plan.stdout
+    assert "steps         6" in plan.stdout
+    assert contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"])) == before
+
+
+def test_a_plan_of_a_run_that_never_was_writes_nothing(job: Job) -> None:
+    assert job.run("plan").code == 0
+    status = job.run("status")
+    assert status.code == 78
+    assert "knows no run 'test-run'" in status.error["message"]
+    assert not Path(job.environment["FT_OUTPUT_DIR"]).exists()
+
+
+@shares_the_uninterrupted_run
+def test_other_settings_under_the_same_run_id_are_refused_by_name(uninterrupted: Job) -> None:
+    result = uninterrupted.run(FT_LORA_R="8", FT_LEARNING_RATE="0.5")
+    assert result.code == 78
+    assert "FT_LORA_R: was 4, is 8" in result.error["message"]
+    assert "FT_LEARNING_RATE: was 0.01, is 0.5" in result.error["message"]
+
+
+@shares_the_uninterrupted_run
+def test_killing_after_every_stage_and_starting_again_publishes_the_same_files(job: Job, uninterrupted: Job) -> None:
+    for stage in ("preflight", "download", "prepare", "train", "sample", "merge"):
+        process = job.start()
+        read_until(process, event="stage_ended", stage=stage)
+        process.kill()
+        process.communicate()
+        assert not published(job).exists()
+    result = job.run()
+    assert result.code == 0, result.stderr
+    assert result.ended == {name: "done" if name in ("preflight", "publish") else "skipped" for name in result.ended}
+    assert contents(published(job)) == contents(published(uninterrupted))
+
+
+@shares_the_uninterrupted_run
+def test_a_stop_request_in_training_ends_with_75_and_the_next_start_goes_on_to_the_same_adapter(job: Job, uninterrupted: Job) -> None:
+    process = job.start(FT_SAVE_STEPS="1")
+    read_until(process, event="progress", stage="train", done=3)
+    process.send_signal(signal.SIGTERM)
+    stopped = finished(process, *process.communicate(timeout=120))
+    assert stopped.code == 75
+    assert stopped.error["exit_code"] == 75
+    status = job.run("status").stdout
+    assert "train      not complete" in status
+    assert "checkpoints committed: step" in status
+    again = job.run(FT_SAVE_STEPS="1")
+    assert again.code == 0, again.stderr
+    assert any("Going on from the checkpoint of step" in event.get("message", "") for event in again.events)
+    name = "adapter/adapter_model.safetensors"
+    assert contents(published(job))[name] == contents(published(uninterrupted))[name]
+
+
+def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:
+    process = job.start()
+    read_until(process, event="stage_started", stage="prepare")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    assert children
+    process.kill()
+    process.wait()
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(int(child), 0)
+                if Path(f"/proc/{child}/stat").read_text(encoding="utf-8").split()[2] == "Z":
+                    raise ProcessLookupError
+                signal.sigtimedwait([], 0.1)
+
+
+def test_a_stage_that_crashes_tells_why_and_where_its_output_lies(job: Job) -> None:
+    """A model file cut short passes preflight, which does not read weights, and fails where they are loaded."""
+    model = Path(job.environment["FT_OUTPUT_DIR"]).parent / "broken-model"
+    model.mkdir()
+    for file in Path(job.environment["FT_MODEL_NAME"]).iterdir():
+        data = file.read_bytes()
+        (model / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    result = job.run(FT_MODEL_NAME=str(model))
+    assert result.code == 65, result.stderr
+    assert "cannot be loaded" in result.error["message"]
+
+
+def test_two_processes_train_together_and_stop_together(job: Job) -> None:
+    """torchrun with two ranks on the CPU (gloo): one adapter, one stop, exit 75, and a resume."""
+    process = job.start(FT_NPROC_PER_NODE="2", FT_STAGES="download,prepare,train", FT_SAVE_STEPS="1")
+    read_until(process, event="progress", stage="train", done=2)
+    process.send_signal(signal.SIGTERM)
+    stopped = finished(process, *process.communicate(timeout=180))
+    assert stopped.code == 75, stopped.stderr
+    again = job.run(FT_NPROC_PER_NODE="2", FT_STAGES="download,prepare,train", FT_SAVE_STEPS="1")
+    assert again.code == 0, again.stderr
+    metrics = json.loads((Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "train" / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["processes"], metrics["steps"]) == (2, 6)
+
+
+def test_secrets_reach_neither_logs_nor_files_nor_the_model(job: Job) -> None:
+    canaries = {"HF_TOKEN": "hf_canary_AAAA", "AWS_SECRET_ACCESS_KEY": "aws_canary_BBBB", "AWS_ACCESS_KEY_ID": "aws_canary_CCCC"}
+    result = job.run(FT_LOG_LEVEL="debug", FT_MAX_STEPS="1", **canaries)
+    assert result.code == 0, result.stderr
+    everything = [result.stdout.encode(), result.stderr.encode()]
+    everything += [path.read_bytes() for path in Path(job.environment["FT_OUTPUT_DIR"]).rglob("*") if path.is_file()]
+    for canary in canaries.values():
+        assert not [data for data in everything if canary.encode() in data]
+    logged = [event for event in result.events if event["level"] == "debug"]
+    assert logged  # otherwise nothing was searched at this level
