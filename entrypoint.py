@@ -17,12 +17,24 @@ from job.report.console import open_console
 from job.run import Run
 from job.settings import Settings, masked, secret_values
 
-_VERSIONS_OF = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "huggingface_hub", "boto3")
+_VERSIONS_OF = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "huggingface_hub",
+    "boto3",
+)
 
 
 def main(arguments: list[str]) -> int:
     """Parse, hand over, and turn what went wrong into a sentence and an exit code."""
-    parser = argparse.ArgumentParser(description="Fine-tune a language model with QLoRA, from download to published model.")
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a language model with QLoRA, from download to published model."
+    )
     parser.add_argument("command", nargs="?", default="run", choices=("run", "plan", "settings", "status"))
     parser.add_argument("--version", action="version", version=_versions())
     command = parser.parse_args(arguments).command
@@ -81,9 +93,17 @@ def _versions() -> str:
 def _report(error: JobError) -> int:
     """The last word: on standard error, as JSON where logs are JSON, and in Kubernetes' termination message."""
     secrets = secret_values()
-    record = {"event": "error", "level": "error", "exit_code": int(error.exit_code), "message": error.message, "mend": error.mend}
+    record = {
+        "event": "error",
+        "level": "error",
+        "exit_code": int(error.exit_code),
+        "message": error.message,
+        "mend": error.mend,
+    }
     line = masked(json.dumps(record, ensure_ascii=False), secrets)
-    as_text = os.environ.get("FT_LOG_FORMAT") == "text" or (os.environ.get("FT_LOG_FORMAT") != "json" and sys.stderr.isatty())
+    as_text = os.environ.get("FT_LOG_FORMAT") == "text" or (
+        os.environ.get("FT_LOG_FORMAT") != "json" and sys.stderr.isatty()
+    )
     print(masked(f"error: {error}", secrets) if as_text else line, file=sys.stderr, flush=True)
     termination_log = Path("/dev/termination-log")  # Kubernetes makes it; elsewhere it is not there
     if termination_log.is_file():

@@ -40,7 +40,9 @@ def main() -> None:
         arguments.model,
         dtype=dtype,
         device_map={"": 0 if on_gpu else "cpu"},
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        ),
     )
     trainer = SFTTrainer(
         model=model,

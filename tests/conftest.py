@@ -25,7 +25,11 @@ sys.path.insert(0, str(ROOT))
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting, secret or cache of the developer's reaches a test."""
     for name in list(os.environ):
-        if name.upper().startswith(("FT_", "SLURM_")) or name in SECRETS or name in ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "HF_HUB_OFFLINE"):
+        if (
+            name.upper().startswith(("FT_", "SLURM_"))
+            or name in SECRETS
+            or name in ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "HF_HUB_OFFLINE")
+        ):
             monkeypatch.delenv(name)
 
 
@@ -42,11 +46,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train([str(LIGHTHOUSE)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=256)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=256
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -138,7 +147,13 @@ def make_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) 
         from job.environment import load_settings
         from job.run import Run
 
-        defaults = {"MODEL_NAME": str(tiny_model), "DATASET_NAME": str(LIGHTHOUSE), "DEVICE": "cpu", "OUTPUT_DIR": str(tmp_path / "results"), "RUN_ID": "here"}
+        defaults = {
+            "MODEL_NAME": str(tiny_model),
+            "DATASET_NAME": str(LIGHTHOUSE),
+            "DEVICE": "cpu",
+            "OUTPUT_DIR": str(tmp_path / "results"),
+            "RUN_ID": "here",
+        }
         for name, value in {**defaults, **settings}.items():
             monkeypatch.setenv(f"FT_{name}", value)
         return Run.of(load_settings(env_file=None))

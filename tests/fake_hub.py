@@ -41,7 +41,9 @@ class FakeHub:
     def add(self, name: str, files: dict[str, bytes] | Path) -> str:
         """Commit `files` (or a folder) to the repository `kind/user/name`, e.g. `models/user/name`; returns the commit."""
         if isinstance(files, Path):
-            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()}
+            files = {
+                path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()
+            }
         return self.commit(name, files)
 
     def commit(self, name: str, files: dict[str, bytes]) -> str:
@@ -71,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -107,7 +109,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         if rest and rest[0] == "preupload":
             files = json.loads(body)["files"]
-            return self._json(200, {"files": [{"path": item["path"], "uploadMode": _mode(item["path"]), "shouldIgnore": False} for item in files]})
+            return self._json(
+                200,
+                {
+                    "files": [
+                        {"path": item["path"], "uploadMode": _mode(item["path"]), "shouldIgnore": False}
+                        for item in files
+                    ]
+                },
+            )
         if rest and rest[0] == "commit":
             return self._commit(repository, body)
         commit = self._find(repository, rest[1] if len(rest) > 1 else "main")
@@ -117,7 +127,17 @@ class _Handler(BaseHTTPRequestHandler):
         if rest and rest[0] == "tree":
             return self._json(200, [_entry(name, data) for name, data in sorted(files.items())])
         siblings = [{"rfilename": name, "size": len(data)} for name, data in sorted(files.items())]
-        return self._json(200, {"id": f"{user}/{name}", "modelId": f"{user}/{name}", "sha": sha, "siblings": siblings, "private": False, "tags": []})
+        return self._json(
+            200,
+            {
+                "id": f"{user}/{name}",
+                "modelId": f"{user}/{name}",
+                "sha": sha,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+            },
+        )
 
     def _create(self, wanted: dict[str, Any]) -> None:
         if not self.state.writable:
@@ -155,20 +175,32 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None or file not in commit[1]:
             return self._json(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         data = commit[1][file]
-        headers = {"X-Repo-Commit": commit[0], "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {
+            "X-Repo-Commit": commit[0],
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+        }
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         return self._send(206 if start else 200, data[start:], headers)
 
     def _lfs_batch(self, wanted: dict[str, Any]) -> None:
         objects = [
-            {"oid": item["oid"], "size": item["size"], "actions": {"upload": {"href": f"{self.state.url}/lfs/{item['oid']}"}}}
+            {
+                "oid": item["oid"],
+                "size": item["size"],
+                "actions": {"upload": {"href": f"{self.state.url}/lfs/{item['oid']}"}},
+            }
             for item in wanted["objects"]
         ]
         self._json(200, {"transfer": "basic", "objects": objects})
 
     def _find(self, repository: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         commits = self.state.repositories.get(repository, [])
-        return commits[-1] if revision == "main" and commits else next((item for item in commits if item[0] == revision), None)
+        return (
+            commits[-1]
+            if revision == "main" and commits
+            else next((item for item in commits if item[0] == revision), None)
+        )
 
     def _chunked(self) -> bytes:
         body = b""

@@ -66,7 +66,14 @@ def test_no_space_on_the_disk(job: Job, tmp_path: Path) -> None:
 def test_rows_that_are_not_what_their_format_promises(job: Job, tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "assistant", "content": "I begin."}]}] * 8
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    error = refused(job, 65, FT_DATASET_NAME=str(tmp_path / "rows.jsonl"), FT_DATASET_SPLIT="train", FT_EVAL_SPLIT="", FT_CHAT_TEMPLATE="llama-2")
+    error = refused(
+        job,
+        65,
+        FT_DATASET_NAME=str(tmp_path / "rows.jsonl"),
+        FT_DATASET_SPLIT="train",
+        FT_EVAL_SPLIT="",
+        FT_CHAT_TEMPLATE="llama-2",
+    )
     assert "8 of 8 train rows are malformed as messages" in error["message"]
 
 

@@ -40,7 +40,9 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "job" else {str(node.module)}
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "job" else {str(node.module)}
+            )
     return names
 
 
@@ -57,7 +59,11 @@ def level(module: str) -> int:
 
 def violations(module: str, imported: set[str]) -> list[str]:
     ours = {name for name in imported if name.split(".")[0] in ("job", "entrypoint")}
-    wrong = [name for name in ours if room(name) != room(module) and name != "job.__version__" and level(name) <= level(module)]
+    wrong = [
+        name
+        for name in ours
+        if room(name) != room(module) and name != "job.__version__" and level(name) <= level(module)
+    ]
     return [f"{module} → {name}" for name in wrong]
 
 
@@ -70,14 +76,21 @@ def test_imports_run_one_way() -> None:
     assert sorted(set(found) - ALLOWED) == []
 
 
-@pytest.mark.parametrize(("module", "imported"), [("job.storage.s3", "job.run"), ("job.model.merge", "job.stages.merge"), ("job.run", "job.supervisor")])
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [("job.storage.s3", "job.run"), ("job.model.merge", "job.stages.merge"), ("job.run", "job.supervisor")],
+)
 def test_an_import_against_the_direction_is_found(module: str, imported: str) -> None:
     assert violations(module, {imported}) == [f"{module} → {imported}"]
 
 
 def test_only_the_rooms_behind_the_process_boundary_import_the_heavy_packages() -> None:
     heavy = {module: imports(path) for module, path in modules().items() if not module.startswith(MAY_BE_HEAVY)}
-    found = {module: sorted(names) for module, imported in heavy.items() if (names := {name.split(".")[0] for name in imported} & HEAVY)}
+    found = {
+        module: sorted(names)
+        for module, imported in heavy.items()
+        if (names := {name.split(".")[0] for name in imported} & HEAVY)
+    }
     assert found == {}
 
 

@@ -39,11 +39,19 @@ def test_every_parameter_of_the_seed_notebook_has_its_variable() -> None:
 
 def test_with_nothing_set_the_job_is_the_seed_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(monkeypatch)
-    assert (settings.model_name, settings.dataset_name) == ("NousResearch/Llama-2-7b-chat-hf", "mlabonne/guanaco-llama2-1k")
+    assert (settings.model_name, settings.dataset_name) == (
+        "NousResearch/Llama-2-7b-chat-hf",
+        "mlabonne/guanaco-llama2-1k",
+    )
     assert (settings.lora_r, settings.lora_alpha, settings.lora_dropout) == (64, 16, 0.1)
     assert (settings.use_4bit, settings.bnb_4bit_quant_type, settings.num_train_epochs) == (True, "nf4", 1)
     assert (settings.per_device_train_batch_size, settings.max_grad_norm, settings.learning_rate) == (4, 0.3, 2e-4)
-    assert (settings.weight_decay, settings.optim, settings.lr_scheduler_type, settings.warmup_ratio) == (0.001, "paged_adamw_32bit", "cosine", 0.03)
+    assert (settings.weight_decay, settings.optim, settings.lr_scheduler_type, settings.warmup_ratio) == (
+        0.001,
+        "paged_adamw_32bit",
+        "cosine",
+        0.03,
+    )
 
 
 def test_every_setting_has_a_meaning_and_a_description_of_what_is_allowed() -> None:
@@ -150,6 +158,18 @@ def test_settings_and_their_errors_are_answered_without_importing_torch(argument
         "heavy = {'torch', 'transformers', 'trl', 'peft', 'datasets', 'boto3'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    environment = {"FT_LORA_RR": "8", "FT_OPTIM": "nonsense", "FT_EXTRA_TRAINING_ARGS": '{"nonsense": 1}', "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        "FT_LORA_RR": "8",
+        "FT_OPTIM": "nonsense",
+        "FT_EXTRA_TRAINING_ARGS": '{"nonsense": 1}',
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,9 @@ class Manifest:
         names = sorted(_files_below(folder))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             digests = list(pool.map(sha256, (folder / name for name in names)))
-        entries = (Entry(name, (folder / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True))
+        entries = (
+            Entry(name, (folder / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True)
+        )
         return cls(fingerprint, now(), tuple(entries))
 
     @classmethod
@@ -63,7 +65,10 @@ class Manifest:
 
     def sizes_match(self, folder: Path) -> bool:
         """Whether every file is there with its size; enough for a local disk that nobody else writes to."""
-        return all((folder / entry.path).is_file() and (folder / entry.path).stat().st_size == entry.size for entry in self.files)
+        return all(
+            (folder / entry.path).is_file() and (folder / entry.path).stat().st_size == entry.size
+            for entry in self.files
+        )
 
 
 def sha256(path: Path) -> str:

@@ -83,7 +83,9 @@ class Syncer:
                 commit(self._run.store, prefix_of(self._run.id, checkpoint.step), checkpoint.folder, fingerprint)
             except (JobError, OSError) as error:
                 self.failure = error if isinstance(error, JobError) else JobError(str(error))
-                self._on_failure(f"Checkpoint of step {checkpoint.step} not stored (try {attempt} of {_TRIES}): {error}")
+                self._on_failure(
+                    f"Checkpoint of step {checkpoint.step} not stored (try {attempt} of {_TRIES}): {error}"
+                )
                 time.sleep(min(2**attempt, 30) / 4)
             else:
                 self.committed_step, self.failure = checkpoint.step, None

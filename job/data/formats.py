@@ -71,7 +71,10 @@ def _read_human_assistant(row: Row, text_field: str) -> Example:
     at the end is left out.
     """
     pieces = _TURN.split(_text(row, text_field))
-    turns = [{"role": _ROLES[role], "content": content.strip()} for role, content in zip(pieces[1::2], pieces[2::2], strict=True)]
+    turns = [
+        {"role": _ROLES[role], "content": content.strip()}
+        for role, content in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
     if turns and turns[-1]["role"] == "user":
         turns.pop()
     if not turns:
@@ -120,7 +123,9 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
     try:
         if len(files) == 1:
             suffix = next(part for part in reversed(files[0].name.split(".")) if part in _BUILDERS)
-            loaded = load_dataset(_BUILDERS[suffix], data_files={"train": str(files[0])}, split=split, cache_dir=str(cache_dir))
+            loaded = load_dataset(
+                _BUILDERS[suffix], data_files={"train": str(files[0])}, split=split, cache_dir=str(cache_dir)
+            )
         else:
             loaded = load_dataset(str(folder), name=config, split=split, cache_dir=str(cache_dir))
     except Exception as error:  # datasets raises many kinds for files that are not what their name says
@@ -128,7 +133,8 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
         if "corresponds to no data" in reason:
             raise _empty(split) from error
         raise InputError(
-            f"The dataset has no split {split!r} that can be read: {reason}", "Check FT_DATASET_SPLIT, FT_DATASET_CONFIG, FT_EVAL_SPLIT and the files."
+            f"The dataset has no split {split!r} that can be read: {reason}",
+            "Check FT_DATASET_SPLIT, FT_DATASET_CONFIG, FT_EVAL_SPLIT and the files.",
         ) from error
     assert isinstance(loaded, Dataset) and not isinstance(loaded, DatasetDict)
     if len(loaded) == 0:
@@ -137,7 +143,9 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
 
 
 def _empty(split: str) -> InputError:
-    return InputError(f"The dataset's split {split!r} is empty.", "Name a split that has rows: FT_DATASET_SPLIT, FT_EVAL_SPLIT.")
+    return InputError(
+        f"The dataset's split {split!r} is empty.", "Name a split that has rows: FT_DATASET_SPLIT, FT_EVAL_SPLIT."
+    )
 
 
 def check_columns(run: Run, folder: Path) -> None:
@@ -185,7 +193,11 @@ def _messages(value: Any) -> list[Message]:
         raise Malformed("no messages")
     turns = []
     for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+        if (
+            not isinstance(turn, Mapping)
+            or not isinstance(turn.get("role"), str)
+            or not isinstance(turn.get("content"), str)
+        ):
             raise Malformed("a message is not {role, content} with text in both")
         turns.append({"role": turn["role"], "content": turn["content"]})
     return turns

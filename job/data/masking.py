@@ -43,7 +43,9 @@ def encode(example: Example, tokenizer: Any, *, completion_only: bool, assistant
 
 def render_prompt(prompt: str, tokenizer: Any) -> list[int]:
     """The token ids that ask `prompt` of the model, in the template that it was trained with."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
     ids: list[int] = tokenizer(text, add_special_tokens=_needs_special_tokens(text, tokenizer))["input_ids"]
     return ids
 
@@ -64,7 +66,9 @@ def _render(example: Example, tokenizer: Any, *, completion_only: bool, assistan
         before = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True, tokenize=False)
         after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
         if not (text.startswith(after) and after.startswith(before)):
-            raise Malformed("the chat template renders earlier turns differently once later ones follow, so turns cannot be told apart")
+            raise Malformed(
+                "the chat template renders earlier turns differently once later ones follow, so turns cannot be told apart"
+            )
         spans.append((len(before), len(after)))
     return text, spans
 

@@ -46,11 +46,18 @@ def load_tokenizer(folder: Path) -> Any:
             if tokenizer.encode(probe, add_special_tokens=False) != truth:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"The tokenizer in {folder} cannot be loaded: {error}", "Check the model's tokenizer files.") from error
+        raise InputError(
+            f"The tokenizer in {folder} cannot be loaded: {error}", "Check the model's tokenizer files."
+        ) from error
     if not tokenizer.is_fast:
-        raise InputError(f"The tokenizer in {folder} has no fast form.", "Convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…).")
+        raise InputError(
+            f"The tokenizer in {folder} has no fast form.",
+            "Convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…).",
+        )
     if tokenizer.eos_token is None:
-        raise InputError(f"The tokenizer in {folder} has no end-of-sequence token.", "Set eos_token in tokenizer_config.json.")
+        raise InputError(
+            f"The tokenizer in {folder} has no end-of-sequence token.", "Set eos_token in tokenizer_config.json."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so that a real </s> is still learned
     tokenizer.padding_side = "right"
@@ -68,6 +75,9 @@ def set_chat_template(tokenizer: Any, wanted: str) -> str:
         return wanted
     path = Path(wanted).expanduser()
     if not path.is_file():
-        raise SettingsError(f"FT_CHAT_TEMPLATE={wanted!r} is no file and no known template.", f"Use auto, {', '.join(NAMED)}, or a Jinja file.")
+        raise SettingsError(
+            f"FT_CHAT_TEMPLATE={wanted!r} is no file and no known template.",
+            f"Use auto, {', '.join(NAMED)}, or a Jinja file.",
+        )
     tokenizer.chat_template = path.read_text(encoding="utf-8")
     return path.name

@@ -35,9 +35,13 @@ def hub_errors(what: str) -> Iterator[None]:
 
 def _explained(error: Exception, what: str) -> JobError | None:
     if isinstance(error, GatedRepoError):
-        return PermissionRefused(f"{what} is gated.", "Accept its licence on its Hub page, and set HF_TOKEN to a token of that account.")
+        return PermissionRefused(
+            f"{what} is gated.", "Accept its licence on its Hub page, and set HF_TOKEN to a token of that account."
+        )
     if isinstance(error, RepositoryNotFoundError) and _status(error) != 403:
-        return SettingsError(f"{what} does not exist on the Hub, or is private.", "Check the spelling; for a private one set HF_TOKEN.")
+        return SettingsError(
+            f"{what} does not exist on the Hub, or is private.", "Check the spelling; for a private one set HF_TOKEN."
+        )
     if isinstance(error, RevisionNotFoundError):
         return SettingsError(f"{what} has no such revision.", "Check what stands behind the @.")
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
@@ -52,10 +56,17 @@ def _explained(error: Exception, what: str) -> JobError | None:
     if isinstance(error, HfHubHTTPError):
         status = _status(error)
         if status in (401, 403):
-            return PermissionRefused(f"The Hub refused {what} ({status}).", "Check that HF_TOKEN is valid and has the rights for it.")
+            return PermissionRefused(
+                f"The Hub refused {what} ({status}).", "Check that HF_TOKEN is valid and has the rights for it."
+            )
         return TransientError(f"The Hub answered {status} for {what}.", "Start the job again later.")
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0].startswith(("httpx", "httpcore", "requests")):
-        return TransientError(f"The Hub cannot be reached for {what}: {type(error).__name__}.", "Check the network and HF_ENDPOINT, then start again.")
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0].startswith(
+        ("httpx", "httpcore", "requests")
+    ):
+        return TransientError(
+            f"The Hub cannot be reached for {what}: {type(error).__name__}.",
+            "Check the network and HF_ENDPOINT, then start again.",
+        )
     return None
 
 

@@ -49,7 +49,9 @@ def check_destination(run: Run) -> None:
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"FT_PUBLISH_TO: {folder} is a file.", "Name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-        raise SettingsError(f"FT_PUBLISH_TO: {folder} holds files that this job did not write.", "Name a new folder, or empty that one.")
+        raise SettingsError(
+            f"FT_PUBLISH_TO: {folder} holds files that this job did not write.", "Name a new folder, or empty that one."
+        )
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(nearest, os.W_OK):
         raise PermissionRefused(f"FT_PUBLISH_TO: {nearest} is not writable.", "Name a folder that this user may write.")
@@ -78,14 +80,27 @@ def publish_to_hub(run: Run, source: Path, hub_id: str) -> tuple[str, str]:
     files = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
     api = HfApi()
     with hub_errors(f"FT_PUBLISH_TO=hf://{repository}"):
-        stale = [name for name in api.list_repo_files(repository) if name.endswith((".safetensors", ".safetensors.index.json")) and name not in files]
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path_in_repo=name) for name in stale]
+        stale = [
+            name
+            for name in api.list_repo_files(repository)
+            if name.endswith((".safetensors", ".safetensors.index.json")) and name not in files
+        ]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationDelete(path_in_repo=name) for name in stale
+        ]
         operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
         commit = api.create_commit(repository, operations, commit_message=f"Fine-tuned model of run {run.id}")
-        listed = {item.path: item for item in api.list_repo_tree(repository, recursive=True, revision=commit.oid) if hasattr(item, "blob_id")}
+        listed = {
+            item.path: item
+            for item in api.list_repo_tree(repository, recursive=True, revision=commit.oid)
+            if hasattr(item, "blob_id")
+        }
     wrong = [name for name, path in files.items() if name not in listed or not _same_bytes(path, listed[name])]
     if wrong:
-        raise TransientError(f"The Hub holds other bytes than were sent for {', '.join(wrong)}.", "Start the job again: it pushes once more.")
+        raise TransientError(
+            f"The Hub holds other bytes than were sent for {', '.join(wrong)}.",
+            "Start the job again: it pushes once more.",
+        )
     return repository, commit.oid
 
 
@@ -94,7 +109,10 @@ def _same_bytes(path: Path, listed: object) -> bool:
     if lfs is not None:
         return bool(lfs.sha256 == sha256(path))
     data = path.read_bytes()  # git's own name for a file: the SHA-1 of a header and the bytes
-    return bool(getattr(listed, "blob_id", None) == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
+    return bool(
+        getattr(listed, "blob_id", None)
+        == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    )
 
 
 def _create_repository(run: Run, hub_id: str) -> str:

@@ -24,7 +24,10 @@ MODEL_FILES = (
     "chat_template.jinja", "LICENSE*", "USE_POLICY*",
 )  # fmt: skip
 _DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
-DATA_FILES = tuple(f"*{suffix}{packed}" for suffix in _DATA_SUFFIXES for packed in ("", ".gz", ".zst", ".bz2")) + ("README.md",)
+DATA_FILES = (
+    "README.md",
+    *(f"*{suffix}{packed}" for suffix in _DATA_SUFFIXES for packed in ("", ".gz", ".zst", ".bz2")),
+)
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 Kind = Literal["model", "dataset"]
@@ -49,10 +52,15 @@ class Source:
         if path.exists():
             return cls(variable, kind, "local", str(path.absolute()))
         if text.startswith(("/", "./", "../", "~")) or path.suffix in _DATA_SUFFIXES:
-            raise SettingsError(f"{variable}={text!r}: no such file or folder.", "Check the path; inside a container it must be mounted.")
+            raise SettingsError(
+                f"{variable}={text!r}: no such file or folder.",
+                "Check the path; inside a container it must be mounted.",
+            )
         name, _, revision = text.partition("@")
         if not _HUB_ID.match(name):
-            raise SettingsError(f"{variable}={text!r} is neither a Hub id nor a path nor s3://bucket/prefix.", "Write it as user/name.")
+            raise SettingsError(
+                f"{variable}={text!r} is neither a Hub id nor a path nor s3://bucket/prefix.", "Write it as user/name."
+            )
         return cls(variable, kind, "hub", name, revision or None)
 
     def __str__(self) -> str:
@@ -120,7 +128,12 @@ def fetch(source: Source, listing: Listing, folder: Path) -> None:
         names = [name for name, _ in listing.files]
         with hub_errors(source.described):
             origin = Path(
-                snapshot_download(source.place, repo_type=source.kind, revision=listing.commit or source.revision, allow_patterns=names)
+                snapshot_download(
+                    source.place,
+                    repo_type=source.kind,
+                    revision=listing.commit or source.revision,
+                    allow_patterns=names,
+                )
             )
     for name, _ in listing.files:
         link = folder / name
@@ -133,12 +146,24 @@ def _look_up_hub(source: Source, commit: str | None) -> Listing:
 
     with hub_errors(source.described):
         if constants.HF_HUB_OFFLINE:
-            cached = Path(snapshot_download(source.place, repo_type=source.kind, revision=commit or source.revision, local_files_only=True))
-            found = ((path.relative_to(cached).as_posix(), path.stat().st_size) for path in cached.rglob("*") if path.is_file())
+            cached = Path(
+                snapshot_download(
+                    source.place, repo_type=source.kind, revision=commit or source.revision, local_files_only=True
+                )
+            )
+            found = (
+                (path.relative_to(cached).as_posix(), path.stat().st_size)
+                for path in cached.rglob("*")
+                if path.is_file()
+            )
             return Listing(cached.name, tuple(sorted(item for item in found if source.wants(item[0]))))
-        info = HfApi().repo_info(source.place, repo_type=source.kind, revision=commit or source.revision, files_metadata=True)
-    siblings = info.siblings or []
-    return Listing(info.sha, tuple(sorted((item.rfilename, item.size or 0) for item in siblings if source.wants(item.rfilename))))
+        info = HfApi().repo_info(
+            source.place, repo_type=source.kind, revision=commit or source.revision, files_metadata=True
+        )
+    siblings = getattr(info, "siblings", None) or []
+    return Listing(
+        info.sha, tuple(sorted((item.rfilename, item.size or 0) for item in siblings if source.wants(item.rfilename)))
+    )
 
 
 def _local_files(source: Source) -> list[tuple[str, int]]:
@@ -165,10 +190,15 @@ def _fetch_s3(store: Store, listing: Listing, folder: Path) -> None:
 def _require_usable(source: Source, names: list[str]) -> None:
     if source.kind == "dataset":
         if not any(name.rsplit("/", 1)[-1] != "README.md" for name in names):
-            raise InputError(f"{source.described} holds no data files.", f"It must have {', '.join(_DATA_SUFFIXES)} files (optionally .gz, .zst, .bz2).")
+            raise InputError(
+                f"{source.described} holds no data files.",
+                f"It must have {', '.join(_DATA_SUFFIXES)} files (optionally .gz, .zst, .bz2).",
+            )
         return
     if "config.json" not in names:
-        raise InputError(f"{source.described} has no config.json.", "Name the folder or repository of a transformers model.")
+        raise InputError(
+            f"{source.described} has no config.json.", "Name the folder or repository of a transformers model."
+        )
     if not any(name.endswith(".safetensors") for name in names):
         raise InputError(
             f"{source.described} has no safetensors weights.",

@@ -36,7 +36,10 @@ def load_base(run: Run, *, quantized: bool) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise InputError(f"FT_MODEL_NAME={settings.model_name} cannot be loaded: {error}", "It must be a causal language model that transformers knows.") from error
+        raise InputError(
+            f"FT_MODEL_NAME={settings.model_name} cannot be loaded: {error}",
+            "It must be a causal language model that transformers knows.",
+        ) from error
     if device.type == "cpu":
         keep_plain_layout(model)
     return model

@@ -55,7 +55,9 @@ def write_merged(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
     config.dtype = dtype
     with torch.device("meta"):  # names and shapes without memory
         plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    plain.load_state_dict({name: value.to(dtype).cpu() for name, value in _merged_state(model)}, strict=False, assign=True)
+    plain.load_state_dict(
+        {name: value.to(dtype).cpu() for name, value in _merged_state(model)}, strict=False, assign=True
+    )
     plain.tie_weights()
     left_out = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
     if left_out:
@@ -121,4 +123,8 @@ def compare_distributions(trained: Sequence[torch.Tensor], merged: Sequence[torc
     p, q = torch.cat(list(trained)), torch.cat(list(merged))
     divergence = (p.exp() * (p - q)).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).float()
-    return {"mean_kl_nats": float(divergence.mean()), "max_kl_nats": float(divergence.max()), "same_first_choice": float(same.mean())}
+    return {
+        "mean_kl_nats": float(divergence.mean()),
+        "max_kl_nats": float(divergence.max()),
+        "same_first_choice": float(same.mean()),
+    }

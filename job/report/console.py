@@ -67,7 +67,9 @@ class JsonConsole:
         self._write("info", {"stage": stage, **event})
 
     def summary(self, records: list[StageRecord], closing: str) -> None:
-        self._write("info", {"event": "run_ended", "message": closing, "stages": [_as_fields(record) for record in records]})
+        self._write(
+            "info", {"event": "run_ended", "message": closing, "stages": [_as_fields(record) for record in records]}
+        )
 
     def _write(self, level: str, fields: dict[str, Any]) -> None:
         if _LEVELS.index(level) < self._least:
@@ -102,14 +104,21 @@ class TextConsole:
             self._print(f"  {record.stage}: {record.result}", "bold red")
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
-        figures = "  ".join(f"{name} {_short(value)}" for name, value in event.items() if name not in ("event", "done", "total", "unit"))
+        figures = "  ".join(
+            f"{name} {_short(value)}" for name, value in event.items() if name not in ("event", "done", "total", "unit")
+        )
         if not self._rich.is_terminal:
             if time.monotonic() - self._last_line > 10 or event["done"] >= event["total"]:
                 self._last_line = time.monotonic()
                 self._print(f"  {event['done']:g}/{event['total']:g} {event['unit']}  {figures}", "")
             return
         if self._bar is None:
-            columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn(compact=True))
+            columns = (
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[count]}"),
+                TimeRemainingColumn(compact=True),
+            )
             self._bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self._rich, transient=True)
             self._bar.start()
             self._bar.add_task(stage, total=event["total"], count="", figures="")
@@ -124,7 +133,12 @@ class TextConsole:
             table.add_column(title, overflow="fold", no_wrap=title != "output")
         for record in records:
             seconds = f"{record.seconds:.1f} s" if record.seconds else ""
-            table.add_row(record.stage, record.result, seconds, escape(masked("\n".join(record.outputs).replace(f"{Path.cwd()}/", ""), self._secrets)))
+            table.add_row(
+                record.stage,
+                record.result,
+                seconds,
+                escape(masked("\n".join(record.outputs).replace(f"{Path.cwd()}/", ""), self._secrets)),
+            )
         self._rich.print()
         self._rich.print(table)
         self._print(closing, "bold")
@@ -139,7 +153,12 @@ class TextConsole:
 
 
 def _as_fields(record: StageRecord) -> dict[str, Any]:
-    return {"stage": record.stage, "result": record.result, "seconds": round(record.seconds, 3), "outputs": record.outputs}
+    return {
+        "stage": record.stage,
+        "result": record.result,
+        "seconds": round(record.seconds, 3),
+        "outputs": record.outputs,
+    }
 
 
 def _short(value: Any) -> str:

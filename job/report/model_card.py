@@ -84,10 +84,18 @@ def _training_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("optimizer steps", f"{metrics['steps']:,}"),
         ("epochs", f"{metrics['epochs']:.3g}"),
-        ("training loss, first → last logged", f"{_number(metrics['loss_first'])} → {_number(metrics['loss_last'])} nats per token"),
+        (
+            "training loss, first → last logged",
+            f"{_number(metrics['loss_first'])} → {_number(metrics['loss_last'])} nats per token",
+        ),
     ]
     if metrics["eval_loss_last"] is not None:
-        rows.append(("evaluation loss, before → after", f"{_number(metrics['eval_loss_first'])} → {_number(metrics['eval_loss_last'])} nats per token"))
+        rows.append(
+            (
+                "evaluation loss, before → after",
+                f"{_number(metrics['eval_loss_first'])} → {_number(metrics['eval_loss_last'])} nats per token",
+            )
+        )
     rows.append(("device", f"{metrics['processes']} × {metrics['device']}"))
     if metrics["peak_memory_bytes"]:
         rows.append(("peak GPU memory", f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB"))
@@ -100,7 +108,10 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
         "format": "form of the rows", "rows": "rows", "tokens": "tokens", "learned_tokens": "tokens learned",
         "truncated_rows": "rows cut", "malformed_rows": "malformed rows left out", "unlearnable_rows": "rows with nothing to learn left out",
     }  # fmt: skip
-    return [(label, *[f"{part[key]:,}" if isinstance(part[key], int) else str(part[key]) for part in parts]) for key, label in labels.items()]
+    return [
+        (label, *[f"{part[key]:,}" if isinstance(part[key], int) else str(part[key]) for part in parts])
+        for key, label in labels.items()
+    ]
 
 
 def _setting_rows(settings: Settings) -> list[tuple[str, str]]:
@@ -108,11 +119,16 @@ def _setting_rows(settings: Settings) -> list[tuple[str, str]]:
     values = settings.affecting("merge")
     names = [name for name in values if not name.endswith("_name")]
     texts = {name: value_text(values[name]) for name in names}
-    return [(f"`{variable(name)}`", f"`{text}`" + (" (default)" if text == default_text(name) else "")) for name, text in texts.items()]
+    return [
+        (f"`{variable(name)}`", f"`{text}`" + (" (default)" if text == default_text(name) else ""))
+        for name, text in texts.items()
+    ]
 
 
 def _sample(item: dict[str, str]) -> str:
-    return f"**{_one_line(item['prompt'])}**\n\n" + _table(("before", "after"), [(_one_line(item["base"]), _one_line(item["tuned"]))])
+    return f"**{_one_line(item['prompt'])}**\n\n" + _table(
+        ("before", "after"), [(_one_line(item["base"]), _one_line(item["tuned"]))]
+    )
 
 
 def _one_line(text: str) -> str:

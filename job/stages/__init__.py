@@ -39,5 +39,7 @@ STAGES = (
     # Adapter into base, read back and compared with what was trained.
     Stage(name="merge", needs=("download", "prepare", "train")),
     # Merged model, adapter and model card to the Hub or a folder.
-    Stage(name="publish", needs=("download", "prepare", "train", "sample", "merge"), kept=True, online=True, secrets=_HUB),
+    Stage(
+        name="publish", needs=("download", "prepare", "train", "sample", "merge"), kept=True, online=True, secrets=_HUB
+    ),
 )

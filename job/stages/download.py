@@ -16,7 +16,9 @@ def wanted_sources(run: Run) -> list[tuple[Source, Path]]:
     settings, paths = run.settings, run.paths
     sources = [(Source.parse("FT_DATASET_NAME", "dataset", settings.dataset_name), paths.dataset_dir)]
     if settings.eval_dataset_name is not None:
-        sources.append((Source.parse("FT_EVAL_DATASET_NAME", "dataset", settings.eval_dataset_name), paths.eval_dataset_dir))
+        sources.append(
+            (Source.parse("FT_EVAL_DATASET_NAME", "dataset", settings.eval_dataset_name), paths.eval_dataset_dir)
+        )
     return [*sources, (Source.parse("FT_MODEL_NAME", "model", settings.model_name), paths.model_dir)]
 
 
@@ -37,7 +39,10 @@ def download(run: Run) -> None:
     total, done = sum(listing.total_bytes for listing in listings), 0
     for (source, folder), listing in zip(sources, listings, strict=True):
         run.check_stop()
-        message(f"{source.described}: {listing.total_bytes / 1e6:,.1f} MB" + (f" at {listing.commit}" if listing.commit else ""))
+        message(
+            f"{source.described}: {listing.total_bytes / 1e6:,.1f} MB"
+            + (f" at {listing.commit}" if listing.commit else "")
+        )
         fetch(source, listing, folder)
         if source.kind == "dataset":
             check_columns(run, folder)

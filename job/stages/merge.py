@@ -39,19 +39,24 @@ def merge(run: Run) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    merged = AutoModelForCausalLM.from_pretrained(run.paths.merged_dir, dtype=dtype, device_map={"": device_of(run)}).eval()
+    merged = AutoModelForCausalLM.from_pretrained(
+        run.paths.merged_dir, dtype=dtype, device_map={"": device_of(run)}
+    ).eval()
+    distance = compare_distributions(expected, next_token_distributions(merged, proof_rows))
     proof = {
         "largest_weight_difference": difference,
         "in_layer": layer,
-        **compare_distributions(expected, next_token_distributions(merged, proof_rows)),
+        **distance,
         "rows": len(proof_rows),
         "tokens": sum(map(len, proof_rows)),
     }
     write_json(run.paths.merge_proof_file, proof)
-    if not (difference <= _MOST_DIFFERENCE and proof["mean_kl_nats"] <= _MOST_KL):
+    if not (difference <= _MOST_DIFFERENCE and distance["mean_kl_nats"] <= _MOST_KL):
         raise InputError(
-            f"The merged model is not the trained one: weights differ by {difference:.2g} (in {layer}), answers by {proof['mean_kl_nats']:.2g} nats a token.",
+            f"The merged model is not the trained one: weights differ by {difference:.2g} (in {layer}), answers by {distance['mean_kl_nats']:.2g} nats a token.",
             f"Nothing was published. The adapter is intact; the figures are in {run.paths.merge_proof_file}.",
         )
-    message(f"Merge proved: {proof['mean_kl_nats']:.1e} nats a token from what was trained, {proof['same_first_choice']:.1%} equal first choices.")
+    message(
+        f"Merge proved: {distance['mean_kl_nats']:.1e} nats a token from what was trained, {distance['same_first_choice']:.1%} equal first choices."
+    )
     output("merged model", str(run.paths.merged_dir))

@@ -14,12 +14,15 @@ from job.report.events import message
 from job.run import Run
 from job.stages.download import recorded_commits, wanted_sources
 
+
 def preflight(run: Run) -> None:
     """Raise now whatever would otherwise be raised after hours."""
     _check_device(run)
     _check_store(run)
     commits = recorded_commits(run)
-    _check_disk(run, disk_needed({source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)}))
+    _check_disk(
+        run, disk_needed({source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)})
+    )
     if "publish" in run.settings.stages:
         check_destination(run)
 
@@ -27,15 +30,22 @@ def preflight(run: Run) -> None:
 def _check_device(run: Run) -> None:
     device = device_of(run)
     if device.type == "cpu":
-        message(f"Computing on the CPU with {torch.get_num_threads()} threads in {compute_dtype(run.settings, device)}.")
+        message(
+            f"Computing on the CPU with {torch.get_num_threads()} threads in {compute_dtype(run.settings, device)}."
+        )
         return
     try:
         _acceptance_test(device)
     except RuntimeError as error:
-        raise NodeError(f"The GPU fails its acceptance test: {error}", "Another machine may do; this one's driver or card is broken.") from error
+        raise NodeError(
+            f"The GPU fails its acceptance test: {error}",
+            "Another machine may do; this one's driver or card is broken.",
+        ) from error
     properties = torch.cuda.get_device_properties(device)
     count = torch.cuda.device_count()
-    message(f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each, computing in {compute_dtype(run.settings, device)}.")
+    message(
+        f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each, computing in {compute_dtype(run.settings, device)}."
+    )
 
 
 def _acceptance_test(device: torch.device) -> None:
@@ -51,7 +61,9 @@ def _check_store(run: Run) -> None:
     key, data = f"{run.id}/preflight-probe", b"The store works."
     run.store.put(key, data)
     if run.store.get(key) != data:
-        raise PermissionRefused(f"The store {run.store.url} does not give back what was written.", "Choose another FT_STORE_URL.")
+        raise PermissionRefused(
+            f"The store {run.store.url} does not give back what was written.", "Choose another FT_STORE_URL."
+        )
     run.store.delete(key)
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 
-from job.data.formats import Format, Malformed, cache_dir_of, choose_format, evaluation_split, held_out_fraction, load_split
+from job.data.formats import (
+    Format,
+    Malformed,
+    cache_dir_of,
+    choose_format,
+    evaluation_split,
+    held_out_fraction,
+    load_split,
+)
 from job.data.masking import IGNORED, encode
 from job.data.templates import load_tokenizer, set_chat_template
 from job.errors import InputError
@@ -42,7 +50,10 @@ def row_length(settings: Settings, model_config: dict[str, Any]) -> int:
     if settings.max_seq_length == "auto":
         return min(_DEFAULT_LENGTH, limit)
     if settings.max_seq_length > limit:
-        raise InputError(f"FT_MAX_SEQ_LENGTH={settings.max_seq_length} is more than the model's {limit} positions.", f"Set it to {limit} or less.")
+        raise InputError(
+            f"FT_MAX_SEQ_LENGTH={settings.max_seq_length} is more than the model's {limit} positions.",
+            f"Set it to {limit} or less.",
+        )
     return settings.max_seq_length
 
 
@@ -56,7 +67,10 @@ def _splits(run: Run) -> list[tuple[str, Dataset, Path]]:
     if named is None:
         return [("train", rows, paths.train_data_dir)]
     folder = paths.eval_dataset_dir if settings.eval_dataset_name else paths.dataset_dir
-    return [("train", rows, paths.train_data_dir), ("eval", load_split(folder, named, settings.dataset_config, cache), paths.eval_data_dir)]
+    return [
+        ("train", rows, paths.train_data_dir),
+        ("eval", load_split(folder, named, settings.dataset_config, cache), paths.eval_data_dir),
+    ]
 
 
 def _prepare_rows(run: Run, name: str, rows: Dataset, target: Path, tokenizer: Any, max_length: int) -> dict[str, Any]:
@@ -74,7 +88,9 @@ def _prepare_rows(run: Run, name: str, rows: Dataset, target: Path, tokenizer: A
     cut = encoded.remove_columns("malformed").map(_cut, fn_kwargs={"max_length": max_length}, batched=True)
     kept = cut.filter(lambda labels: any(label != IGNORED for label in labels[1:]), input_columns="labels")
     if len(kept) == 0:
-        raise InputError(f"No {name} row is left that teaches anything.", "Raise FT_MAX_SEQ_LENGTH: the prompts alone fill it.")
+        raise InputError(
+            f"No {name} row is left that teaches anything.", "Raise FT_MAX_SEQ_LENGTH: the prompts alone fill it."
+        )
     report = {
         "format": row_format.name,
         "rows": len(kept),
@@ -101,7 +117,10 @@ def _encode_all(settings: Settings, rows: Dataset, row_format: Format, tokenizer
         try:
             example = row_format.read(row, settings.dataset_text_field)
             encoding = encode(
-                example, tokenizer, completion_only=settings.completion_only_loss, assistant_only=settings.assistant_only_loss
+                example,
+                tokenizer,
+                completion_only=settings.completion_only_loss,
+                assistant_only=settings.assistant_only_loss,
             )
         except Malformed as error:
             return {"input_ids": [], "labels": [], "malformed": str(error)}
@@ -125,6 +144,8 @@ def _tell(name: str, report: dict[str, Any], reasons: list[str], max_length: int
     text = f"{name}: {report['rows']:,} rows as {report['format']}, {report['tokens']:,} tokens, {report['learned_tokens']:,} learned"
     message(text + (f", packed into {report['packed_rows']:,} rows" if "packed_rows" in report else ""))
     if report["truncated_rows"]:
-        message(f"{report['truncated_rows']:,} {name} rows are longer than {max_length} tokens and were cut.", "warning")
+        message(
+            f"{report['truncated_rows']:,} {name} rows are longer than {max_length} tokens and were cut.", "warning"
+        )
     if reasons:
         message(f"{len(reasons)} malformed {name} rows left out; the first: {reasons[0]}", "warning")

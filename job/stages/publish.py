@@ -49,7 +49,9 @@ def _lay_out(run: Run, published_name: str) -> Path:
         shutil.copy(file, repository / file.name)
     history = read_json(paths.trainer_state_file)["log_history"]
     draw_loss_curve(history, run.settings.new_model.rsplit("/", 1)[-1], repository / _CURVE)
-    (repository / "README.md").write_text(write_model_card(run, curve_file=_CURVE, published_name=published_name), encoding="utf-8")
+    (repository / "README.md").write_text(
+        write_model_card(run, curve_file=_CURVE, published_name=published_name), encoding="utf-8"
+    )
     write_json(repository / RECORD, _record(run))
     return repository
 
@@ -58,7 +60,9 @@ def _record(run: Run) -> dict[str, object]:
     """The whole run for machines: settings, commits, figures. Paths and places of this machine are left out."""
     private = {"output_dir", "store_url", "publish_to"}
     settings = {name: value for name, value in as_json(run.settings).items() if name not in private}
-    metrics = {name: value for name, value in read_json(run.paths.metrics_file).items() if not name.startswith("seconds")}
+    metrics = {
+        name: value for name, value in read_json(run.paths.metrics_file).items() if not name.startswith("seconds")
+    }
     return {"job_version": __version__, "run_id": run.id, "settings": settings, "metrics": metrics}
 
 

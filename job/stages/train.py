@@ -38,7 +38,9 @@ def train(run: Run) -> None:
     started = time.monotonic()
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
-        raise Stopped(f"Stopped on request behind step {trainer.state.global_step}.", "Start the job again to go on from there.")
+        raise Stopped(
+            f"Stopped on request behind step {trainer.state.global_step}.", "Start the job again to go on from there."
+        )
     if trainer.eval_dataset is not None and not _evaluated_at_the_end(trainer):
         trainer.evaluate()
     if run.node.is_first:
@@ -55,7 +57,9 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[SFTTrainer, Honou
     try:
         trainer = SFTTrainer(
             model=load_base(run, quantized=run.settings.use_4bit),
-            args=training_arguments(run, max_length=max_length, evaluates=eval_rows is not None, resumed=checkpoint is not None),
+            args=training_arguments(
+                run, max_length=max_length, evaluates=eval_rows is not None, resumed=checkpoint is not None
+            ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=load_tokenizer(run.paths.tokenizer_dir),
@@ -64,7 +68,10 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[SFTTrainer, Honou
         )
     except ValueError as error:
         if "arget modules" in str(error):
-            raise InputError(f"FT_LORA_TARGET_MODULES does not fit the model: {error}", "Use auto, all-linear, or names of its linear layers.") from error
+            raise InputError(
+                f"FT_LORA_TARGET_MODULES does not fit the model: {error}",
+                "Use auto, all-linear, or names of its linear layers.",
+            ) from error
         raise
     keep_full_precision(trainer.model, compute_dtype(run.settings, device_of(run)))
     if run.node.is_first:
@@ -80,7 +87,9 @@ def _restored_checkpoint(run: Run) -> Path | None:
 
 
 def _evaluated_at_the_end(trainer: SFTTrainer) -> bool:
-    return any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history)
+    return any(
+        "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+    )
 
 
 def _save(run: Run, trainer: SFTTrainer, result: dict[str, float], seconds: float) -> None:

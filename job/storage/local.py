@@ -100,7 +100,9 @@ class LocalStore:
                     f"No space left for {key!r} in the store folder {self.root}.",
                     "Free space there, or set FT_STORE_URL to a larger volume. What was committed is intact.",
                 ) from error
-            raise TransientError(f"The store folder {self.root} failed on {key!r}: {error}.", "Start the job again.") from error
+            raise TransientError(
+                f"The store folder {self.root} failed on {key!r}: {error}.", "Start the job again."
+            ) from error
 
 
 def _aside(path: Path) -> Path:

@@ -19,7 +19,16 @@ from job.errors import PermissionRefused, SettingsError, TransientError
 from job.storage import Conflict
 
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
-_REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AllAccessDisabled", "InvalidToken"}
+_REFUSED = {
+    "401",
+    "403",
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "AllAccessDisabled",
+    "InvalidToken",
+}
 _MISDIRECTED = {"NoSuchBucket", "PermanentRedirect", "AuthorizationHeaderMalformed", "301", "InvalidBucketName"}
 
 
@@ -86,7 +95,9 @@ class S3Store:
         if self._client is None:
             retries: Any = {"mode": "standard", "total_max_attempts": 6}
             with self._errors(""):
-                self._client = boto3.session.Session().client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
+                self._client = boto3.session.Session().client(
+                    "s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60)
+                )
         return self._client
 
     def _key(self, key: str) -> str:
@@ -100,7 +111,8 @@ class S3Store:
             yield
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise PermissionRefused(
-                f"No AWS credentials for {what}.", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role."
+                f"No AWS credentials for {what}.",
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role.",
             ) from error
         except (ClientError, S3UploadFailedError) as error:
             raise self._explained(error, what) from error
@@ -118,9 +130,13 @@ class S3Store:
         if code in _ABSENT:
             return FileNotFoundError(what)
         if code in _REFUSED:
-            return PermissionRefused(f"S3 refused access to {what} ({code}).", "Check the AWS credentials and the bucket's policy.")
+            return PermissionRefused(
+                f"S3 refused access to {what} ({code}).", "Check the AWS credentials and the bucket's policy."
+            )
         if code in _MISDIRECTED:
-            return SettingsError(f"S3 has no bucket {self.bucket!r} here ({code}).", "Check the bucket's name and AWS_DEFAULT_REGION.")
+            return SettingsError(
+                f"S3 has no bucket {self.bucket!r} here ({code}).", "Check the bucket's name and AWS_DEFAULT_REGION."
+            )
         return TransientError(f"S3 failed for {what}: {error}", "Start the job again.")
 
 

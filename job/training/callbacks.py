@@ -30,10 +30,19 @@ class ReportProgress(TrainerCallback):
         self._last_event = 0.0
         self._tokens, self._since = 0.0, time.monotonic()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._since = time.monotonic()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
@@ -70,7 +79,9 @@ class KeepDataOrder(TrainerCallback):
         self._to_restore = load_file(file)["torch_cpu"] if file is not None and file.is_file() else None
         self._state: torch.Tensor | None = None
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._to_restore is not None:
             torch.set_rng_state(self._to_restore)
             self._to_restore = None
@@ -117,7 +128,14 @@ class HonourStopRequests(TrainerCallback):
 class RefuseNonsense(TrainerCallback):
     """Ends the training when the loss is no number: every further step would be paid for and lost."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
             raise InputError(

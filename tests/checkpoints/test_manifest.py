@@ -37,15 +37,21 @@ def test_what_is_committed_is_restored_byte_for_byte(store: Store, folder: Path,
 def test_the_manifest_is_written_after_every_file(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     upload, put = type(store).upload, type(store).put_if_absent
-    monkeypatch.setattr(type(store), "upload", lambda self, source, key: (calls.append(key), upload(self, source, key))[1])
-    monkeypatch.setattr(type(store), "put_if_absent", lambda self, key, data: (calls.append(key), put(self, key, data))[1])
+    monkeypatch.setattr(
+        type(store), "upload", lambda self, source, key: (calls.append(key), upload(self, source, key))[1]
+    )
+    monkeypatch.setattr(
+        type(store), "put_if_absent", lambda self, key, data: (calls.append(key), put(self, key, data))[1]
+    )
     commit(store, PREFIX, folder, "fingerprint")
     assert calls == [f"{PREFIX}/adapter.safetensors", f"{PREFIX}/deep/state.json", f"{PREFIX}/{MANIFEST}"]
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "deep/state.json", MANIFEST])
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "deleted"])
-def test_every_damage_to_every_file_is_detected(store: Store, folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+def test_every_damage_to_every_file_is_detected(
+    store: Store, folder: Path, tmp_path: Path, name: str, damage: str
+) -> None:
     commit(store, PREFIX, folder, "fingerprint")
     key = f"{PREFIX}/{name}"
     data = store.get(key)
@@ -59,7 +65,10 @@ def test_every_damage_to_every_file_is_detected(store: Store, folder: Path, tmp_
 
 
 def test_a_manifest_cannot_write_outside_its_folder(store: Store, tmp_path: Path) -> None:
-    store.put(f"{PREFIX}/{MANIFEST}", b'{"fingerprint": "f", "created": "", "files": [{"path": "../../evil", "size": 1, "sha256": ""}]}')
+    store.put(
+        f"{PREFIX}/{MANIFEST}",
+        b'{"fingerprint": "f", "created": "", "files": [{"path": "../../evil", "size": 1, "sha256": ""}]}',
+    )
     with pytest.raises(Rejected, match="outside itself"):
         restore(store, PREFIX, tmp_path / "back")
 
@@ -86,4 +95,7 @@ def test_hashing_follows_links_so_that_a_linked_model_is_vouched_for(tmp_path: P
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "model").symlink_to(folder)
-    assert [entry.path for entry in Manifest.of(linked, "f").files] == ["model/adapter.safetensors", "model/deep/state.json"]
+    assert [entry.path for entry in Manifest.of(linked, "f").files] == [
+        "model/adapter.safetensors",
+        "model/deep/state.json",
+    ]

@@ -40,14 +40,24 @@ def test_a_question_that_nobody_answered_is_left_out() -> None:
         read({"text": "### Human: Anyone?"}, "human_assistant")
 
 
-@pytest.mark.parametrize("row", [{"messages": []}, {"messages": [{"role": "user"}]}, {"messages": ["hello"]}, {"messages": [{"role": "user", "content": None}]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": ["hello"]},
+        {"messages": [{"role": "user", "content": None}]},
+    ],
+)
 def test_a_malformed_conversation_is_refused(row: dict[str, Any]) -> None:
     with pytest.raises(Malformed):
         read(row)
 
 
 def test_a_missing_column_is_named_with_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"no column text, which FT_DATASET_FORMAT=text needs; it has question, answer") as caught:
+    with pytest.raises(
+        InputError, match=r"no column text, which FT_DATASET_FORMAT=text needs; it has question, answer"
+    ) as caught:
         choose_format("text", "text", ["question", "answer"], [{}])
     assert caught.value.exit_code == 65
     assert "FT_DATASET_TEXT_FIELD" in caught.value.mend

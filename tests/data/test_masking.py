@@ -46,7 +46,9 @@ def test_text_is_learned_whole_with_one_bos_and_one_eos(tokenizer: Any) -> None:
 def test_of_prompt_and_completion_only_the_completion_is_learned(tokenizer: Any) -> None:
     example = Example(text="Question: lit? Answer:", completion=" Yes.")
     assert learned(encoded(example, tokenizer), tokenizer) == " Yes.</s>"
-    assert learned(encoded(example, tokenizer, completion_only=False), tokenizer) == "<s>Question: lit? Answer: Yes.</s>"
+    assert (
+        learned(encoded(example, tokenizer, completion_only=False), tokenizer) == "<s>Question: lit? Answer: Yes.</s>"
+    )
 
 
 def test_a_conversation_is_learned_whole_unless_asked_otherwise(tokenizer: Any) -> None:

@@ -33,7 +33,9 @@ def test_no_token_attends_across_documents(make_run_with_model: Callable[..., An
 
     model = load_base(make_run_with_model(USE_4BIT="false"), quantized=False).eval()
     packed = pack(Dataset.from_dict({"input_ids": ROWS, "labels": ROWS}), 12)
-    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed[index] for index in range(len(packed))])
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
+        [packed[index] for index in range(len(packed))]
+    )
     model.config.use_cache = False  # as trl's trainer calls it; with a cache, transformers takes no notice of packing
     with torch.no_grad():
         together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]

@@ -16,7 +16,10 @@ from tests.fake_hub import FakeHub
 def hub_job(job: Job, hub: FakeHub, tiny_model: Path) -> Job:
     """The job with model and dataset on the Hub, and a token."""
     hub.add("models/base/tiny", tiny_model)
-    hub.add("datasets/data/lighthouse", {"train.jsonl": LIGHTHOUSE.read_bytes(), "evil.py": b"raise SystemExit", "README.md": b"# Data"})
+    hub.add(
+        "datasets/data/lighthouse",
+        {"train.jsonl": LIGHTHOUSE.read_bytes(), "evil.py": b"raise SystemExit", "README.md": b"# Data"},
+    )
     job.environment |= {
         "FT_MODEL_NAME": "base/tiny", "FT_DATASET_NAME": "data/lighthouse", "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test_token",
@@ -32,7 +35,14 @@ def test_the_whole_job_from_the_hub_to_the_hub(hub_job: Job, hub: FakeHub) -> No
     result = hub_job.run(FT_PUBLISH_TO="hf://me/tuned", FT_MAX_STEPS="2")
     assert result.code == 0, result.stderr
     files = hub.files("models/me/tuned")
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "adapter/adapter_model.safetensors", "loss_curve.png"} <= set(files)
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "adapter/adapter_model.safetensors",
+        "loss_curve.png",
+    } <= set(files)
     card = files["README.md"].decode()
     assert "base_model: base/tiny" in card
     assert "- data/lighthouse" in card
@@ -76,7 +86,9 @@ def test_a_revision_is_taken_and_an_unknown_one_refused(hub_job: Job, hub: FakeH
         ("offline", 78, "HF_HUB_OFFLINE"),
     ],
 )
-def test_what_the_hub_refuses_is_told_at_the_start_with_its_exit_code(hub_job: Job, hub: FakeHub, what: str, code: int, told: str) -> None:
+def test_what_the_hub_refuses_is_told_at_the_start_with_its_exit_code(
+    hub_job: Job, hub: FakeHub, what: str, code: int, told: str
+) -> None:
     settings: dict[str, str] = {"FT_STAGES": "preflight,download"}
     if what == "absent":
         settings["FT_DATASET_NAME"] = "data/lighthous"
@@ -102,7 +114,9 @@ def test_a_hub_that_will_not_take_the_model_is_found_before_anything_is_download
     assert not (folder_of(hub_job) / "download").exists()
 
 
-def test_an_upload_that_arrives_damaged_is_noticed(hub: FakeHub, make_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_upload_that_arrives_damaged_is_noticed(
+    hub: FakeHub, make_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from huggingface_hub import HfApi
 
     import job.hub.publish as publishing

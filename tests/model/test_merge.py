@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from job.model.adapters import lora_config
 from job.model.loading import load_base
-from job.model.merge import adapted_layers, compare_distributions, largest_difference, next_token_distributions, write_merged
+from job.model.merge import (
+    adapted_layers,
+    compare_distributions,
+    largest_difference,
+    next_token_distributions,
+    write_merged,
+)
 
 ROWS = [[1, 40, 41, 42, 43, 2], [1, 100, 101, 102, 2]]
 
@@ -23,7 +29,11 @@ ROWS = [[1, 40, 41, 42, 43, 2], [1, 100, 101, 102, 2]]
 @pytest.fixture(params=["nf4", "nested fp4", "16 bit"])
 def trained(request: pytest.FixtureRequest, make_run_with_model: Callable[..., Any]) -> Any:
     """The tiny model with an adapter that changes its answers a lot."""
-    settings = {"nf4": {}, "nested fp4": {"USE_NESTED_QUANT": "true", "BNB_4BIT_QUANT_TYPE": "fp4"}, "16 bit": {"USE_4BIT": "false"}}[request.param]
+    settings = {
+        "nf4": {},
+        "nested fp4": {"USE_NESTED_QUANT": "true", "BNB_4BIT_QUANT_TYPE": "fp4"},
+        "16 bit": {"USE_4BIT": "false"},
+    }[request.param]
     run = make_run_with_model(LORA_R="4", LORA_TARGET_MODULES="all-linear", **settings)
     model = get_peft_model(load_base(run, quantized=run.settings.use_4bit), lora_config(run.settings)).eval()
     torch.manual_seed(1)
@@ -52,7 +62,9 @@ def test_the_merged_folder_says_nothing_of_4_bits_and_everyone_may_read_it(train
     assert (tmp_path / "merged" / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
-def test_rounding_to_bfloat16_stays_within_the_proofs_bound_and_a_wrong_weight_does_not(trained: Any, tmp_path: Path) -> None:
+def test_rounding_to_bfloat16_stays_within_the_proofs_bound_and_a_wrong_weight_does_not(
+    trained: Any, tmp_path: Path
+) -> None:
     write_merged(trained, tmp_path, torch.bfloat16)
     assert 0 < largest_difference(trained, tmp_path)[1] < 2**-8
     tensors = load_file(tmp_path / "model.safetensors")

@@ -41,11 +41,19 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     folder = tmp_path_factory.mktemp("ministack")
     environment = {**os.environ, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)}
-    process = subprocess.Popen([str(Path(sys.executable).parent / "ministack")], env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "ministack")],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         wait_for(port, process)
         url = f"http://127.0.0.1:{port}"
-        client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test")
+        client = boto3.client(
+            "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+        )
         client.create_bucket(Bucket="bucket")
         yield url
     finally:
@@ -55,7 +63,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"AWS_ENDPOINT_URL": s3_server, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
@@ -64,7 +77,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param.startswith("s3"):
         request.getfixturevalue("s3_environment")
         return open_store(f"s3://bucket/{tmp_path.name}" + ("/deep/prefix" if "prefix" in request.param else ""))
-    return open_store(str(tmp_path / ("it's \"a\"\nstore" if "awkward" in request.param else "store")))
+    return open_store(str(tmp_path / ('it\'s "a"\nstore' if "awkward" in request.param else "store")))
 
 
 def test_what_was_put_is_read_back(store: Store) -> None:
@@ -135,7 +148,9 @@ def test_a_bucket_that_does_not_exist_is_a_settings_error(s3_environment: None) 
         open_store("s3://nowhere/prefix").put("key", b"data")
 
 
-def test_an_unreachable_server_is_transient_and_never_reads_as_absent(monkeypatch: pytest.MonkeyPatch, s3_environment: None) -> None:
+def test_an_unreachable_server_is_transient_and_never_reads_as_absent(
+    monkeypatch: pytest.MonkeyPatch, s3_environment: None
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     store = open_store("s3://bucket/prefix")
@@ -153,7 +168,9 @@ def test_missing_credentials_are_refused_by_name(monkeypatch: pytest.MonkeyPatch
         open_store("s3://bucket/prefix").get("key")
 
 
-def test_wrong_credentials_are_refused_and_never_read_as_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_are_refused_and_never_read_as_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """moto checks signatures when told to; ministack does not."""
     port = free_port()
     environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "0"}
@@ -163,7 +180,12 @@ def test_wrong_credentials_are_refused_and_never_read_as_absent(tmp_path: Path, 
     )  # fmt: skip
     try:
         wait_for(port, process)
-        for name, value in {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "wrong", "AWS_SECRET_ACCESS_KEY": "wrong"}.items():
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "wrong",
+            "AWS_SECRET_ACCESS_KEY": "wrong",
+        }.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(PermissionRefused):
             open_store("s3://bucket/prefix").get("key")
@@ -177,7 +199,9 @@ def test_a_key_cannot_lead_out_of_a_folder_store(tmp_path: Path) -> None:
         open_store(str(tmp_path / "store")).put("../outside", b"data")
 
 
-def test_a_folder_without_permission_is_refused_and_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_permission_is_refused_and_a_full_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     from job.errors import NodeError

@@ -1,0 +1,41 @@
+# syntax=docker/dockerfile:1
+# The CUDA base gives the driver's library paths; torch's wheels bring the CUDA libraries themselves.
+ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
+FROM ${BASE_IMAGE}
+
+LABEL org.opencontainers.image.title="finetune-job" \
+      org.opencontainers.image.description="QLoRA fine-tuning as a batch job: environment variables in, published model out" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+# tini is PID 1: it hands signals and exit codes through. gcc is what Triton compiles its launchers with.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev python3-venv tini \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --user-group --create-home --home-dir /work job
+
+# The dependencies change seldom and the code often: they are a layer of their own.
+ENV PATH=/opt/venv/bin:$PATH
+COPY requirements.txt /app/requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
+    if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
+ && python3 -m venv /opt/venv \
+ && pip install --disable-pip-version-check --requirement /app/requirements.txt
+
+COPY entrypoint.py /app/entrypoint.py
+COPY job /app/job
+RUN python3 -m compileall -q /app && python3 /app/entrypoint.py --version
+
+# Everything that is written lands below /work: mount a volume there.
+ENV FT_OUTPUT_DIR=/work/results \
+    HF_HOME=/work/cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/work/cache/inductor \
+    TRITON_CACHE_DIR=/work/cache/triton \
+    MPLCONFIGDIR=/work/cache/matplotlib \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /work
+ENTRYPOINT ["tini", "--", "python3", "/app/entrypoint.py"]
+CMD ["run"]
