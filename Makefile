@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 DEMO_MODEL := results/demo-model
 
-.PHONY: help demo test check bench-exactness clean
+.PHONY: help demo test check clean
 
 help:
 	@echo "make demo   run the whole job on SmolLM2-135M, on the CPU, in under 10 minutes"
