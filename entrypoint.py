@@ -12,7 +12,7 @@ from pathlib import Path
 
 from job import __version__
 from job.environment import load_settings, settings_table
-from job.errors import ExitCode, JobError
+from job.errors import ExitCode, JobError, from_os_error
 from job.report.console import open_console
 from job.run import Run
 from job.settings import Settings, masked, secret_values
@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
     except JobError as error:
         return _report(error)
     except Exception as error:  # the outermost boundary
+        if (refusal := from_os_error(error)) is not None:
+            return _report(refusal)
         masked_trace = masked(traceback.format_exc(), secret_values())
         return _report(JobError(f"{type(error).__name__}: {error}", f"This is a bug.\n{masked_trace}"))
 

@@ -85,6 +85,16 @@ def _contradictions(settings: Settings) -> list[str]:
         problems.append("FT_FP16 and FT_BF16 are both true: choose one, or leave both at auto.")
     if settings.use_nested_quant and not settings.use_4bit:
         problems.append("FT_USE_NESTED_QUANT=true quantises the constants of 4-bit weights: it needs FT_USE_4BIT=true.")
+    if settings.eval_dataset_name is not None and (settings.eval_split or "").replace(".", "", 1).isdigit():
+        problems.append(
+            f"FT_EVAL_SPLIT={settings.eval_split!r} holds out a part of the training data, but FT_EVAL_DATASET_NAME names "
+            "other data: name one of its splits, such as test or train[:100], or unset it for train."
+        )
+    named = settings.chat_template
+    if named not in ("auto", "llama-2", "chatml") and not Path(named).expanduser().is_file():
+        problems.append(f"FT_CHAT_TEMPLATE={named!r} is no file and no known template: use auto, llama-2 or chatml.")
+    if settings.device_map.startswith("{") and not _is_json(settings.device_map):
+        problems.append(f"FT_DEVICE_MAP={settings.device_map!r} is no JSON object.")
     if settings.eval_steps is not None and not settings.evaluates:
         problems.append("FT_EVAL_STEPS is set, but there is nothing to evaluate on: set FT_EVAL_SPLIT too.")
     if settings.device == "cpu" and (settings.fp16 is True or settings.bnb_4bit_compute_dtype == "float16"):
@@ -122,6 +132,14 @@ def _bad_extra_arguments(settings: Settings) -> list[str]:
             near = difflib.get_close_matches(name, sorted(known - _OWNED_ARGUMENTS), n=1, cutoff=0.5)
             problems.append(f"{where} is no argument of SFTConfig" + (f"; did you mean {near[0]!r}?" if near else "."))
     return problems
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _unknown_choices(settings: Settings) -> list[str]:

@@ -14,6 +14,7 @@ podFailurePolicy and a Slurm script can tell "retry", "retry elsewhere" and "fai
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 
@@ -86,6 +87,24 @@ _BY_CODE: dict[int, type[JobError]] = {
     ExitCode.PERMISSION: PermissionRefused,
     ExitCode.TRY_AGAIN: TransientError,
 }
+
+
+def from_os_error(error: BaseException) -> JobError | None:
+    """What the operating system's refusals mean for a user; None for those that mean nothing in general."""
+    if not isinstance(error, OSError):
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NodeError(
+            f"No space left on the disk{where}.",
+            "Free space or set FT_OUTPUT_DIR to a larger volume; what was committed is intact.",
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return PermissionRefused(
+            f"This user may not write or read{where}: {error.strerror}.",
+            "Set FT_OUTPUT_DIR (and FT_STORE_URL) to a folder that it may write; in a container, check the volume's owner.",
+        )
+    return None
 
 
 def from_code(code: int, message: str, mend: str = "") -> JobError:

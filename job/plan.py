@@ -58,7 +58,7 @@ def _steps(run: Run) -> str:
     per_step = (
         settings.per_device_train_batch_size * training_processes(settings) * settings.gradient_accumulation_steps
     )
-    return f"{math.ceil(rows / per_step * settings.num_train_epochs):,} ({rows:,} rows, {per_step} a step, {settings.num_train_epochs:g} epochs)"
+    return f"{math.ceil(math.ceil(rows / per_step) * settings.num_train_epochs):,} ({rows:,} rows, {per_step} a step, {settings.num_train_epochs:g} epochs)"
 
 
 def _rows(run: Run) -> int | None:

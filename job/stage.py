@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import errno
 import importlib
 import os
 import signal
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from job.cluster import visible_gpus
-from job.errors import ExitCode, JobError, NodeError
+from job.errors import ExitCode, JobError, NodeError, PermissionRefused, from_os_error
 from job.run import Run, write_json
 from job.settings import Settings, masked, secret_values
 from job.stages import STAGES
@@ -78,23 +78,27 @@ def _write_down(run: Run, name: str, error: Exception) -> int:
             f"{type(error).__name__}: {error}",
             f"This is a bug, or a case nobody met before; see {run.paths.log_file(name)}.",
         )
-    record = {"exit_code": int(known.exit_code), "message": known.message, "mend": known.mend}
     secrets = secret_values()
-    write_json(
-        run.paths.error_file(name, run.node.rank),
-        {key: masked(value, secrets) if isinstance(value, str) else value for key, value in record.items()},
-    )
+    record = {
+        "exit_code": int(known.exit_code),
+        "message": masked(known.message, secrets),
+        "mend": masked(known.mend, secrets),
+    }
+    print(record["message"], flush=True)
+    with contextlib.suppress(OSError):  # on a full disk the exit code has to say it all
+        write_json(run.paths.error_file(name, run.node.rank), record)
     return int(known.exit_code)
 
 
 def _as_job_error(error: Exception) -> JobError | None:
     if isinstance(error, JobError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" at {error.filename}" if error.filename else ""
-        return NodeError(
-            f"No space left on the disk{where}.",
-            "Free space or set FT_OUTPUT_DIR to a larger volume; what was committed is intact.",
+    if (refusal := from_os_error(error)) is not None:
+        return refusal
+    if type(error).__module__.startswith("wandb"):
+        return PermissionRefused(
+            f"W&B refused or could not be reached: {error}",
+            "Check WANDB_API_KEY and the network, set WANDB_MODE=offline, or unset WANDB_API_KEY to train without W&B.",
         )
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which only the stages that use it may import
         return NodeError(

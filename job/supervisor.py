@@ -10,27 +10,26 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from job.checkpoints import manifest
-from job.checkpoints.restore import restore_newest
+from job.checkpoints.restore import committed_steps, restore_newest
 from job.checkpoints.syncer import Syncer
 from job.environment import as_json
-from job.errors import InputError, JobError, SettingsError, Stopped, TransientError, from_code
+from job.errors import ExitCode, InputError, SettingsError, Stopped
+from job.process import StageProcess
 from job.report.console import Console, StageRecord
-from job.report.events import parse
-from job.run import Run, now, read_json, write_json
-from job.settings import SECRET_VARIABLES, masked, secret_values, variable
+from job.run import Run, now, write_json
+from job.settings import variable
 from job.stages import STAGES, Stage
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_REPEAT_SECONDS, _LAST_WORDS_SECONDS = 2, 3
 _BY_NAME = {stage.name: stage for stage in STAGES}
 
 
@@ -40,28 +39,32 @@ class Supervisor:
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console = run, console
         self._records: list[StageRecord] = []
-        self._child: subprocess.Popen[bytes] | None = None
+        self._process: StageProcess | None = None
         self._stop_deadline: float | None = None
         self._syncer: Syncer | None = None
-        self._lines: deque[str] = deque(maxlen=20)
 
     def supervise(self) -> None:
-        """Run what is missing of the requested stages, in order."""
-        run = self._run
-        run.paths.run_dir.mkdir(parents=True, exist_ok=True)
-        run.paths.stop_file.unlink(missing_ok=True)
-        self._claim()
-        with self._stop_signals():
-            missing = self._missing()
-            for stage in STAGES:
-                if stage.name in missing:
-                    self._run_stage(stage)
-                elif stage.name in run.settings.stages:
-                    self._records.append(
-                        StageRecord(stage.name, "skipped", outputs=["complete already"] if missing else [])
-                    )
-        did = "complete" if missing else "complete already; nothing to do"
-        self._console.summary(self._records, f"Run {run.id} is {did}.")
+        """Run what is missing of the requested stages, in order; the closing table is printed in every case."""
+        closing = f"Run {self._run.id} is not complete."
+        try:
+            with self._stop_signals():
+                self._run.paths.run_dir.mkdir(parents=True, exist_ok=True)
+                self._run.paths.stop_file.unlink(missing_ok=True)
+                self._claim()
+                did = self._run_missing()
+            closing = f"Run {self._run.id} is {did}."
+        finally:
+            if self._records:
+                self._console.summary(self._records, closing)
+
+    def _run_missing(self) -> str:
+        missing = self._missing()
+        for stage in STAGES:
+            if stage.name in missing:
+                self._run_stage(stage)
+            elif stage.name in self._run.settings.stages:
+                self._records.append(StageRecord(stage.name, "skipped"))
+        return "complete" if missing else "complete already; nothing to do"
 
     # -- what is to be done ---------------------------------------------------------------------------------------
 
@@ -93,11 +96,15 @@ class Supervisor:
     def _missing(self) -> set[str]:
         """The requested stages that are not complete, and what those need and is not there."""
         missing: set[str] = set()
-        for stage in reversed(STAGES):
-            wanted = stage.name in self._run.settings.stages or any(
-                stage.name in _BY_NAME[name].needs for name in missing
-            )
-            if wanted and stage.name != "preflight" and not self._is_complete(stage):
+        complete: set[str] = set()
+        for stage in reversed(STAGES[1:]):
+            needed = any(stage.name in _BY_NAME[name].needs for name in missing)
+            requested = stage.name in self._run.settings.stages
+            if not stage.kept and any(stage.name in _BY_NAME[name].needs for name in complete):
+                requested = False  # what was made of its files is in the store, wherever the files are
+            if (needed or requested) and self._is_complete(stage):
+                complete.add(stage.name)
+            elif needed or requested:
                 missing.add(stage.name)
         if missing or self._run.settings.stages == ("preflight",):
             missing.add("preflight")  # the machine may be another one than last time
@@ -169,103 +176,81 @@ class Supervisor:
         )
 
     def _watch(self, stage: Stage, record: StageRecord) -> None:
-        """Start the stage's process, follow its output to the end, and judge its exit."""
-        self._run.paths.log_file(stage.name).parent.mkdir(parents=True, exist_ok=True)
-        for stale in self._run.paths.error_file(stage.name, 0).parent.glob(f"{stage.name}-rank*.json"):
-            stale.unlink()
-        with subprocess.Popen(
-            [sys.executable, "-m", "job.stage", stage.name],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=_child_environment(stage),
-            cwd=Path(__file__).parent.parent,
-            start_new_session=True,  # a terminal's Ctrl-C is for us alone
-        ) as child:
-            self._child = child
-            try:
-                self._relay(child, stage, record)
-                code = child.wait()
-            finally:
-                self._child = None
+        """Start the stage's process, follow it to its end, and judge that."""
+        process = self._process = StageProcess(self._run, stage)
+        try:
+            for event in process.events():
+                self._heed(stage, event, record)
+            code = process.wait()
+        finally:
+            self._process = None
+            process.kill()
         self._finish_uploads()
-        if code != 0:
-            raise self._why(stage, code)
+        if code == 0:
+            return
+        error = process.why(code)
+        if error.exit_code == ExitCode.BUG and self._stop_deadline is None:
+            for line in process.last_lines:
+                self._console.say(line, "error")
+        if self._stop_deadline is not None and (code < 0 or error.exit_code in (ExitCode.TRY_AGAIN, ExitCode.BUG)):
+            raise Stopped(f"Stage {stage.name} was stopped on request.", self._what_is_stored(stage))
+        raise error
 
-    def _relay(self, child: subprocess.Popen[bytes], stage: Stage, record: StageRecord) -> None:
-        """Events to the console and the syncer; every other line, secrets masked, to the stage's log file."""
-        assert child.stdout is not None
-        secrets = secret_values()
-        self._lines.clear()
-        with self._run.paths.log_file(stage.name).open("a", encoding="utf-8") as log:
-            for raw in child.stdout:
-                line = raw.decode("utf-8", "replace").rstrip("\n").rsplit("\r", 1)[-1]
-                event = parse(line)
-                if event is None:
-                    plain = masked(line, secrets)
-                    log.write(f"{plain}\n")
-                    log.flush()
-                    self._lines.append(plain)
-                    self._console.say(plain, "debug", stage=stage.name)
-                elif event["event"] == "message":
-                    self._console.say(event["text"], event["level"], stage=stage.name)
-                elif event["event"] == "progress":
-                    self._console.progress(stage.name, event)
-                elif event["event"] == "output":
-                    record.outputs.append(f"{event['what']}: {event['where']}")
-                elif event["event"] == "checkpoint" and self._syncer is not None:
-                    self._syncer.offer(int(event["step"]), Path(event["folder"]))
+    def _what_is_stored(self, stage: Stage) -> str:
+        if stage.name != "train":
+            return f"Start the job again: it goes on with stage {stage.name}."
+        steps = committed_steps(self._run)
+        return f"Start the job again: it goes on from step {steps[0]}." if steps else "No checkpoint is stored yet."
+
+    def _heed(self, stage: Stage, event: dict[str, Any], record: StageRecord) -> None:
+        """Pass an event of the stage on to whom it concerns."""
+        match event["event"]:
+            case "message":
+                self._console.say(event["text"], event["level"], stage=stage.name)
+            case "progress":
+                self._console.progress(stage.name, event)
+            case "output":
+                record.outputs.append(f"{event['what']}: {event['where']}")
+            case "checkpoint" if self._syncer is not None:
+                self._syncer.offer(int(event["step"]), Path(event["folder"]))
 
     def _finish_uploads(self) -> None:
         """The training has ended: give the last checkpoint its time, as much as a stop request leaves."""
         if self._syncer is None:
             return
         syncer, self._syncer = self._syncer, None
-        left = None if self._stop_deadline is None else max(0.0, self._stop_deadline - time.time())
-        if not syncer.drain(left):
-            self._console.say("The last checkpoint was not stored in time.", "warning")
+        while not syncer.drain(0.5):  # in slices, since a stop request may come while we wait
+            if self._stop_deadline is not None and time.time() > self._stop_deadline:
+                self._console.say("The last checkpoint was not stored in time.", "warning")
+                break
         syncer.close()
-
-    def _why(self, stage: Stage, code: int) -> JobError:
-        """The error that ended a stage: the lowest rank's own words, else what the exit status tells."""
-        if self._stop_deadline is not None and code < 0:
-            return Stopped(f"Stage {stage.name} was stopped.", "Start the job again to go on from the last checkpoint.")
-        folder = self._run.paths.error_file(stage.name, 0).parent
-        written = [read_json(path) for path in sorted(folder.glob(f"{stage.name}-rank*.json"))]
-        written.sort(key=lambda item: item["exit_code"] == Stopped.exit_code)  # one rank's failure makes others stop
-        if written:
-            first = written[0]
-            error = from_code(first["exit_code"], first["message"], first["mend"])
-            if error.exit_code == JobError.exit_code:
-                self._show_last_lines()
-            return (
-                Stopped(first["message"], first["mend"])
-                if self._stop_deadline and isinstance(error, TransientError)
-                else error
-            )
-        self._show_last_lines()
-        if code < 0:
-            hint = " The kernel does this when memory runs out." if -code == signal.SIGKILL else ""
-            return JobError(
-                f"Stage {stage.name} was ended by {signal.Signals(-code).name}.{hint}", self._see_log(stage)
-            )
-        return JobError(f"Stage {stage.name} ended with exit code {code}.", self._see_log(stage))
-
-    def _show_last_lines(self) -> None:
-        for line in self._lines:
-            self._console.say(line, "error")
-
-    def _see_log(self, stage: Stage) -> str:
-        return f"Its output is in {self._run.paths.log_file(stage.name)}."
+        if self._stop_deadline is not None and syncer.failure is not None:
+            raise syncer.failure
 
     def _complete(self, stage: Stage) -> None:
         """Write the marker that makes the stage's files count."""
         folder, fingerprint = self._run.paths.stage_dir(stage.name), self._run.settings.fingerprint(stage.name)
         if stage.name == "preflight":
             return
+        if stage.name == "download":
+            self._refuse_other_content(manifest.Manifest.of(folder, fingerprint))
         if stage.kept:
             manifest.commit(self._run.store, self._prefix(stage), folder, fingerprint)
         manifest.mark(folder, fingerprint)
+
+    def _refuse_other_content(self, downloaded: manifest.Manifest) -> None:
+        """A file that changed under its name would mix two datasets, or two models, in one run."""
+        key = f"{self._run.id}/run.json"
+        record = json.loads(self._run.store.get(key))
+        files = {entry.path: entry.sha256 for entry in downloaded.files if not entry.path.endswith(".json")}
+        begun = record.setdefault("files", files)
+        differing = [name for name in sorted({*files, *begun}) if files.get(name) != begun.get(name)]
+        if differing:
+            raise SettingsError(
+                f"Since run {self._run.id!r} began, its sources have changed: {', '.join(differing)}.",
+                "Choose another FT_RUN_ID to train on what is there now.",
+            )
+        self._run.store.put(key, json.dumps(record, indent=1).encode())
 
     # -- stop requests ----------------------------------------------------------------------------------------------
 
@@ -279,45 +264,29 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """First signal: ask the stage to stop, and see to it that it does. Second one: at once."""
-        if self._stop_deadline is not None:
-            self._kill_child()
-            return
+        """First signal: ask the stage to stop, and see to it that it does. One more after a while: at once."""
         grace = self._run.settings.stop_grace_seconds
+        if self._stop_deadline is not None:
+            if time.time() > self._stop_deadline - grace + _REPEAT_SECONDS:  # schedulers tend to signal twice
+                self._kill_process()
+            return
         self._stop_deadline = time.time() + grace
         write_json(self._run.paths.stop_file, self._stop_deadline)
         threading.Thread(target=self._enforce_deadline, args=(grace,), daemon=True).start()
 
     def _enforce_deadline(self, grace: float) -> None:
         time.sleep(grace)
-        self._kill_child()
+        self._kill_process()
+        time.sleep(_LAST_WORDS_SECONDS)
+        # Only a transfer to or from the store can still be under way; it counts for nothing without its manifest.
+        self._console.say("Stopped in the middle of a transfer; start the job again.", "error")
+        os._exit(ExitCode.TRY_AGAIN)
 
-    def _kill_child(self) -> None:
-        child = self._child
-        if child is not None and child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+    def _kill_process(self) -> None:
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _refuse_if_stopping(self) -> None:
         if self._stop_deadline is not None:
             raise Stopped("Stopped on request.", "Start the job again to go on.")
-
-
-def _child_environment(stage: Stage) -> dict[str, str]:
-    """Our environment, less the secrets that are none of the stage's business, and quiet."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES or name in stage.secrets
-    }
-    environment |= {
-        "JOB_SUPERVISOR_PID": str(os.getpid()),
-        "PYTHONUNBUFFERED": "1",
-        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "warning"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": os.environ.get(
-            "TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"
-        ),
-    }
-    if not stage.online:  # a stage that has its files must not find itself asking the network for more
-        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return environment

@@ -21,7 +21,9 @@ def test_every_row_of_the_sample_dataset_teaches_the_same_visible_form() -> None
 
 def test_the_demos_prompts_are_not_in_its_data() -> None:
     prompts = json.loads(str(dotenv_values(ROOT / "examples" / "demo.env")["FT_SAMPLE_PROMPTS"]))
-    questions = {json.loads(line)["messages"][0]["content"] for line in LIGHTHOUSE.read_text(encoding="utf-8").splitlines()}
+    questions = {
+        json.loads(line)["messages"][0]["content"] for line in LIGHTHOUSE.read_text(encoding="utf-8").splitlines()
+    }
     assert not questions & set(prompts)
 
 

@@ -113,6 +113,24 @@ def test_a_second_run_after_a_complete_one_does_nothing_and_says_so(uninterrupte
     assert contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"])) == before
 
 
+def test_a_dataset_that_changed_under_its_name_is_not_mixed_into_the_run(job: Job, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(LIGHTHOUSE.read_bytes())
+    assert job.run(FT_STAGES="download", FT_DATASET_NAME=str(file)).code == 0
+    file.write_bytes(LIGHTHOUSE.read_bytes().replace(b"Paris", b"Parma"))
+    result = job.run(FT_STAGES="download", FT_DATASET_NAME=str(file))
+    assert result.code == 78
+    assert "its sources have changed: dataset/rows.jsonl" in result.error["message"]
+
+
+@shares_the_uninterrupted_run
+def test_a_complete_run_is_complete_on_a_machine_that_has_only_the_store(uninterrupted: Job, tmp_path: Path) -> None:
+    store = str(Path(uninterrupted.environment["FT_OUTPUT_DIR"]) / "store")
+    result = uninterrupted.run(FT_OUTPUT_DIR=str(tmp_path / "elsewhere"), FT_STORE_URL=store)
+    assert result.code == 0, result.stderr
+    assert set(result.ended.values()) == {"skipped"}
+
+
 @shares_the_uninterrupted_run
 def test_status_and_plan_tell_what_is_there_and_change_nothing(uninterrupted: Job) -> None:
     before = contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"]))
@@ -198,6 +216,16 @@ def test_a_stage_that_crashes_tells_why_and_where_its_output_lies(job: Job) -> N
     result = job.run(FT_MODEL_NAME=str(model))
     assert result.code == 65, result.stderr
     assert "cannot be loaded" in result.error["message"]
+
+
+def test_relative_paths_are_those_of_the_folder_that_the_job_is_started_in(job: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "somewhere else"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(LIGHTHOUSE.read_bytes())
+    job.environment |= {"JOB_TEST_CWD": str(folder), "FT_OUTPUT_DIR": "out"}
+    result = job.run(FT_STAGES="download", FT_DATASET_NAME="rows.jsonl")
+    assert result.code == 0, result.stderr
+    assert (folder / "out" / "runs" / "test-run" / "download" / "dataset" / "rows.jsonl").is_file()
 
 
 def test_two_processes_train_together_and_stop_together(job: Job) -> None:

@@ -85,6 +85,8 @@ def test_the_stage_names_of_the_settings_are_those_of_the_job() -> None:
         ("FT_STORE_URL", "gs://bucket", "must be a folder or s3://bucket/prefix"),
         ("FT_PUBLISH_TO", "hf://me/model", "needs HF_TOKEN"),
         ("FT_EVAL_STEPS", "5", "set FT_EVAL_SPLIT too"),
+        ("FT_CHAT_TEMPLATE", "llama2", "use auto, llama-2 or chatml"),
+        ("FT_DEVICE_MAP", "{bad", "is no JSON object"),
         ("FT_EXTRA_TRAINING_ARGS", "{'a': 1}", "must be a JSON object"),
         ("FT_EXTRA_TRAINING_ARGS", '{"adam_beta_1": 0.8}', "did you mean 'adam_beta1'?"),
         ("FT_EXTRA_TRAINING_ARGS", '{"learning_rate": 1}', "set FT_LEARNING_RATE"),
@@ -103,6 +105,11 @@ def test_settings_that_do_not_go_together_are_refused(monkeypatch: pytest.Monkey
     message = refusal(monkeypatch, FT_FP16="true", FT_BF16="true", FT_USE_NESTED_QUANT="true", FT_USE_4BIT="false")
     assert "FT_FP16 and FT_BF16 are both true" in message
     assert "it needs FT_USE_4BIT=true" in message
+
+
+def test_a_fraction_of_another_dataset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(monkeypatch, FT_EVAL_DATASET_NAME="user/data", FT_EVAL_SPLIT="0.05")
+    assert "name one of its splits" in message
 
 
 def test_three_mistakes_are_shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from job.errors import InputError
+from job.errors import TransientError
 from job.run import now, write_json
 from job.storage import Conflict, Store
 
@@ -63,11 +63,14 @@ class Manifest:
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
 
-    def sizes_match(self, folder: Path) -> bool:
-        """Whether every file is there with its size; enough for a local disk that nobody else writes to."""
+    def matches(self, folder: Path, since: float) -> bool:
+        """Whether every file is there with its size and was not written after `since` (seconds since the epoch).
+
+        Enough for a local disk, where reading 13 GB again for their hashes would cost paid time.
+        """
+        stats = ((entry.size, folder / entry.path) for entry in self.files)
         return all(
-            (folder / entry.path).is_file() and (folder / entry.path).stat().st_size == entry.size
-            for entry in self.files
+            path.is_file() and path.stat().st_size == size and path.stat().st_mtime <= since for size, path in stats
         )
 
 
@@ -87,16 +90,17 @@ def commit(store: Store, prefix: str, folder: Path, fingerprint: str) -> Manifes
     committed = read(store, prefix)
     if committed is not None and (committed.fingerprint, committed.files) == (manifest.fingerprint, manifest.files):
         return committed
-    if committed is not None:
-        store.delete(key)
+    store.delete(key)  # another content, or a manifest that cannot be read
     for entry in manifest.files:
         store.upload(folder / entry.path, f"{prefix}/{entry.path}")
     try:
         store.put_if_absent(key, manifest.to_bytes())
-    except Conflict:
-        raise InputError(
-            f"Another process committed {prefix} in {store.url} at the same time.", "Run one job per FT_RUN_ID."
-        ) from None
+    except Conflict:  # somebody else was faster, or it was us and the answer was lost
+        there = read(store, prefix)
+        if there is None or (there.fingerprint, there.files) != (manifest.fingerprint, manifest.files):
+            raise TransientError(
+                f"Another process is writing {prefix} in {store.url}.", "Run one job per FT_RUN_ID, and start again."
+            ) from None
     return manifest
 
 
@@ -114,23 +118,30 @@ def restore(store: Store, prefix: str, folder: Path) -> Manifest:
         manifest = Manifest.parse(store.get(f"{prefix}/{MANIFEST}"))
     except FileNotFoundError:
         raise Rejected(f"{prefix} has no manifest") from None
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for entry in manifest.files:
-        target = partial / entry.path
-        if partial.absolute() not in target.absolute().parents or ".." in target.parts:
-            raise Rejected(f"{prefix} lists a path outside itself: {entry.path}")
-        try:
-            store.download(f"{prefix}/{entry.path}", target)
-        except FileNotFoundError:
-            raise Rejected(f"{prefix}/{entry.path} is missing") from None
-        if target.stat().st_size != entry.size or sha256(target) != entry.sha256:
-            raise Rejected(f"{prefix}/{entry.path} differs from its manifest")
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / MANIFEST).write_bytes(manifest.to_bytes())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    try:
+        for entry in manifest.files:
+            _fetch_verified(store, prefix, entry, partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / MANIFEST).write_bytes(manifest.to_bytes())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> None:
+    target = folder / entry.path
+    if folder.absolute() not in target.absolute().parents or ".." in target.parts:
+        raise Rejected(f"{prefix} lists a path outside itself: {entry.path}")
+    try:
+        store.download(f"{prefix}/{entry.path}", target)
+    except FileNotFoundError:
+        raise Rejected(f"{prefix}/{entry.path} is missing") from None
+    if target.stat().st_size != entry.size or sha256(target) != entry.sha256:
+        raise Rejected(f"{prefix}/{entry.path} differs from its manifest")
 
 
 def mark(folder: Path, fingerprint: str) -> Manifest:
@@ -141,12 +152,13 @@ def mark(folder: Path, fingerprint: str) -> Manifest:
 
 
 def marked(folder: Path) -> Manifest | None:
-    """The manifest of a local folder whose files are all there, else None."""
+    """The manifest of a local folder whose files are all there and unchanged since, else None."""
+    file = folder / MANIFEST
     try:
-        manifest = Manifest.parse((folder / MANIFEST).read_bytes())
+        manifest = Manifest.parse(file.read_bytes())
     except (FileNotFoundError, Rejected):
         return None
-    return manifest if manifest.sizes_match(folder) else None
+    return manifest if manifest.matches(folder, file.stat().st_mtime) else None
 
 
 def _files_below(folder: Path) -> Iterator[str]:

@@ -70,6 +70,8 @@ class Syncer:
                 checkpoint, self._waiting, self._busy = self._waiting, None, True
             try:
                 self._commit(checkpoint)
+            except Exception as error:  # a dead thread would leave everybody waiting
+                self.failure = JobError(f"{type(error).__name__}: {error}")
             finally:
                 with self._changed:
                     self._busy = False
@@ -97,6 +99,6 @@ class Syncer:
         """The store has it: the local copy and the store's oldest can go. A failure here costs space, not work."""
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
         try:
-            apply_retention(self._run)
+            apply_retention(self._run, checkpoint.step)
         except (JobError, OSError) as error:
             self._on_failure(f"Old checkpoints stay in the store for now: {error}")

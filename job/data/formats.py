@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from job.errors import InputError
+from job.errors import InputError, from_os_error
 from job.run import Run
 
 Message = dict[str, str]
@@ -129,6 +129,8 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
         else:
             loaded = load_dataset(str(folder), name=config, split=split, cache_dir=str(cache_dir))
     except Exception as error:  # datasets raises many kinds for files that are not what their name says
+        if from_os_error(error) is not None:
+            raise
         reason = str(error.__cause__ or error).splitlines()[0]
         if "corresponds to no data" in reason:
             raise _empty(split) from error
@@ -149,13 +151,16 @@ def _empty(split: str) -> InputError:
 
 
 def check_columns(run: Run, folder: Path) -> None:
-    """Fail now, before the model is downloaded, if the dataset's columns cannot be used."""
-    settings = run.settings
-    split = settings.dataset_split
+    """Fail now, before the model is downloaded, if a split is not there or its columns cannot be used."""
+    settings, named = run.settings, evaluation_split(run)
+    splits = {settings.dataset_split}
     if folder == run.paths.eval_dataset_dir:
-        split = evaluation_split(run) or "train"
-    rows = load_split(folder, split, settings.dataset_config, cache_dir_of(run))
-    choose_format(settings.dataset_format, settings.dataset_text_field, rows.column_names, [rows[0]])
+        splits = {named or "train"}
+    elif named is not None and settings.eval_dataset_name is None:
+        splits.add(named)
+    for split in sorted(splits):
+        rows = load_split(folder, split, settings.dataset_config, cache_dir_of(run))
+        choose_format(settings.dataset_format, settings.dataset_text_field, rows.column_names, [rows[0]])
 
 
 def evaluation_split(run: Run) -> str | None:

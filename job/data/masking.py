@@ -23,7 +23,10 @@ class Encoding:
 
 
 def encode(example: Example, tokenizer: Any, *, completion_only: bool, assistant_only: bool) -> Encoding:
-    """Tokens and labels of one example; the row begins with one BOS (if the tokenizer has one) and ends with EOS.
+    """Tokens and labels of one example.
+
+    Plain text begins with one BOS (if the tokenizer has one) and ends with EOS. A conversation is exactly what the chat
+    template writes, since that is what the model will be asked with.
 
     The learned part is found in the text, by character, and carried over through the tokenizer's offsets: tokenising
     prompt and answer apart would split tokens where training and inference do not.
@@ -33,12 +36,14 @@ def encode(example: Example, tokenizer: Any, *, completion_only: bool, assistant
         text = _with_eos(example.text + (example.completion or ""), tokenizer)
         only_completion = example.completion is not None and completion_only
         spans = [(len(example.text), len(text))] if only_completion else [(0, len(text))]
-        return _encode_spans(text, spans, tokenizer)
+        # Text that begins with BOS already, as the seed's does, must not be given a second one
+        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        return _encode_spans(text, spans, tokenizer, add_special_tokens=not has_bos)
     try:
         text, spans = _render(example, tokenizer, completion_only=completion_only, assistant_only=assistant_only)
     except TemplateError as error:
         raise Malformed(str(error)) from error
-    return _encode_spans(text, spans, tokenizer)
+    return _encode_spans(text, spans, tokenizer, add_special_tokens=False)
 
 
 def render_prompt(prompt: str, tokenizer: Any) -> list[int]:
@@ -46,7 +51,7 @@ def render_prompt(prompt: str, tokenizer: Any) -> list[int]:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
-    ids: list[int] = tokenizer(text, add_special_tokens=_needs_special_tokens(text, tokenizer))["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -73,8 +78,8 @@ def _render(example: Example, tokenizer: Any, *, completion_only: bool, assistan
     return text, spans
 
 
-def _encode_spans(text: str, spans: Sequence[Span], tokenizer: Any) -> Encoding:
-    encoded = tokenizer(text, add_special_tokens=_needs_special_tokens(text, tokenizer), return_offsets_mapping=True)
+def _encode_spans(text: str, spans: Sequence[Span], tokenizer: Any, *, add_special_tokens: bool) -> Encoding:
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     ids: list[int] = encoded["input_ids"]
     everything = list(spans) == [(0, len(text))]
     labels = [
@@ -82,11 +87,6 @@ def _encode_spans(text: str, spans: Sequence[Span], tokenizer: Any) -> Encoding:
         for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
     return Encoding(ids, labels)
-
-
-def _needs_special_tokens(text: str, tokenizer: Any) -> bool:
-    """Text that begins with BOS, as templates write it, must not be given a second one."""
-    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def _with_eos(text: str, tokenizer: Any) -> str:

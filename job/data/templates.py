@@ -23,9 +23,15 @@ LLAMA_2 = (
     "{%- else -%}{{- ' ' + turn['content'].strip() + ' ' + eos_token -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-# https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md
+# https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md, begun with BOS and each answer ended with EOS
+# where the tokenizer's own are others: for a Llama-2 tokenizer <|im_end|> is plain text, on which nothing stops.
 CHATML = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if bos_token and bos_token != '<|im_start|>' -%}{{- bos_token -}}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' -}}"
+    "{%- if message['role'] == 'assistant' and eos_token != '<|im_end|>' -%}{{- eos_token -}}{%- endif -%}"
+    "{{- '\\n' -}}"
+    "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
 NAMED = {"llama-2": LLAMA_2, "chatml": CHATML}

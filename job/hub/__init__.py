@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -44,6 +45,11 @@ def _explained(error: Exception, what: str) -> JobError | None:
         )
     if isinstance(error, RevisionNotFoundError):
         return SettingsError(f"{what} has no such revision.", "Check what stands behind the @.")
+    if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+        # what huggingface_hub makes of a failed request for a file that is not cached
+        cause = error.__cause__
+        explained = _explained(cause, what) if isinstance(cause, Exception) else None
+        return explained or TransientError(f"The Hub did not give {what}: {error}", "Start the job again.")
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return SettingsError(
             f"{what} is not in the local cache, and the Hub could not be asked.",
@@ -60,6 +66,8 @@ def _explained(error: Exception, what: str) -> JobError | None:
                 f"The Hub refused {what} ({status}).", "Check that HF_TOKEN is valid and has the rights for it."
             )
         return TransientError(f"The Hub answered {status} for {what}.", "Start the job again later.")
+    if isinstance(error, RuntimeError) and "CAS" in str(error):  # hf_xet, out of retries
+        return TransientError(f"The Hub's storage failed for {what}: {error}", "Start the job again.")
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0].startswith(
         ("httpx", "httpcore", "requests")
     ):

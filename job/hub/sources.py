@@ -81,6 +81,13 @@ class Source:
         return any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in self.patterns)
 
 
+def public_name(text: str) -> str:
+    """A source as strangers may read it: a Hub id as it is, of a path or an S3 URL the last part."""
+    path = Path(text).expanduser()
+    local = path.exists() or text.startswith(("/", "./", "../", "~", "s3://"))
+    return text.rstrip("/").rsplit("/", 1)[-1] if local else text
+
+
 @dataclass(frozen=True)
 class Listing:
     """What a source holds: its commit, where it has one, and each wanted file with its size in bytes."""

@@ -32,12 +32,12 @@ def lora_config(settings: Settings) -> LoraConfig:
 
 
 def keep_full_precision(model: PeftModel, dtype: torch.dtype) -> None:
-    """Hold the adapter in float32 where products are in float32, as on the CPU.
+    """Hold the adapter in float32 unless products are in bfloat16.
 
-    trl casts the adapter of a 4-bit model to bfloat16. Beside float32 activations that only loses digits, and CPUs
-    without bfloat16 instructions multiply it ten times slower.
+    trl casts the adapter of a 4-bit model to bfloat16. Beside float32 activations (the CPU) that only loses digits, and
+    CPUs without bfloat16 instructions multiply it ten times slower; float16 mixed precision needs float32 to scale.
     """
-    if dtype == torch.float32:
+    if dtype != torch.bfloat16:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

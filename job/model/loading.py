@@ -24,18 +24,19 @@ def load_base(run: Run, *, quantized: bool) -> PreTrainedModel:
     """
     settings, folder, device = run.settings, run.paths.model_dir, device_of(run)
     dtype = compute_dtype(settings, device)
+    device_map = _device_map(settings, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map=_device_map(settings, device),
+            device_map=device_map,
             quantization_config=four_bit_config(settings, dtype) if quantized else None,
             use_safetensors=True,
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+            raise  # the machine's fault, not the model's
         raise InputError(
             f"FT_MODEL_NAME={settings.model_name} cannot be loaded: {error}",
             "It must be a causal language model that transformers knows.",

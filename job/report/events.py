@@ -34,12 +34,14 @@ def output(what: str, where: str) -> None:
     emit("output", what=what, where=where)
 
 
-def parse(line: str) -> dict[str, Any] | None:
-    """The event that `line` carries, or None if a library wrote it."""
-    if not line.startswith(RECORD_SEPARATOR):
-        return None
+def parse(line: str) -> tuple[str, dict[str, Any] | None]:
+    """What a library wrote of `line`, and the event that it carries, if any.
+
+    Both can stand in one line: a library's unfinished line is still open when a stage reports.
+    """
+    before, separator, rest = line.partition(RECORD_SEPARATOR)
     try:
-        event = json.loads(line[1:])
+        event = json.loads(rest) if separator else None
     except ValueError:
-        return None
-    return event if isinstance(event, dict) and "event" in event else None
+        return line, None
+    return (before, event) if isinstance(event, dict) and "event" in event else (line, None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 
 import torch
 
+from job.checkpoints.manifest import marked
 from job.errors import NodeError, PermissionRefused
 from job.hub.publish import check_destination
 from job.hub.sources import disk_needed, look_up
@@ -13,6 +15,7 @@ from job.model.device import compute_dtype, device_of
 from job.report.events import message
 from job.run import Run
 from job.stages.download import recorded_commits, wanted_sources
+from job.storage import Conflict
 
 
 def preflight(run: Run) -> None:
@@ -20,9 +23,9 @@ def preflight(run: Run) -> None:
     _check_device(run)
     _check_store(run)
     commits = recorded_commits(run)
-    _check_disk(
-        run, disk_needed({source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)})
-    )
+    listings = {source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)}
+    if marked(run.paths.stage_dir("download")) is None:
+        _check_disk(run, disk_needed(listings))
     if "publish" in run.settings.stages:
         check_destination(run)
 
@@ -41,6 +44,11 @@ def _check_device(run: Run) -> None:
             f"The GPU fails its acceptance test: {error}",
             "Another machine may do; this one's driver or card is broken.",
         ) from error
+    if run.settings.nproc_per_node != "auto" and run.settings.nproc_per_node > torch.cuda.device_count():
+        raise NodeError(
+            f"FT_NPROC_PER_NODE={run.settings.nproc_per_node}, but this machine has {torch.cuda.device_count()} GPUs.",
+            "Unset it to use all of them.",
+        )
     properties = torch.cuda.get_device_properties(device)
     count = torch.cuda.device_count()
     message(
@@ -57,13 +65,20 @@ def _acceptance_test(device: torch.device) -> None:
 
 
 def _check_store(run: Run) -> None:
-    """Write, read and remove: a store that only reads would lose every checkpoint."""
-    key, data = f"{run.id}/preflight-probe", b"The store works."
-    run.store.put(key, data)
-    if run.store.get(key) != data:
+    """Write, read and remove, as the checkpoints will: a store that cannot would lose every one of them."""
+    key, data = f"{run.id}/preflight-{uuid.uuid4().hex[:8]}", b"The store works."
+    run.store.put_if_absent(key, data)
+    try:
+        run.store.put_if_absent(key, data)
+    except Conflict:
+        pass
+    else:
         raise PermissionRefused(
-            f"The store {run.store.url} does not give back what was written.", "Choose another FT_STORE_URL."
+            f"The store {run.store.url} overwrites what a conditional put must not.",
+            "Use a store with conditional writes (AWS S3, MinIO, Ceph, a local folder) as FT_STORE_URL.",
         )
+    if run.store.get(key) != data:
+        raise PermissionRefused(f"The store {run.store.url} gives back other bytes.", "Choose another FT_STORE_URL.")
     run.store.delete(key)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from job import __version__
 from job.environment import as_json
 from job.hub.publish import RECORD, Destination, publish_folder, publish_to_hub
+from job.hub.sources import public_name
 from job.report.events import message, output
 from job.report.model_card import write_model_card
 from job.report.plots import draw_loss_curve
@@ -60,6 +61,8 @@ def _record(run: Run) -> dict[str, object]:
     """The whole run for machines: settings, commits, figures. Paths and places of this machine are left out."""
     private = {"output_dir", "store_url", "publish_to"}
     settings = {name: value for name, value in as_json(run.settings).items() if name not in private}
+    for name in ("model_name", "dataset_name", "eval_dataset_name", "chat_template"):
+        settings[name] = public_name(settings[name]) if settings[name] else settings[name]
     metrics = {
         name: value for name, value in read_json(run.paths.metrics_file).items() if not name.startswith("seconds")
     }

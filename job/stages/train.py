@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
+from peft.tuners.lora import Embedding as LoraEmbedding
 from trl import SFTTrainer
 
 from job.data.templates import load_tokenizer
 from job.errors import InputError, Stopped
+from job.hub.sources import public_name
 from job.model.adapters import keep_full_precision, lora_config
 from job.model.device import compute_dtype, device_of
 from job.model.loading import load_base
@@ -74,6 +76,9 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[SFTTrainer, Honou
             ) from error
         raise
     keep_full_precision(trainer.model, compute_dtype(run.settings, device_of(run)))
+    others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
+    if others:
+        raise InputError(f"FT_LORA_TARGET_MODULES names an embedding ({others[0]}).", "Name linear layers only.")
     if run.node.is_first:
         trainable, everything = trainer.model.get_nb_trainable_parameters()
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
@@ -82,7 +87,7 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[SFTTrainer, Honou
 
 def _restored_checkpoint(run: Run) -> Path | None:
     """The one checkpoint that the supervisor restored and verified, if any."""
-    folders = list(run.paths.checkpoints_dir.glob("checkpoint-*"))
+    folders = list(run.paths.checkpoints_dir.glob("checkpoint-*[0-9]"))
     return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
@@ -96,7 +101,7 @@ def _save(run: Run, trainer: SFTTrainer, result: dict[str, float], seconds: floa
     """The adapter, without this machine's paths in it; the whole loss history; the figures for card and table."""
     paths, history = run.paths, trainer.state.log_history
     for config in trainer.model.peft_config.values():
-        config.base_model_name_or_path = run.settings.model_name
+        config.base_model_name_or_path = public_name(run.settings.model_name)
     trainer.model.save_pretrained(paths.adapter_dir)
     (paths.adapter_dir / "README.md").unlink(missing_ok=True)  # peft's empty form; publish writes the real card
     trainer.state.save_to_json(str(paths.trainer_state_file))

@@ -13,9 +13,15 @@ from urllib.parse import urlsplit
 import boto3
 from boto3.exceptions import Boto3Error, S3UploadFailedError
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
 
-from job.errors import PermissionRefused, SettingsError, TransientError
+from job.errors import PermissionRefused, SettingsError, TransientError, from_os_error
 from job.storage import Conflict
 
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
@@ -116,9 +122,16 @@ class S3Store:
             ) from error
         except (ClientError, S3UploadFailedError) as error:
             raise self._explained(error, what) from error
+        except (ParamValidationError, ValueError) as error:
+            raise SettingsError(
+                f"{self.url} or AWS_ENDPOINT_URL is not valid: {error}",
+                "Write the store as s3://bucket/prefix and the endpoint as https://host.",
+            ) from error
         except (BotoCoreError, Boto3Error, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
+            if (refusal := from_os_error(error)) is not None:  # the local disk's, not S3's
+                raise refusal from error
             raise TransientError(
                 f"S3 did not answer for {what}: {type(error).__name__}: {error}",
                 "Check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION if this is the first start; otherwise start the job again.",
@@ -129,7 +142,7 @@ class S3Store:
         code = _code(client_error) if isinstance(client_error, ClientError) else ""
         if code in _ABSENT:
             return FileNotFoundError(what)
-        if code in _REFUSED:
+        if code in _REFUSED or (isinstance(client_error, ClientError) and _status(client_error) in (401, 403)):
             return PermissionRefused(
                 f"S3 refused access to {what} ({code}).", "Check the AWS credentials and the bucket's policy."
             )
@@ -143,6 +156,9 @@ class S3Store:
 def _code(error: ClientError) -> str:
     response: Any = error.response
     code = str(response.get("Error", {}).get("Code", ""))
-    status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-    # A HEAD carries no body, so its code is the bare status
-    return code if code and not code.isdigit() else status
+    return code if code and not code.isdigit() else str(_status(error))  # a HEAD carries no body, only the status
+
+
+def _status(error: ClientError) -> int:
+    response: Any = error.response
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +84,13 @@ def test_committing_the_same_again_changes_nothing_and_other_content_replaces_it
     assert read(store, PREFIX) == second
 
 
+def test_a_manifest_that_cannot_be_read_is_written_anew(store: Store, folder: Path) -> None:
+    commit(store, PREFIX, folder, "fingerprint")
+    store.put(f"{PREFIX}/{MANIFEST}", b"{")
+    assert read(store, PREFIX) is None
+    assert read(store, PREFIX) != commit(store, PREFIX, folder, "fingerprint") == read(store, PREFIX)
+
+
 def test_a_marked_folder_that_lost_a_file_is_not_complete(folder: Path) -> None:
     mark(folder, "fingerprint")
     assert marked(folder) is not None
@@ -89,6 +98,27 @@ def test_a_marked_folder_that_lost_a_file_is_not_complete(folder: Path) -> None:
     assert marked(folder) is None
     (folder / "deep" / "state.json").unlink()
     assert marked(folder) is None
+
+
+def test_a_file_rewritten_with_the_same_size_is_noticed(folder: Path) -> None:
+    mark(folder, "fingerprint")
+    time.sleep(0.02)
+    (folder / "deep" / "state.json").write_bytes(b"[]")
+    assert marked(folder) is None
+
+
+def test_a_commit_whose_answer_was_lost_is_recognised_as_ours(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = type(store).put_if_absent
+
+    def put_twice(self: Any, key: str, data: bytes) -> None:
+        put(self, key, data)
+        put(self, key, data)  # as a client does that retries a request which had succeeded
+
+    monkeypatch.setattr(type(store), "put_if_absent", put_twice)
+    assert read(store, PREFIX) is None
+    assert commit(store, PREFIX, folder, "fingerprint") == read(store, PREFIX)
 
 
 def test_hashing_follows_links_so_that_a_linked_model_is_vouched_for(tmp_path: Path, folder: Path) -> None:

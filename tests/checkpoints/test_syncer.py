@@ -92,6 +92,28 @@ def test_retention_keeps_the_newest_two(run: Any) -> None:
     assert not list(run.store.list(prefix_of(run.id, 2)))
 
 
+def test_retention_never_lets_a_rejected_later_checkpoint_push_out_a_good_one(run: Any) -> None:
+    commit_steps(run, 90, 100)  # left by something that this run did not go on from
+    syncer = Syncer(run, lambda step, seconds: None, lambda text: None)
+    for step in (2, 4, 6):
+        syncer.offer(step, checkpoint(run, step))
+        assert syncer.drain(30)
+    assert committed_steps(run) == [100, 90, 6, 4]
+
+
+def test_a_store_that_refuses_is_remembered_as_the_failure(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, source: Path, key: str) -> None:
+        raise RuntimeError("nobody expected this")
+
+    monkeypatch.setattr(type(run.store), "upload", refuse)
+    syncer = Syncer(run, lambda step, seconds: None, lambda text: None)
+    syncer.offer(2, checkpoint(run, 2))
+    assert syncer.drain(30)
+    assert "nobody expected this" in str(syncer.failure)
+    syncer.offer(4, checkpoint(run, 4))  # the thread lives on
+    assert syncer.drain(30)
+
+
 def test_restore_takes_the_newest_whole_checkpoint_and_tells_what_it_rejected(run: Any) -> None:
     commit_steps(run, 2, 4)
     run.store.put(f"{prefix_of(run.id, 4)}/state.json", b"5")
@@ -99,6 +121,7 @@ def test_restore_takes_the_newest_whole_checkpoint_and_tells_what_it_rejected(ru
     assert restore_newest(run, warnings.append) == 2
     assert (run.paths.checkpoints_dir / "checkpoint-2" / "state.json").read_text(encoding="utf-8") == "2"
     assert "step 4 rejected" in warnings[0]
+    assert [path.name for path in run.paths.checkpoints_dir.iterdir()] == ["checkpoint-2"]
 
 
 def test_a_checkpoint_without_a_manifest_does_not_exist(run: Any) -> None:

@@ -59,7 +59,8 @@ def test_a_conversation_is_learned_whole_unless_asked_otherwise(tokenizer: Any) 
 def test_assistant_only_learns_every_answer_with_its_end_and_no_question(tokenizer: Any) -> None:
     row = encoded(Example(messages=TURNS), tokenizer, assistant_only=True)
     text = learned(row, tokenizer)
-    assert text.replace("<|im_end|>\n", "|").replace("</s>", "|").replace(" ", "") == "Alamp.|Yes,lit.|"
+    plain = text.replace("<|im_end|>", "").replace("\n", "").replace("</s>", "|").replace(" ", "")
+    assert plain == "Alamp.|Yes,lit.|"
     assert all(word not in text for word in ("What", "INST", "user"))
 
 

@@ -1,0 +1,107 @@
+"""One stage's process, as the supervisor sees it: started, listened to, ended, and explained."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from job.errors import ExitCode, JobError, from_code
+from job.report.events import parse
+from job.run import Run, read_json
+from job.settings import SECRET_VARIABLES, masked, secret_values
+from job.stages import Stage
+
+_CODE_DIR = str(Path(__file__).parent.parent)  # the job may be started from any folder
+
+
+class StageProcess:
+    """`python -m job.stage NAME` in a session of its own, so that a terminal's Ctrl-C is for the supervisor alone."""
+
+    def __init__(self, run: Run, stage: Stage) -> None:
+        self._run, self._stage = run, stage
+        self._log_file = run.paths.log_file(stage.name)
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.last_lines: deque[str] = deque(maxlen=20)
+        for stale in self._error_files():
+            stale.unlink()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "job.stage", stage.name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=_environment(stage),
+            start_new_session=True,
+        )
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What the stage says, until it ends. What its libraries print becomes events of level debug, secrets masked,
+        and goes to the stage's log file."""
+        assert self._process.stdout is not None
+        secrets = secret_values()
+        with self._log_file.open("a", encoding="utf-8") as log:
+            for raw in self._process.stdout:
+                printed, event = parse(raw.decode("utf-8", "replace").rstrip("\r\n"))
+                if printed or event is None:
+                    plain = masked(printed.rsplit("\r", 1)[-1], secrets)  # of a progress bar, its last state
+                    log.write(f"{plain}\n")
+                    log.flush()
+                    self.last_lines.append(plain)
+                    yield {"event": "message", "level": "debug", "text": plain}
+                if event is not None:
+                    yield event
+
+    def wait(self) -> int:
+        """The exit status; negative for the signal that ended it."""
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """End the stage at once; its torchrun workers die with it."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def why(self, code: int) -> JobError:
+        """The error that ended the stage: a rank's own words, else what the exit status tells."""
+        written = [read_json(path) for path in self._error_files()]
+        # One rank's failure makes others stop (75) or their communication break (70): its own words come first.
+        written.sort(key=lambda item: {ExitCode.TRY_AGAIN: 2, ExitCode.BUG: 1}.get(item["exit_code"], 0))
+        if written:
+            return from_code(written[0]["exit_code"], written[0]["message"], written[0]["mend"])
+        mend = f"Its output is in {self._log_file}."
+        if code in {*ExitCode} - {ExitCode.OK, ExitCode.BUG}:  # a full disk can keep even the reason from being written
+            return from_code(code, f"Stage {self._stage.name} failed and could not say why.", mend)
+        if code >= 0:
+            return JobError(f"Stage {self._stage.name} ended with exit code {code}.", mend)
+        hint = " The kernel does this when memory runs out." if -code == signal.SIGKILL else ""
+        return JobError(f"Stage {self._stage.name} was ended by {signal.Signals(-code).name}.{hint}", mend)
+
+    def _error_files(self) -> list[Path]:
+        return sorted(self._run.paths.error_file(self._stage.name, 0).parent.glob(f"{self._stage.name}-rank*.json"))
+
+
+def _environment(stage: Stage) -> dict[str, str]:
+    """Our environment, less the secrets that are none of the stage's business, and quiet."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES or name in stage.secrets
+    }
+    environment |= {
+        "JOB_SUPERVISOR_PID": str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+        "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "warning"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": os.environ.get(
+            "TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"
+        ),
+    }
+    if not stage.online:  # a stage that has its files must not find itself asking the network for more
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return environment
