@@ -6,7 +6,6 @@ It imports neither torch nor transformers: signals, uploads and exit codes must 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -17,15 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from job.checkpoints import manifest
 from job.checkpoints.restore import committed_steps, restore_newest
 from job.checkpoints.syncer import Syncer
-from job.environment import as_json
-from job.errors import ExitCode, InputError, SettingsError, Stopped
+from job.errors import ExitCode, Stopped
+from job.ledger import Ledger
 from job.process import StageProcess
 from job.report.console import Console, StageRecord
-from job.run import Run, now, write_json
-from job.settings import variable
+from job.run import Run, write_json
 from job.stages import STAGES, Stage
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -37,7 +34,7 @@ class Supervisor:
     """One start of one run. `supervise()` returns when every requested stage is complete, or raises why not."""
 
     def __init__(self, run: Run, console: Console) -> None:
-        self._run, self._console = run, console
+        self._run, self._console, self._ledger = run, console, Ledger(run)
         self._records: list[StageRecord] = []
         self._process: StageProcess | None = None
         self._stop_deadline: float | None = None
@@ -50,7 +47,7 @@ class Supervisor:
             with self._stop_signals():
                 self._run.paths.run_dir.mkdir(parents=True, exist_ok=True)
                 self._run.paths.stop_file.unlink(missing_ok=True)
-                self._claim()
+                self._ledger.begin()
                 did = self._run_missing()
             closing = f"Run {self._run.id} is {did}."
         finally:
@@ -58,70 +55,13 @@ class Supervisor:
                 self._console.summary(self._records, closing)
 
     def _run_missing(self) -> str:
-        missing = self._missing()
+        missing = self._ledger.missing()
         for stage in STAGES:
             if stage.name in missing:
                 self._run_stage(stage)
             elif stage.name in self._run.settings.stages:
                 self._records.append(StageRecord(stage.name, "skipped"))
         return "complete" if missing else "complete already; nothing to do"
-
-    # -- what is to be done ---------------------------------------------------------------------------------------
-
-    def _claim(self) -> None:
-        """Write run.json, or refuse to go on with a run that other settings began."""
-        key, settings = f"{self._run.id}/run.json", self._run.settings
-        record = {
-            "run_id": self._run.id,
-            "created": now(),
-            "fingerprint": settings.fingerprint("train"),
-            "settings": as_json(settings),
-        }
-        try:
-            begun = json.loads(self._run.store.get(key))
-        except FileNotFoundError:
-            self._run.store.put(key, json.dumps(record, indent=1).encode())
-            return
-        before, today = begun.get("settings", {}), as_json(settings)
-        differing = [name for name in settings.affecting("train") if before.get(name) != today[name]]
-        if differing:
-            listing = "\n".join(
-                f"  - {variable(name)}: was {before.get(name)!r}, is {today[name]!r}" for name in differing
-            )
-            raise SettingsError(
-                f"Run {self._run.id!r} was begun with other settings:\n{listing}",
-                "Set them back to go on with it, or choose another FT_RUN_ID to begin anew.",
-            )
-
-    def _missing(self) -> set[str]:
-        """The requested stages that are not complete, and what those need and is not there."""
-        missing: set[str] = set()
-        complete: set[str] = set()
-        for stage in reversed(STAGES[1:]):
-            needed = any(stage.name in _BY_NAME[name].needs for name in missing)
-            requested = stage.name in self._run.settings.stages
-            if not stage.kept and any(stage.name in _BY_NAME[name].needs for name in complete):
-                requested = False  # what was made of its files is in the store, wherever the files are
-            if (needed or requested) and self._is_complete(stage):
-                complete.add(stage.name)
-            elif needed or requested:
-                missing.add(stage.name)
-        if missing or self._run.settings.stages == ("preflight",):
-            missing.add("preflight")  # the machine may be another one than last time
-        return missing
-
-    def _is_complete(self, stage: Stage) -> bool:
-        """A kept stage counts where the store has it, the others where this disk has them."""
-        fingerprint = self._run.settings.fingerprint(stage.name)
-        found = (
-            manifest.read(self._run.store, self._prefix(stage))
-            if stage.kept
-            else manifest.marked(self._run.paths.stage_dir(stage.name))
-        )
-        return found is not None and found.fingerprint == fingerprint
-
-    def _prefix(self, stage: Stage) -> str:
-        return f"{self._run.id}/stages/{stage.name}"
 
     # -- one stage --------------------------------------------------------------------------------------------------
 
@@ -133,13 +73,13 @@ class Supervisor:
         started = time.monotonic()
         try:
             for name in stage.needs:
-                self._bring_back(_BY_NAME[name])
+                self._ledger.bring_back(_BY_NAME[name])
             if stage.name == "train":
                 self._resume_training()
             elif not stage.resumable:
                 shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
             self._watch(stage, record)
-            self._complete(stage)
+            self._ledger.complete(stage)
             record.result = "done"
         except Stopped:
             record.result = "stopped"
@@ -147,20 +87,6 @@ class Supervisor:
         finally:
             record.seconds = time.monotonic() - started
             self._console.stage_ended(record)
-
-    def _bring_back(self, stage: Stage) -> None:
-        """Make sure that a kept stage's files lie on this disk."""
-        folder, fingerprint = self._run.paths.stage_dir(stage.name), self._run.settings.fingerprint(stage.name)
-        here = manifest.marked(folder)
-        if not stage.kept or (here is not None and here.fingerprint == fingerprint):
-            return
-        try:
-            manifest.restore(self._run.store, self._prefix(stage), folder)
-        except manifest.Rejected as reason:
-            raise InputError(
-                f"The stored result of stage {stage.name} is damaged: {reason}.",
-                f"Delete {self._run.store.url}/{self._prefix(stage)} and start again; the last checkpoint is used.",
-            ) from reason
 
     def _resume_training(self) -> None:
         shutil.rmtree(self._run.paths.stage_dir("train"), ignore_errors=True)
@@ -226,31 +152,6 @@ class Supervisor:
         syncer.close()
         if self._stop_deadline is not None and syncer.failure is not None:
             raise syncer.failure
-
-    def _complete(self, stage: Stage) -> None:
-        """Write the marker that makes the stage's files count."""
-        folder, fingerprint = self._run.paths.stage_dir(stage.name), self._run.settings.fingerprint(stage.name)
-        if stage.name == "preflight":
-            return
-        if stage.name == "download":
-            self._refuse_other_content(manifest.Manifest.of(folder, fingerprint))
-        if stage.kept:
-            manifest.commit(self._run.store, self._prefix(stage), folder, fingerprint)
-        manifest.mark(folder, fingerprint)
-
-    def _refuse_other_content(self, downloaded: manifest.Manifest) -> None:
-        """A file that changed under its name would mix two datasets, or two models, in one run."""
-        key = f"{self._run.id}/run.json"
-        record = json.loads(self._run.store.get(key))
-        files = {entry.path: entry.sha256 for entry in downloaded.files if not entry.path.endswith(".json")}
-        begun = record.setdefault("files", files)
-        differing = [name for name in sorted({*files, *begun}) if files.get(name) != begun.get(name)]
-        if differing:
-            raise SettingsError(
-                f"Since run {self._run.id!r} began, its sources have changed: {', '.join(differing)}.",
-                "Choose another FT_RUN_ID to train on what is there now.",
-            )
-        self._run.store.put(key, json.dumps(record, indent=1).encode())
 
     # -- stop requests ----------------------------------------------------------------------------------------------
 

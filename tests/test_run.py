@@ -196,8 +196,10 @@ def test_a_stop_request_in_training_ends_with_75_and_the_next_start_goes_on_to_t
 def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:
     process = job.start()
     read_until(process, event="stage_started", stage="prepare")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
-    assert children
+    listing, children = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
+    while not children:  # the stage is announced just before it is started
+        assert process.poll() is None
+        children = listing.read_text(encoding="utf-8").split()
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
