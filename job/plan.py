@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from job.cluster import visible_gpus
 from job.errors import JobError
 from job.hub.publish import Destination
@@ -31,7 +33,7 @@ def print_plan(run: Run) -> None:
     lines += [
         ("stages", " → ".join(settings.stages)),
         ("steps", _steps(run)),
-        ("disk needed", f"{disk_needed(listings) / 1e9:.1f} GB"),
+        ("disk needed", decimal(disk_needed(listings))),
     ]
     lines.append(("publishes to", str(Destination.of(run)) if "publish" in settings.stages else "nothing"))
     for label, text in lines:
@@ -45,7 +47,7 @@ def _describe(source: Source, listings: dict[Source, Listing]) -> str:
         return f"{source}: {error.message}"
     listings[source] = listing
     commit = f" at {listing.commit[:12]}" if listing.commit else ""
-    return f"{source}{commit}, {listing.total_bytes / 1e6:,.1f} MB in {len(listing.files)} files"
+    return f"{source}{commit}, {decimal(listing.total_bytes)} in {len(listing.files)} files"
 
 
 def _steps(run: Run) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from job.data.formats import check_columns
 from job.hub.sources import Source, fetch, look_up
 from job.report.events import message, progress
@@ -40,8 +42,7 @@ def download(run: Run) -> None:
     for (source, folder), listing in zip(sources, listings, strict=True):
         run.check_stop()
         message(
-            f"{source.described}: {listing.total_bytes / 1e6:,.1f} MB"
-            + (f" at {listing.commit}" if listing.commit else "")
+            f"{source.described}: {decimal(listing.total_bytes)}" + (f" at {listing.commit}" if listing.commit else "")
         )
         fetch(source, listing, folder)
         if source.kind == "dataset":

@@ -6,6 +6,7 @@ import shutil
 import uuid
 
 import torch
+from rich.filesize import decimal
 
 from job.checkpoints.manifest import marked
 from job.errors import NodeError, PermissionRefused
@@ -87,6 +88,6 @@ def _check_disk(run: Run, needed: int) -> None:
     free = shutil.disk_usage(run.paths.run_dir).free
     if free < needed:
         raise NodeError(
-            f"FT_OUTPUT_DIR={run.settings.output_dir} has {free / 1e9:.1f} GB free, the run needs {needed / 1e9:.1f} GB.",
+            f"FT_OUTPUT_DIR={run.settings.output_dir} has {decimal(free)} free, the run needs {decimal(needed)}.",
             "Set FT_OUTPUT_DIR to a larger volume, or free space there.",
         )
