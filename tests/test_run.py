@@ -193,6 +193,21 @@ def test_a_stop_request_in_training_ends_with_75_and_the_next_start_goes_on_to_t
     assert contents(published(job))[name] == contents(published(uninterrupted))[name]
 
 
+def test_an_adapter_in_bfloat16_is_resumed_in_bfloat16_bit_for_bit(job: Job, tmp_path: Path) -> None:
+    """As on a GPU: trl holds the adapter in bfloat16, and peft loads a checkpoint's as float32."""
+    job.environment |= {"FT_STAGES": "train", "FT_BNB_4BIT_COMPUTE_DTYPE": "bfloat16", "FT_SAVE_STEPS": "1"}
+    adapter = Path("runs/test-run/train/adapter/adapter_model.safetensors")
+    straight = job.run(FT_OUTPUT_DIR=str(tmp_path / "straight"))
+    assert straight.code == 0, straight.stderr
+    process = job.start()
+    read_until(process, event="progress", stage="train", done=3)
+    process.send_signal(signal.SIGTERM)
+    assert finished(process, *process.communicate(timeout=120)).code == 75
+    assert job.run().code == 0
+    stopped = Path(job.environment["FT_OUTPUT_DIR"]) / adapter
+    assert stopped.read_bytes() == (tmp_path / "straight" / adapter).read_bytes()
+
+
 def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:
     process = job.start()
     read_until(process, event="stage_started", stage="prepare")

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from datasets import Dataset, load_from_disk
 from peft.tuners.lora import Embedding as LoraEmbedding
-from trl import SFTTrainer
 
 from job.data.templates import load_tokenizer
 from job.errors import InputError, Stopped
@@ -25,7 +24,14 @@ from job.model.loading import load_base
 from job.report.events import message, output
 from job.run import Run, read_json, write_json
 from job.training.arguments import peak_memory_bytes, training_arguments
-from job.training.callbacks import HonourStopRequests, KeepDataOrder, OfferCheckpoints, RefuseNonsense, ReportProgress
+from job.training.callbacks import (
+    HonourStopRequests,
+    KeepDataOrder,
+    OfferCheckpoints,
+    RefuseNonsense,
+    ReportProgress,
+)
+from job.training.trainer import AdapterTrainer
 
 
 def train(run: Run) -> None:
@@ -50,14 +56,14 @@ def train(run: Run) -> None:
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
 
 
-def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[SFTTrainer, HonourStopRequests]:
+def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, HonourStopRequests]:
     train_rows = load_from_disk(run.paths.train_data_dir)
     eval_rows = load_from_disk(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
     assert isinstance(train_rows, Dataset)
     max_length = int(read_json(run.paths.data_report_file)["max_length"])
     stop = HonourStopRequests(run)
     try:
-        trainer = SFTTrainer(
+        trainer = AdapterTrainer(
             model=load_base(run, quantized=run.settings.use_4bit),
             args=training_arguments(
                 run, max_length=max_length, evaluates=eval_rows is not None, resumed=checkpoint is not None
@@ -66,7 +72,13 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[SFTTrainer, Honou
             eval_dataset=eval_rows,
             processing_class=load_tokenizer(run.paths.tokenizer_dir),
             peft_config=lora_config(run.settings),
-            callbacks=[ReportProgress(), KeepDataOrder(checkpoint), OfferCheckpoints(), stop, RefuseNonsense()],
+            callbacks=[
+                ReportProgress(),
+                KeepDataOrder(checkpoint),
+                OfferCheckpoints(),
+                stop,
+                RefuseNonsense(),
+            ],
         )
     except ValueError as error:
         if "arget modules" in str(error):
@@ -91,13 +103,13 @@ def _restored_checkpoint(run: Run) -> Path | None:
     return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def _evaluated_at_the_end(trainer: SFTTrainer) -> bool:
+def _evaluated_at_the_end(trainer: AdapterTrainer) -> bool:
     return any(
         "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
     )
 
 
-def _save(run: Run, trainer: SFTTrainer, result: dict[str, float], seconds: float) -> None:
+def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: float) -> None:
     """The adapter, without this machine's paths in it; the whole loss history; the figures for card and table."""
     paths, history = run.paths, trainer.state.log_history
     for config in trainer.model.peft_config.values():
@@ -114,7 +126,7 @@ def _save(run: Run, trainer: SFTTrainer, result: dict[str, float], seconds: floa
         output("evaluation loss", f"{metrics['eval_loss_first']:.4f} → {metrics['eval_loss_last']:.4f} nats a token")
 
 
-def _metrics(run: Run, trainer: SFTTrainer, seconds: float) -> dict[str, Any]:
+def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
     history, device = trainer.state.log_history, device_of(run)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
