@@ -4,8 +4,7 @@ ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE_IMAGE}
 
 LABEL org.opencontainers.image.title="finetune-job" \
-      org.opencontainers.image.description="QLoRA fine-tuning as a batch job: environment variables in, published model out" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.description="QLoRA fine-tuning as a batch job: environment variables in, published model out"
 
 # tini is PID 1: it hands signals and exit codes through. gcc is what Triton compiles its launchers with.
 # hadolint ignore=DL3008

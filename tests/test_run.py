@@ -74,6 +74,8 @@ def test_the_published_folder_holds_model_adapter_card_curve_samples_and_proof(u
         "generation_config.json", "loss_curve.png", "merge_proof.json", "model.safetensors", "samples.json", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
+    modules = json.loads((published(uninterrupted) / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert modules["target_modules"] == sorted(modules["target_modules"]) == ["q_proj", "v_proj"]
     card = (published(uninterrupted) / "README.md").read_text(encoding="utf-8")
     assert all(
         heading in card
@@ -191,6 +193,19 @@ def test_a_stop_request_in_training_ends_with_75_and_the_next_start_goes_on_to_t
     assert any("Going on from the checkpoint of step" in event.get("message", "") for event in again.events)
     name = "adapter/adapter_model.safetensors"
     assert contents(published(job))[name] == contents(published(uninterrupted))[name]
+
+
+def test_a_new_machine_goes_on_from_the_checkpoint_in_s3(job: Job, s3_environment: None, tmp_path: Path) -> None:
+    job.environment |= {"FT_STORE_URL": "s3://bucket/runs", "FT_STAGES": "train,sample", "FT_SAVE_STEPS": "1"}
+    process = job.start(FT_OUTPUT_DIR=str(tmp_path / "first machine"))
+    read_until(process, event="progress", stage="train", done=3)
+    process.send_signal(signal.SIGTERM)
+    assert finished(process, *process.communicate(timeout=120)).code == 75
+    second = job.run(FT_OUTPUT_DIR=str(tmp_path / "second machine"))
+    assert second.code == 0, second.stderr
+    assert any("Going on from the checkpoint of step" in event.get("message", "") for event in second.events)
+    third = job.run(FT_OUTPUT_DIR=str(tmp_path / "third machine"))
+    assert third.ended == {"train": "skipped", "sample": "skipped"}
 
 
 def test_an_adapter_in_bfloat16_is_resumed_in_bfloat16_bit_for_bit(job: Job, tmp_path: Path) -> None:

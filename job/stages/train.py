@@ -114,6 +114,8 @@ def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: 
     paths, history = run.paths, trainer.state.log_history
     for config in trainer.model.peft_config.values():
         config.base_model_name_or_path = public_name(run.settings.model_name)
+        if isinstance(config.target_modules, set):  # written in another order by every process
+            config.target_modules = sorted(config.target_modules)
     trainer.model.save_pretrained(paths.adapter_dir)
     (paths.adapter_dir / "README.md").unlink(missing_ok=True)  # peft's empty form; publish writes the real card
     trainer.state.save_to_json(str(paths.trainer_state_file))
