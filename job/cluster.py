@@ -16,6 +16,7 @@ class Node:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    ends_at: float | None = None  # seconds since the epoch, where the scheduler sets a limit
 
     @property
     def is_first(self) -> bool:
@@ -31,11 +32,13 @@ class Gpu:
 
 
 def this_node(environ: Mapping[str, str] = os.environ) -> Node:
-    """Read the variables that torchrun sets for each of its processes."""
+    """Read the variables that torchrun sets for each of its processes, and Slurm's end of the job."""
+    ends_at = environ.get("SLURM_JOB_END_TIME", "")
     return Node(
         rank=int(environ.get("RANK", 0)),
         local_rank=int(environ.get("LOCAL_RANK", 0)),
         world_size=int(environ.get("WORLD_SIZE", 1)),
+        ends_at=float(ends_at) if ends_at.isdigit() else None,
     )
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 from job.checkpoints import manifest
+from job.checkpoints.lease import Commit, Lease, LeaseRecord
+from job.checkpoints.retention import keep_newest_attempt, remove
 from job.environment import as_json
-from job.errors import InputError, SettingsError
-from job.run import Run, now
+from job.errors import SettingsError, TransientError
+from job.run import Run, now, read_json
 from job.settings import variable
 from job.stages import STAGES, Stage
+from job.storage import Conflict
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -21,24 +26,32 @@ class Ledger:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._key = f"{run.id}/run.json"
+        self._lease: Lease | None = None
+        self._seen: LeaseRecord | None = None
 
-    def begin(self) -> None:
-        """Write run.json, or refuse to go on with a run that other settings began."""
-        settings = self._run.settings
+    def refuse_other_settings(self) -> None:
+        """Raise SettingsError for a run that other settings began; writes nothing."""
         try:
             begun = self._record()
         except FileNotFoundError:
-            record = {"run_id": self._run.id, "created": now(), "fingerprint": settings.fingerprint("train")}
-            self._write(record | {"settings": as_json(settings)})
             return
-        before, today = begun.get("settings", {}), as_json(settings)
-        differing = [name for name in settings.affecting("train") if before.get(name) != today[name]]
+        before, today = begun.get("settings", {}), as_json(self._run.settings)
+        differing = [name for name in self._run.settings.affecting("train") if before.get(name) != today[name]]
         if differing:
             lines = (f"  - {variable(name)}: was {before.get(name)!r}, is {today[name]!r}" for name in differing)
             raise SettingsError(
                 f"Run {self._run.id!r} was begun with other settings:\n" + "\n".join(lines),
                 "Set them back to go on with it, or choose another FT_RUN_ID to begin anew.",
             )
+
+    def begin(self, lease: Lease) -> None:
+        """Write run.json if this is the run's first start. From here on the ledger writes, under `lease`."""
+        self._lease = lease
+        self.refuse_other_settings()
+        settings = self._run.settings
+        record = {"run_id": self._run.id, "created": now(), "fingerprint": settings.fingerprint("train")}
+        with contextlib.suppress(Conflict):
+            self._run.store.put_if_absent(self._key, _to_bytes(record | {"settings": as_json(settings)}))
 
     def missing(self) -> set[str]:
         """The requested stages that are not complete, and what those need and is not there."""
@@ -59,12 +72,15 @@ class Ledger:
         here = manifest.marked(folder)
         if not stage.kept or (here is not None and here.fingerprint == fingerprint):
             return
+        commit = self.committed(stage)[0]
+        prefix = f"{self._run.id}/{commit.folder}"
         try:
-            manifest.restore(self._run.store, self._prefix(stage), folder)
+            manifest.restore(self._run.store, prefix, folder)
         except manifest.Rejected as reason:
-            raise InputError(
-                f"The stored result of stage {stage.name} is damaged: {reason}.",
-                f"Delete {self._run.store.url}/{self._prefix(stage)} and start again; the last checkpoint is used.",
+            remove(self._run, commit)
+            raise TransientError(
+                f"The stored result of stage {stage.name} is damaged: {reason}. It was removed.",
+                "Start the job again: it makes the result anew, training from the last checkpoint.",
             ) from reason
 
     def complete(self, stage: Stage) -> None:
@@ -73,16 +89,32 @@ class Ledger:
         if stage.name == "preflight":
             return
         if stage.kept:
-            manifest.commit(self._run.store, self._prefix(stage), folder, fingerprint)
+            self._commit(stage, folder, fingerprint)
         marker = manifest.mark(folder, fingerprint)
         if stage.name == "download":
             self._refuse_other_content(marker)
 
+    def committed(self, stage: Stage) -> list[Commit]:
+        """A kept stage's commits that count, the newest attempt's first."""
+        return self._view().commits(self._run, f"stages/{stage.name}")
+
+    def _commit(self, stage: Stage, folder: Path, fingerprint: str) -> None:
+        assert self._lease is not None, "only the holder of the lease completes stages"
+        commit = Commit(f"stages/{stage.name}", self._lease.record.attempt)
+        manifest.commit(self._run.store, f"{self._run.id}/{commit.folder}", folder, fingerprint, self._lease.renew)
+        keep_newest_attempt(self._run, self._lease, commit.artefact)
+
     def _is_complete(self, stage: Stage) -> bool:
         """A kept stage counts where the store has it, the others where this disk has them."""
-        kept, folder = stage.kept, self._run.paths.stage_dir(stage.name)
-        found = manifest.read(self._run.store, self._prefix(stage)) if kept else manifest.marked(folder)
+        found = self.found(stage)
         return found is not None and found.fingerprint == self._run.settings.fingerprint(stage.name)
+
+    def found(self, stage: Stage) -> manifest.Manifest | None:
+        """The manifest of what there is of a stage, whatever settings made it."""
+        if not stage.kept:
+            return manifest.marked(self._run.paths.stage_dir(stage.name))
+        commits = self.committed(stage)
+        return manifest.read(self._run.store, f"{self._run.id}/{commits[0].folder}") if commits else None
 
     def _superseded(self, stage: Stage, complete: set[str]) -> bool:
         """Whether this machine never had the stage's files, and the store has what was made of them elsewhere."""
@@ -94,6 +126,8 @@ class Ledger:
         record = self._record()
         files = {entry.path: entry.sha256 for entry in downloaded.files if entry.path != "sources.json"}
         begun = record.setdefault("files", files)
+        sources = read_json(self._run.paths.sources_file)
+        record["commits"] = {name: source["commit"] for name, source in sources.items() if source["commit"]}
         differing = [name for name in sorted({*files, *begun}) if files.get(name) != begun.get(name)]
         if differing:
             self._run.paths.marker_file("download").unlink()
@@ -103,11 +137,19 @@ class Ledger:
             )
         self._write(record)
 
-    def _prefix(self, stage: Stage) -> str:
-        return f"{self._run.id}/stages/{stage.name}"
+    def _view(self) -> LeaseRecord:
+        """What counts: by our own lease, or by that of whoever holds it."""
+        if self._lease is not None:
+            return self._lease.record
+        self._seen = self._seen or LeaseRecord.read(self._run)
+        return self._seen
 
     def _record(self) -> dict[str, Any]:
         return dict(json.loads(self._run.store.get(self._key)))
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._run.store.put(self._key, json.dumps(record, indent=1).encode())
+        self._run.store.put(self._key, _to_bytes(record))
+
+
+def _to_bytes(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, indent=1).encode()

@@ -66,7 +66,7 @@ class Paths:
     # train
     @property
     def checkpoints_dir(self) -> Path:
-        """Local checkpoints, `checkpoint-STEP` each; the store's committed copies are the ones that count."""
+        """Local checkpoints, `checkpoint-STEP` each, `writing-STEP` before; the store's committed copies count."""
         return self.run_dir / "checkpoints"
 
     @property
@@ -108,11 +108,21 @@ class Paths:
         """Where the model was published, and as which commit."""
         return self.stage_dir("publish") / "published.json"
 
-    # between supervisor and stages
+    # between starts, and between supervisor and stages
+    @property
+    def lock_file(self) -> Path:
+        """Held by the one start that works in this folder; its content names that start."""
+        return self.run_dir / "lock"
+
     @property
     def stop_file(self) -> Path:
         """Its existence is the request to stop; its content is the deadline, in seconds since the epoch."""
         return self.run_dir / "stop-request"
+
+    @property
+    def upload_timing_file(self) -> Path:
+        """How long the last upload of a checkpoint took."""
+        return self.run_dir / "upload-timing.json"
 
     def error_file(self, stage: str, rank: int) -> Path:
         """Why a process of a stage failed, as JSON: torchrun does not pass exit codes on."""

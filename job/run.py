@@ -45,6 +45,13 @@ class Run:
     def stop_requested(self) -> bool:
         return self.paths.stop_file.exists()
 
+    def stop_deadline(self) -> float | None:
+        """When a requested stop must be over, in seconds since the epoch; None if none is requested."""
+        try:
+            return float(read_json(self.paths.stop_file))
+        except FileNotFoundError:
+            return None
+
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))

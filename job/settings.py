@@ -180,7 +180,11 @@ class Settings(BaseSettings):
     eval_steps: int | None = _setting(
         None, "Steps between evaluations; without it at the start and the end.", since="train", ge=1
     )
-    save_steps: int = _setting(50, "Steps between checkpoints.", since=None, ge=1)
+    save_steps: Auto | Annotated[int, Field(ge=1)] = _setting(
+        "auto",
+        "Steps between checkpoints; `auto` measures saves and uploads, and spends 1% of the time on saving, every 30 s to 10 min.",
+        since=None,
+    )
     logging_steps: int = _setting(5, "Steps between points of the loss curve.", since=None, ge=1)
     seed: int = _setting(42, "Seed of every random choice.", since="prepare", ge=0, lt=2**32)
     extra_training_args: JsonObject = _setting(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
-from job.checkpoints import manifest
-from job.checkpoints.restore import committed_steps
+from job.checkpoints.lease import LeaseRecord
+from job.checkpoints.restore import committed_checkpoints, step_of
 from job.errors import SettingsError
+from job.ledger import Ledger
 from job.run import Run
 from job.stages import STAGES
 
@@ -20,16 +22,22 @@ def print_status(run: Run) -> None:
             f"The store {run.store.url} knows no run {run.id!r}.",
             "Set FT_RUN_ID and FT_STORE_URL as the run had them; without FT_RUN_ID the other settings must be the same too.",
         ) from None
+    ledger = Ledger(run)
     print(f"run {run.id}, begun {record['created']}, store {run.store.url}")
     for stage in STAGES:
         if stage.name == "preflight":
             continue
-        here = manifest.marked(run.paths.stage_dir(stage.name))
-        found = manifest.read(run.store, f"{run.id}/stages/{stage.name}") if stage.kept else here
+        found = ledger.found(stage)
         if found is None:
             print(f"  {stage.name:<10} not complete" + ("" if stage.kept else " on this machine"))
         else:
             stale = "" if found.fingerprint == run.settings.fingerprint(stage.name) else ", with other settings"
             print(f"  {stage.name:<10} complete since {found.created}{stale}")
-    steps = committed_steps(run)
+    lease = LeaseRecord.read(run)
+    steps = [step_of(commit) for commit in committed_checkpoints(run, lease)]
     print("  checkpoints committed: " + (", ".join(f"step {step}" for step in steps) or "none"))
+    if lease.attempt:
+        at_work = (
+            "ended" if lease.released else f"on {lease.host}, last heard of {time.time() - lease.renewed:.0f} s ago"
+        )
+        print(f"  attempt {lease.attempt}: {at_work}")

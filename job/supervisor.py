@@ -5,18 +5,14 @@ It imports neither torch nor transformers: signals, uploads and exit codes must 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from job.checkpoints.restore import committed_steps, restore_newest
+from job.checkpoints.lease import Lease, Superseded
+from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
+from job.checkpoints.retention import sweep
 from job.checkpoints.syncer import Syncer
 from job.errors import ExitCode, Stopped
 from job.ledger import Ledger
@@ -24,9 +20,8 @@ from job.process import StageProcess
 from job.report.console import Console, StageRecord
 from job.run import Run, write_json
 from job.stages import STAGES, Stage
+from job.stop import StopRequest
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_REPEAT_SECONDS, _LAST_WORDS_SECONDS = 2, 3
 _BY_NAME = {stage.name: stage for stage in STAGES}
 
 
@@ -36,23 +31,39 @@ class Supervisor:
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console, self._ledger = run, console, Ledger(run)
         self._records: list[StageRecord] = []
+        self._stop = StopRequest(run, self._kill_process, self._warn)
         self._process: StageProcess | None = None
-        self._stop_deadline: float | None = None
+        self._superseded: Superseded | None = None
         self._syncer: Syncer | None = None
 
     def supervise(self) -> None:
         """Run what is missing of the requested stages, in order; the closing table is printed in every case."""
         closing = f"Run {self._run.id} is not complete."
         try:
-            with self._stop_signals():
-                self._run.paths.run_dir.mkdir(parents=True, exist_ok=True)
-                self._run.paths.stop_file.unlink(missing_ok=True)
-                self._ledger.begin()
-                did = self._run_missing()
+            with self._stop.heeded():
+                self._ledger.refuse_other_settings()
+                did = self._run_alone() if self._ledger.missing() else self._run_missing()
             closing = f"Run {self._run.id} is {did}."
         finally:
             if self._records:
                 self._console.summary(self._records, closing)
+
+    def _run_alone(self) -> str:
+        """Take the lease, so that nobody else writes, and do what is missing under it."""
+        lease = Lease.take(self._run, self._console.say, lambda: self._stop.requested)
+        try:
+            lease.keep_alive(self._on_lost_lease)
+            self._ledger.begin(lease)
+            swept = sweep(self._run, lease)
+            self._console.say(
+                f"Attempt {lease.record.attempt} of the run." + (f" {swept} leftovers removed." if swept else ""),
+                "debug",
+                attempt=lease.record.attempt,
+            )
+            self._lease = lease
+            return self._run_missing()
+        finally:
+            lease.release()
 
     def _run_missing(self) -> str:
         missing = self._ledger.missing()
@@ -66,7 +77,7 @@ class Supervisor:
     # -- one stage --------------------------------------------------------------------------------------------------
 
     def _run_stage(self, stage: Stage) -> None:
-        self._refuse_if_stopping()
+        self._refuse_if_ending()
         self._console.stage_started(stage.name)
         record = StageRecord(stage.name, "failed")
         self._records.append(record)
@@ -90,16 +101,14 @@ class Supervisor:
 
     def _resume_training(self) -> None:
         shutil.rmtree(self._run.paths.stage_dir("train"), ignore_errors=True)
-        step = restore_newest(self._run, lambda text: self._console.say(text, "warning"))
-        if step is not None:
-            self._console.say(f"Going on from the checkpoint of step {step}.", step=step)
-        self._syncer = Syncer(
-            self._run,
-            on_commit=lambda step, seconds: self._console.say(
-                f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step
-            ),
-            on_failure=lambda text: self._console.say(text, "warning"),
-        )
+        restored = restore_newest(self._run, self._lease.record, self._warn)
+        if restored.step is not None:
+            self._console.say(f"Going on from the checkpoint of step {restored.step}.", step=restored.step)
+        self._syncer = Syncer(self._run, self._lease, restored, self._on_commit, self._warn)
+
+    def _on_commit(self, step: int, seconds: float) -> None:
+        self._console.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step, committed=True)
+        write_json(self._run.paths.upload_timing_file, {"step": step, "seconds": seconds})
 
     def _watch(self, stage: Stage, record: StageRecord) -> None:
         """Start the stage's process, follow it to its end, and judge that."""
@@ -112,21 +121,25 @@ class Supervisor:
             self._process = None
             process.kill()
         self._finish_uploads()
+        if self._superseded is not None:
+            raise self._superseded
         if code == 0:
             return
         error = process.why(code)
-        if error.exit_code == ExitCode.BUG and self._stop_deadline is None:
+        if error.exit_code == ExitCode.BUG and not self._stop.requested:
             for line in process.last_lines:
                 self._console.say(line, "error")
-        if self._stop_deadline is not None and (code < 0 or error.exit_code in (ExitCode.TRY_AGAIN, ExitCode.BUG)):
+        if self._stop.requested and (code < 0 or error.exit_code in (ExitCode.TRY_AGAIN, ExitCode.BUG)):
             raise Stopped(f"Stage {stage.name} was stopped on request.", self._what_is_stored(stage))
         raise error
 
     def _what_is_stored(self, stage: Stage) -> str:
         if stage.name != "train":
             return f"Start the job again: it goes on with stage {stage.name}."
-        steps = committed_steps(self._run)
-        return f"Start the job again: it goes on from step {steps[0]}." if steps else "No checkpoint is stored yet."
+        stored = committed_checkpoints(self._run, self._lease.record)
+        if not stored:
+            return "Start the job again. No checkpoint is stored yet."
+        return f"Start the job again: it goes on from step {step_of(stored[0])}."
 
     def _heed(self, stage: Stage, event: dict[str, Any], record: StageRecord) -> None:
         """Pass an event of the stage on to whom it concerns."""
@@ -141,53 +154,39 @@ class Supervisor:
                 self._syncer.offer(int(event["step"]), Path(event["folder"]))
 
     def _finish_uploads(self) -> None:
-        """The training has ended: give the last checkpoint its time, as much as a stop request leaves."""
+        """The training has ended: give the last checkpoint its time, as much as a stop request leaves.
+
+        Without a stop request one failure is enough: the stage's result is stored next, and speaks for itself.
+        """
         if self._syncer is None:
             return
         syncer, self._syncer = self._syncer, None
-        while not syncer.drain(0.5):  # in slices, since a stop request may come while we wait
-            if self._stop_deadline is not None and time.time() > self._stop_deadline:
-                self._console.say("The last checkpoint was not stored in time.", "warning")
+        while not syncer.drain(0.25):  # in slices, since a stop request may come while we wait
+            if self._stop.over:
+                self._warn("The last checkpoint was not stored in time.")
+                break
+            if syncer.failure is not None and not self._stop.requested:
                 break
         syncer.close()
-        if self._stop_deadline is not None and syncer.failure is not None:
+        if self._stop.requested and syncer.failure is not None:
             raise syncer.failure
 
-    # -- stop requests ----------------------------------------------------------------------------------------------
+    # -- what ends a start early ------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """First signal: ask the stage to stop, and see to it that it does. One more after a while: at once."""
-        grace = self._run.settings.stop_grace_seconds
-        if self._stop_deadline is not None:
-            if time.time() > self._stop_deadline - grace + _REPEAT_SECONDS:  # schedulers tend to signal twice
-                self._kill_process()
-            return
-        self._stop_deadline = time.time() + grace
-        write_json(self._run.paths.stop_file, self._stop_deadline)
-        threading.Thread(target=self._enforce_deadline, args=(grace,), daemon=True).start()
-
-    def _enforce_deadline(self, grace: float) -> None:
-        time.sleep(grace)
+    def _on_lost_lease(self, reason: Superseded) -> None:
+        self._superseded = reason
         self._kill_process()
-        time.sleep(_LAST_WORDS_SECONDS)
-        # Only a transfer to or from the store can still be under way; it counts for nothing without its manifest.
-        self._console.say("Stopped in the middle of a transfer; start the job again.", "error")
-        os._exit(ExitCode.TRY_AGAIN)
 
     def _kill_process(self) -> None:
         process = self._process
         if process is not None:
             process.kill()
 
-    def _refuse_if_stopping(self) -> None:
-        if self._stop_deadline is not None:
+    def _refuse_if_ending(self) -> None:
+        if self._superseded is not None:
+            raise self._superseded
+        if self._stop.requested:
             raise Stopped("Stopped on request.", "Start the job again to go on.")
+
+    def _warn(self, text: str) -> None:
+        self._console.say(text, "warning")

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 LEVELS = (
     {"entrypoint"},
     {"job.supervisor", "job.plan", "job.status"},
-    {"job.process", "job.stage", "job.ledger"},
+    {"job.process", "job.stage", "job.ledger", "job.stop"},
     {"job.stages"},
     {"job.training"},
     {"job.model", "job.data", "job.hub"},

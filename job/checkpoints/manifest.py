@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from job.run import now, write_json
 from job.storage import Conflict, Store
 
 MANIFEST = "MANIFEST.json"
+_FETCHES = 3
 
 
 class Rejected(Exception):
@@ -80,10 +81,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def commit(store: Store, prefix: str, folder: Path, fingerprint: str) -> Manifest:
+def commit(
+    store: Store, prefix: str, folder: Path, fingerprint: str, may_write: Callable[[], None] = lambda: None
+) -> Manifest:
     """Copy `folder` to the store below `prefix` and make it count by writing its manifest last.
 
-    An artefact with the same content is left as it is; one with other content is withdrawn first.
+    An artefact with the same content is left as it is; one with other content is withdrawn first. `may_write` is
+    called right before the manifest is written, and raises if another attempt has taken over meanwhile.
     """
     manifest = Manifest.of(folder, fingerprint)
     key = f"{prefix}/{MANIFEST}"
@@ -93,6 +97,7 @@ def commit(store: Store, prefix: str, folder: Path, fingerprint: str) -> Manifes
     store.delete(key)  # another content, or a manifest that cannot be read
     for entry in manifest.files:
         store.upload(folder / entry.path, f"{prefix}/{entry.path}")
+    may_write()
     try:
         store.put_if_absent(key, manifest.to_bytes())
     except Conflict:  # somebody else was faster, or it was us and the answer was lost
@@ -118,8 +123,8 @@ def restore(store: Store, prefix: str, folder: Path) -> Manifest:
         manifest = Manifest.parse(store.get(f"{prefix}/{MANIFEST}"))
     except FileNotFoundError:
         raise Rejected(f"{prefix} has no manifest") from None
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    digest = hashlib.sha256(manifest.to_bytes()).hexdigest()[:12]
+    partial = folder.with_name(f"{folder.name}.partial-{digest}")  # of this very artefact; a killed start's parts count
     try:
         for entry in manifest.files:
             _fetch_verified(store, prefix, entry, partial)
@@ -127,8 +132,9 @@ def restore(store: Store, prefix: str, folder: Path) -> Manifest:
         (partial / MANIFEST).write_bytes(manifest.to_bytes())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
-    finally:
+    except Rejected:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
     return manifest
 
 
@@ -136,10 +142,15 @@ def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> No
     target = folder / entry.path
     if folder.absolute() not in target.absolute().parents or ".." in target.parts:
         raise Rejected(f"{prefix} lists a path outside itself: {entry.path}")
-    try:
-        store.download(f"{prefix}/{entry.path}", target)
-    except FileNotFoundError:
-        raise Rejected(f"{prefix}/{entry.path} is missing") from None
+    for _ in range(_FETCHES):  # damage on the way here heals, damage in the store does not
+        if target.is_file():
+            if target.stat().st_size == entry.size and sha256(target) == entry.sha256:
+                return
+            target.unlink()
+        try:
+            store.download(f"{prefix}/{entry.path}", target)
+        except FileNotFoundError:
+            raise Rejected(f"{prefix}/{entry.path} is missing") from None
     if target.stat().st_size != entry.size or sha256(target) != entry.sha256:
         raise Rejected(f"{prefix}/{entry.path} differs from its manifest")
 

@@ -2,42 +2,70 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from job.checkpoints.manifest import MANIFEST, Rejected, restore
+from job.checkpoints.lease import Commit, LeaseRecord
+from job.checkpoints.manifest import Rejected, restore
 from job.run import Run
 
-_STEP = re.compile(r"checkpoints/step-(\d{8})/" + re.escape(MANIFEST) + "$")
+_FOLDER = "checkpoints"
 
 
-def prefix_of(run_id: str, step: int) -> str:
-    """Where the checkpoint of an optimizer step lies in the store."""
-    return f"{run_id}/checkpoints/step-{step:08d}"
+@dataclass(frozen=True)
+class Restored:
+    """What a start goes on from: a step, or None for the beginning, and the commits that it found damaged."""
+
+    step: int | None
+    rejected: frozenset[Commit] = frozenset()
 
 
-def committed_steps(run: Run) -> list[int]:
-    """The steps that have a manifest in the store, newest first."""
-    matches = (_STEP.search(key) for key, _ in run.store.list(f"{run.id}/checkpoints"))
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
+def checkpoint_at(step: int, attempt: int) -> Commit:
+    """The name of an attempt's checkpoint of an optimizer step."""
+    return Commit(f"{_FOLDER}/step-{step:08d}", attempt)
 
 
-def restore_newest(run: Run, warn: Callable[[str], None]) -> int | None:
-    """Put the newest whole checkpoint where the trainer looks for it; None if there is none to go on from.
+def step_of(commit: Commit) -> int:
+    """The optimizer step that a checkpoint was written behind."""
+    return int(commit.artefact.rpartition("-")[2])
 
-    Local leftovers are removed first: what was not committed cannot be trusted to be whole.
+
+def committed_checkpoints(run: Run, lease: LeaseRecord) -> list[Commit]:
+    """The checkpoints that count, the newest first."""
+    return lease.commits(run, _FOLDER)
+
+
+def restore_newest(run: Run, lease: LeaseRecord, warn: Callable[[str], None]) -> Restored:
+    """Put the newest whole checkpoint where the trainer looks for it.
+
+    Local leftovers are removed first, except the verified part of a restore that was cut short: what was not committed
+    cannot be trusted to be whole.
     """
-    shutil.rmtree(run.paths.checkpoints_dir, ignore_errors=True)
-    for step in committed_steps(run):
+    folder = run.paths.checkpoints_dir
+    _clear(folder, but="*.partial-*")
+    rejected: set[Commit] = set()
+    for commit in committed_checkpoints(run, lease):
+        step = step_of(commit)
         try:
-            manifest = restore(run.store, prefix_of(run.id, step), run.paths.checkpoints_dir / f"checkpoint-{step}")
+            manifest = restore(run.store, f"{run.id}/{commit.folder}", folder / f"checkpoint-{step}")
         except Rejected as reason:
             warn(f"Checkpoint of step {step} rejected: {reason}. Trying the one before.")
+            rejected.add(commit)
             continue
         if manifest.fingerprint != run.settings.fingerprint("train"):
             warn(f"Checkpoint of step {step} rejected: other settings made it.")
-            shutil.rmtree(run.paths.checkpoints_dir, ignore_errors=True)
+            rejected.add(commit)
             continue
-        return step
-    return None
+        _clear(folder, but=f"checkpoint-{step}")
+        return Restored(step, frozenset(rejected))
+    _clear(folder, but="")
+    return Restored(None, frozenset(rejected))
+
+
+def _clear(folder: Path, but: str) -> None:
+    kept = set(folder.glob(but)) if but else set()
+    for path in folder.glob("*"):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)

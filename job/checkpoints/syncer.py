@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -9,13 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from job.checkpoints.lease import Lease, Superseded
 from job.checkpoints.manifest import commit
-from job.checkpoints.restore import prefix_of
+from job.checkpoints.restore import Restored, checkpoint_at
 from job.checkpoints.retention import apply_retention
-from job.errors import JobError
+from job.errors import JobError, TransientError, from_os_error
 from job.run import Run
 
-_TRIES = 4
+_PAUSES_SECONDS = (0.5, 2, 8, 30)  # then every 30 s, until it works or a newer checkpoint takes its place
+_NICENESS = 10  # hashing gives way to the training where cores are few
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,28 @@ class _Checkpoint:
 class Syncer:
     """Commits the newest local checkpoint to the store, in a thread of the supervisor.
 
-    The trainer never waits for it. While an upload runs, a newer checkpoint takes the place of the one that waits.
+    The trainer never waits for it. While an upload runs, a newer checkpoint takes the place of the one that waits, so
+    at most three lie on the local disk: one under way, one waiting, one being written. What fails is tried again until
+    a newer checkpoint waits; `failure` is the reason why the newest offered is not in the store, if it is not.
     `on_commit(step, seconds)` and `on_failure(message)` are called from the thread.
     """
 
-    def __init__(self, run: Run, on_commit: Callable[[int, float], None], on_failure: Callable[[str], None]) -> None:
-        self._run, self._on_commit, self._on_failure = run, on_commit, on_failure
+    def __init__(
+        self,
+        run: Run,
+        lease: Lease,
+        restored: Restored,
+        on_commit: Callable[[int, float], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._run, self._lease, self._restored = run, lease, restored
+        self._on_commit, self._on_failure = on_commit, on_failure
         self._waiting: _Checkpoint | None = None
         self._busy = False
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="syncer", daemon=True)
         self._thread.start()
-        self.committed_step: int | None = None
         self.failure: JobError | None = None
 
     def offer(self, step: int, folder: Path) -> None:
@@ -62,43 +74,57 @@ class Syncer:
         self._thread.join(timeout=1)
 
     def _work(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._closed)
-                if self._waiting is None:
+                if self._waiting is None or self._closed:
                     return
                 checkpoint, self._waiting, self._busy = self._waiting, None, True
+                self.failure = None
             try:
-                self._commit(checkpoint)
-            except Exception as error:  # a dead thread would leave everybody waiting
-                self.failure = JobError(f"{type(error).__name__}: {error}")
+                self._commit_patiently(checkpoint)
             finally:
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
 
-    def _commit(self, checkpoint: _Checkpoint) -> None:
-        started = time.monotonic()
-        fingerprint = self._run.settings.fingerprint("train")
-        for attempt in range(1, _TRIES + 1):
-            try:
-                commit(self._run.store, prefix_of(self._run.id, checkpoint.step), checkpoint.folder, fingerprint)
-            except (JobError, OSError) as error:
-                self.failure = error if isinstance(error, JobError) else JobError(str(error))
-                self._on_failure(
-                    f"Checkpoint of step {checkpoint.step} not stored (try {attempt} of {_TRIES}): {error}"
-                )
-                time.sleep(min(2**attempt, 30) / 4)
-            else:
-                self.committed_step, self.failure = checkpoint.step, None
+    def _commit_patiently(self, checkpoint: _Checkpoint) -> None:
+        started, tries = time.monotonic(), 0
+        while True:
+            failure = self._try(checkpoint)
+            with self._changed:
+                self.failure = failure
+                self._changed.notify_all()
+            if failure is None:
                 self._on_commit(checkpoint.step, time.monotonic() - started)
                 self._tidy(checkpoint)
                 return
+            tries += 1
+            self._on_failure(f"Checkpoint of step {checkpoint.step} is not stored (try {tries}): {failure.message}")
+            pause = _PAUSES_SECONDS[min(tries, len(_PAUSES_SECONDS)) - 1]
+            with self._changed:
+                if self._changed.wait_for(lambda: self._waiting is not None or self._closed, pause):
+                    break
+            if isinstance(failure, Superseded):
+                break
+        shutil.rmtree(checkpoint.folder, ignore_errors=True)
+
+    def _try(self, checkpoint: _Checkpoint) -> JobError | None:
+        place = checkpoint_at(checkpoint.step, self._lease.record.attempt)
+        fingerprint = self._run.settings.fingerprint("train")
+        try:
+            commit(self._run.store, f"{self._run.id}/{place.folder}", checkpoint.folder, fingerprint, self._lease.renew)
+        except JobError as error:
+            return error
+        except Exception as error:  # a dead thread would leave everybody waiting
+            return from_os_error(error) or TransientError(f"{type(error).__name__}: {error}", "Start the job again.")
+        return None
 
     def _tidy(self, checkpoint: _Checkpoint) -> None:
         """The store has it: the local copy and the store's oldest can go. A failure here costs space, not work."""
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
         try:
-            apply_retention(self._run, checkpoint.step)
+            apply_retention(self._run, self._lease, self._restored.rejected)
         except (JobError, OSError) as error:
             self._on_failure(f"Old checkpoints stay in the store for now: {error}")

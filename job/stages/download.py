@@ -57,10 +57,3 @@ def download(run: Run) -> None:
             "bytes": listing.total_bytes,
         }
     write_json(run.paths.sources_file, report)
-    _record_commits(run, {name: str(item["commit"]) for name, item in report.items() if item["commit"]})
-
-
-def _record_commits(run: Run, commits: dict[str, str]) -> None:
-    record = json.loads(run.store.get(f"{run.id}/run.json"))
-    if record.get("commits") != commits:
-        run.store.put(f"{run.id}/run.json", json.dumps(record | {"commits": commits}, indent=1).encode())

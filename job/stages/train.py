@@ -25,12 +25,12 @@ from job.report.events import message, output
 from job.run import Run, read_json, write_json
 from job.training.arguments import peak_memory_bytes, training_arguments
 from job.training.callbacks import (
-    HonourStopRequests,
-    KeepDataOrder,
+    DecideSaves,
     OfferCheckpoints,
     RefuseNonsense,
     ReportProgress,
 )
+from job.training.pace import SavePace
 from job.training.trainer import AdapterTrainer
 
 
@@ -56,12 +56,13 @@ def train(run: Run) -> None:
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
 
 
-def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, HonourStopRequests]:
+def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, DecideSaves]:
     train_rows = load_from_disk(run.paths.train_data_dir)
     eval_rows = load_from_disk(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
     assert isinstance(train_rows, Dataset)
     max_length = int(read_json(run.paths.data_report_file)["max_length"])
-    stop = HonourStopRequests(run)
+    pace = SavePace(run)
+    stop = DecideSaves(run, pace)
     try:
         trainer = AdapterTrainer(
             model=load_base(run, quantized=run.settings.use_4bit),
@@ -72,13 +73,8 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, H
             eval_dataset=eval_rows,
             processing_class=load_tokenizer(run.paths.tokenizer_dir),
             peft_config=lora_config(run.settings),
-            callbacks=[
-                ReportProgress(),
-                KeepDataOrder(checkpoint),
-                OfferCheckpoints(),
-                stop,
-                RefuseNonsense(),
-            ],
+            callbacks=[ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
+            pace=pace,
         )
     except ValueError as error:
         if "arget modules" in str(error):
@@ -141,6 +137,7 @@ def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any
         "eval_loss_first": evaluations[0] if evaluations else None,
         "eval_loss_last": evaluations[-1] if evaluations else None,
         "tokens": tokens[-1] if tokens else None,
+        "row_order_sha256": trainer.data_order.digest(),
         "seconds_of_this_start": round(seconds, 1),
         "processes": run.node.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

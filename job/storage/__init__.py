@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 
 class Conflict(Exception):
-    """`put_if_absent` found the key taken."""
+    """A conditional write found another state than the one it was conditional on; it changed nothing."""
 
 
 class Store(Protocol):
@@ -29,19 +29,34 @@ class Store(Protocol):
     def put_if_absent(self, key: str, data: bytes) -> None:
         """Write a small object; raises `Conflict`, and changes nothing, if the key exists."""
 
+    def put_if_unchanged(self, key: str, data: bytes, version: str) -> str:
+        """Replace a small object; raises `Conflict`, and changes nothing, unless it is still at `version`.
+
+        Returns its new version.
+        """
+
     def get(self, key: str) -> bytes: ...
+
+    def get_with_version(self, key: str) -> tuple[bytes, str]:
+        """The object and a name for exactly this state of it, for `put_if_unchanged`."""
 
     def upload(self, source: Path, key: str) -> None:
         """Copy a local file of any size to the key."""
 
     def download(self, key: str, target: Path) -> None:
-        """Copy the object to a local file; `target` appears only when complete."""
+        """Copy the object to a local file; `target` appears only when complete.
+
+        What a killed download had fetched is kept beside `target` and used by the next one.
+        """
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Every (key, size in bytes) below `prefix/`, in no particular order."""
 
     def delete(self, key: str) -> None:
         """Remove a key; no error if it is not there."""
+
+    def sweep(self, prefix: str) -> int:
+        """Remove what killed uploads left below `prefix/` and no listing shows; returns how many there were."""
 
 
 def _local(url: str) -> Store:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import shutil
 import uuid
@@ -12,6 +14,8 @@ from pathlib import Path
 
 from job.errors import NodeError, PermissionRefused, TransientError
 from job.storage import Conflict
+
+_PARTIAL = ".partial-"  # in the names of what is being written
 
 
 class LocalStore:
@@ -38,6 +42,25 @@ class LocalStore:
             finally:
                 aside.unlink()
 
+    def put_if_unchanged(self, key: str, data: bytes, version: str) -> str:
+        with self._errors(key):
+            path = self._path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.with_name(f"{path.name}{_PARTIAL}lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
+                try:
+                    found = self.get_with_version(key)[1]
+                except FileNotFoundError:
+                    found = ""
+                if found != version:
+                    raise Conflict(key)
+                self.put(key, data)
+                return _version(data)
+
+    def get_with_version(self, key: str) -> tuple[bytes, str]:
+        data = self.get(key)
+        return data, _version(data)
+
     def get(self, key: str) -> bytes:
         with self._errors(key):
             return self._path(key).read_bytes()
@@ -55,7 +78,7 @@ class LocalStore:
             for folder, _, names in os.walk(self._path(prefix)):
                 for name in names:
                     path = Path(folder) / name
-                    if ".partial-" not in name:
+                    if _PARTIAL not in name:
                         yield path.relative_to(self.root).as_posix(), path.stat().st_size
 
     def delete(self, key: str) -> None:
@@ -66,6 +89,13 @@ class LocalStore:
                 if folder == self.root or not folder.is_dir() or any(folder.iterdir()):
                     break
                 folder.rmdir()
+
+    def sweep(self, prefix: str) -> int:
+        with self._errors(prefix):
+            leftovers = [path for path in self._path(prefix).rglob(f"*{_PARTIAL}*") if not path.name.endswith("-lock")]
+            for path in leftovers:
+                path.unlink(missing_ok=True)
+            return len(leftovers)
 
     def _path(self, key: str) -> Path:
         path = self.root / key
@@ -105,8 +135,12 @@ class LocalStore:
             ) from error
 
 
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    return path.with_name(f"{path.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
 
 
 def _copy_aside(source: Path, target: Path) -> None:

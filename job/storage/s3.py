@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -16,13 +16,21 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    FlexibleChecksumError,
+    IncompleteReadError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
 )
 
 from job.errors import PermissionRefused, SettingsError, TransientError, from_os_error
 from job.storage import Conflict
+from job.storage.partial import Partial
+
+_T = TypeVar("_T")
+_THREADS = 8
 
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _REFUSED = {
@@ -55,34 +63,53 @@ class S3Store:
             self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, ChecksumAlgorithm="SHA256")
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        with self._errors(key):
-            try:
-                self.client.put_object(
-                    Bucket=self.bucket, Key=self._key(key), Body=data, ChecksumAlgorithm="SHA256", IfNoneMatch="*"
-                )
-            except ClientError as error:
-                if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
-                    raise Conflict(key) from None
-                raise
+        with self._errors(key), _conditional(key):
+            self.client.put_object(
+                Bucket=self.bucket, Key=self._key(key), Body=data, ChecksumAlgorithm="SHA256", IfNoneMatch="*"
+            )
+
+    def put_if_unchanged(self, key: str, data: bytes, version: str) -> str:
+        with self._errors(key), _conditional(key):
+            answer = self.client.put_object(
+                Bucket=self.bucket, Key=self._key(key), Body=data, ChecksumAlgorithm="SHA256", IfMatch=version
+            )
+        return str(answer["ETag"])
 
     def get(self, key: str) -> bytes:
+        return self.get_with_version(key)[0]
+
+    def get_with_version(self, key: str) -> tuple[bytes, str]:
         with self._errors(key):
-            data: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
-            return data
+            return _patiently(lambda: self._get(key))
+
+    def _get(self, key: str, **conditions: str) -> tuple[bytes, str]:
+        response = self.client.get_object(Bucket=self.bucket, Key=self._key(key), **conditions)
+        return response["Body"].read(), response["ETag"]
 
     def upload(self, source: Path, key: str) -> None:
         with self._errors(key):
             self.client.upload_file(str(source), self.bucket, self._key(key), ExtraArgs={"ChecksumAlgorithm": "SHA256"})
 
     def download(self, key: str, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
-        try:
-            with self._errors(key):
-                self.client.download_file(self.bucket, self._key(key), str(aside))
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+        with self._errors(key):
+            head = self.client.head_object(Bucket=self.bucket, Key=self._key(key))
+            partial = Partial(target, head["ETag"], head["ContentLength"])
+            with partial.open() as file, ThreadPoolExecutor(_THREADS) as pool:
+                # A part at a time is read whole, so this holds at most _THREADS parts in memory.
+                fetched = [pool.submit(self._fetch, key, head["ETag"], file, part) for part in file.missing()]
+                for future in as_completed(fetched):
+                    future.result()
+            partial.finish()
+
+    def _fetch(self, key: str, etag: str, file: Partial, part: tuple[int, int]) -> None:
+        begin, end = part
+        conditions = {"IfMatch": etag} | ({"Range": f"bytes={begin}-{end - 1}"} if end - begin < file.size else {})
+        data = _patiently(lambda: self._get(key, **conditions))[0] if end > begin else b""
+        if len(data) != end - begin:
+            raise TransientError(
+                f"S3 gave {len(data)} bytes of {key} instead of {end - begin}.", "Start the job again."
+            )
+        file.write(begin, data)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         base = f"{self._key(prefix)}/" if prefix else (f"{self._prefix}/" if self._prefix else "")
@@ -95,6 +122,19 @@ class S3Store:
     def delete(self, key: str) -> None:
         with self._errors(key):
             self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def sweep(self, prefix: str) -> int:
+        """Abort the multipart uploads below `prefix/`: a bucket bills for them and no listing shows them."""
+        swept = 0
+        with self._errors(prefix):
+            pages = self.client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self._key(prefix)}/"):
+                for upload in page.get("Uploads", ()):
+                    self.client.abort_multipart_upload(
+                        Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+                    swept += 1
+        return swept
 
     @property
     def client(self) -> Any:
@@ -151,6 +191,26 @@ class S3Store:
                 f"S3 has no bucket {self.bucket!r} here ({code}).", "Check the bucket's name and AWS_DEFAULT_REGION."
             )
         return TransientError(f"S3 failed for {what}: {error}", "Start the job again.")
+
+
+@contextmanager
+def _conditional(key: str) -> Iterator[None]:
+    try:
+        yield
+    except ClientError as error:
+        if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", *_ABSENT):
+            raise Conflict(key) from None
+        raise
+
+
+def _patiently(fetch: Callable[[], _T]) -> _T:
+    """boto3 tries a request again, but not a body that breaks off in the middle."""
+    for pause in (0.1, 0.5, 2.0, 5.0):
+        try:
+            return fetch()
+        except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ReadTimeoutError):
+            time.sleep(pause)
+    return fetch()
 
 
 def _code(error: ClientError) -> str:

@@ -12,6 +12,8 @@ from trl import SFTConfig
 from job.model.device import compute_dtype, device_of, mixed_precision
 from job.run import Run
 
+_NEVER = 2**31 - 1
+
 
 def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: bool) -> SFTConfig:
     """Arguments for a training on prepared data: rows are tokenised, labelled, cut and packed already."""
@@ -46,7 +48,7 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         "eval_steps": settings.eval_steps,
         "eval_on_start": evaluates and not resumed,
         "save_strategy": "steps",
-        "save_steps": settings.save_steps,
+        "save_steps": _NEVER if settings.save_steps == "auto" else settings.save_steps,  # and behind the last step
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen, not averaged away
         "report_to": ["tensorboard", *(["wandb"] if os.environ.get("WANDB_API_KEY") else [])],

@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from job.errors import InputError
 from job.report.events import emit, message, progress
 from job.run import Run
-
-
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the trainer has just written its checkpoint."""
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+from job.training.pace import SavePace
 
 
 class ReportProgress(TrainerCallback):
@@ -64,65 +58,51 @@ class ReportProgress(TrainerCallback):
         progress(state.global_step, state.max_steps, "steps", **self._figures)
 
 
-class KeepDataOrder(TrainerCallback):
-    """Makes a resumed epoch visit the rows in the order in which it began.
-
-    The sampler that groups rows by length shuffles with torch's global generator when an epoch starts. The trainer
-    restores that generator only behind the skipped batches, so the order would be another one: some rows twice, some
-    never. The state at the epoch's start therefore goes into every checkpoint.
-    """
-
-    FILE = "epoch_start_rng.safetensors"
-
-    def __init__(self, checkpoint: Path | None) -> None:
-        file = checkpoint / self.FILE if checkpoint is not None else None
-        self._to_restore = load_file(file)["torch_cpu"] if file is not None and file.is_file() else None
-        self._state: torch.Tensor | None = None
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._to_restore is not None:
-            torch.set_rng_state(self._to_restore)
-            self._to_restore = None
-        self._state = torch.get_rng_state()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self._state is not None:
-            save_file({"torch_cpu": self._state}, checkpoint_folder(args, state) / self.FILE)
-
-
 class OfferCheckpoints(TrainerCallback):
-    """Tells the supervisor of a checkpoint once every rank has written its part of it."""
+    """Tells the supervisor of a checkpoint, which has its final name by now."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
         if state.is_world_process_zero:
-            emit("checkpoint", step=state.global_step, folder=str(checkpoint_folder(args, state)))
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            emit("checkpoint", step=state.global_step, folder=str(folder))
 
 
-class HonourStopRequests(TrainerCallback):
-    """Ends the training behind a whole step, with a checkpoint, once a stop is requested.
+class DecideSaves(TrainerCallback):
+    """Saves at the pace that the run allows, and ends the training behind a whole step once a stop is requested.
 
-    The ranks agree by a one-number all-reduce: one that stopped alone would leave the others waiting for it.
+    The processes agree by a tiny all-reduce: one that stopped or saved alone would leave the others waiting for it.
+    Any of them may ask for a stop; the first decides whether to save, since clocks differ. A save that cannot be in
+    the store before the deadline is not begun.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, pace: SavePace) -> None:
+        self._run, self._pace = run, pace
+        self._paced = run.settings.save_steps == "auto"
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._agreed(args) and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
+        stop, due, fits = self._agreed(args)
+        control.should_save |= due
+        if stop and state.global_step < state.max_steps:
+            self.stopped = control.should_training_stop = True
+            control.should_save = fits
+            if not fits and state.is_world_process_zero:
+                message(f"Step {state.global_step} is not saved: the time left does not suffice.", "warning")
 
-    def _agreed(self, args: TrainingArguments) -> bool:
-        requested = self._run.stop_requested()
-        if not torch.distributed.is_initialized():
-            return requested
-        votes = torch.tensor([int(requested)], device=args.device)
-        torch.distributed.all_reduce(votes)
-        return bool(votes.item())
+    def _agreed(self, args: TrainingArguments) -> tuple[bool, bool, bool]:
+        deadline = self._run.stop_deadline()
+        first = self._run.node.is_first
+        votes = [
+            deadline is not None,
+            first and self._paced and self._pace.due(),
+            first and (deadline is None or self._pace.fits(deadline)),
+        ]
+        if torch.distributed.is_initialized():
+            counted = torch.tensor([int(vote) for vote in votes], device=args.device)
+            torch.distributed.all_reduce(counted)
+            votes = [bool(count) for count in counted.tolist()]
+        stop, due, fits = votes
+        return stop, due, fits
 
 
 class RefuseNonsense(TrainerCallback):

@@ -1,23 +1,177 @@
-"""TRL's trainer, with one fault of resuming mended."""
+"""TRL's trainer, with checkpoints of our own: exact, without pickle, and never half written under their final name."""
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from trl import SFTTrainer
+
+from job.errors import InputError, NodeError
+from job.training.data_order import DataOrder
+from job.training.pace import SavePace
+from job.training.state import load_tree, save_tree
+
+_TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+_ADAPTER = "adapter_model.safetensors"
+_MEND = "Go on with the version of this job that wrote it, or choose another FT_RUN_ID."
 
 
 class AdapterTrainer(SFTTrainer):
-    """SFTTrainer whose adapter goes on in the type in which it began.
+    """SFTTrainer whose resumed run takes the very steps that the uninterrupted run would have taken.
 
-    peft loads a checkpoint's adapter as float32, whatever it was saved in, and the optimizer's state follows the type of
-    the parameters: a run in bfloat16 would go on in other numbers than it began with.
+    A checkpoint is a folder of safetensors and JSON: the adapter, the optimizer with schedule and gradient scaler, and
+    for each process its generators, its place in the data and its running sums. The methods overridden here are those
+    with which transformers writes and reads `optimizer.pt`, `scheduler.pt`, `scaler.pt` and `rng_state.pth`, which are
+    pickles.
     """
 
+    def __init__(self, *args: Any, pace: SavePace, **kwargs: Any) -> None:
+        self.data_order, self._pace = DataOrder(), pace
+        self._running_sums: dict[str, Any] | None = None
+        super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        self.data_order.watch(loader, self._train_batch_size * self.args.world_size)
+        return loader
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.data_order.batch_trained()
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # stopped between the last step and the end of the stage
+            self.control.should_training_stop = True
+            self._continue_sums()
+            return
+        self.data_order.set_epoch(kwargs["epoch"])
+        self._continue_sums()
+        super()._run_epoch(*args, **kwargs)
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its name, and give it its name when every process has written its part."""
+        began = time.monotonic()
+        self.store_flos()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        aside = folder.with_name(f"writing-{self.state.global_step}")
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(aside)
+            (aside / "README.md").unlink(missing_ok=True)  # peft's empty form
+            save_tree(self._optimizer_state(), aside / _OPTIMIZER)
+            self.state.save_to_json(str(aside / _TRAINER_STATE))
+        save_tree(self._process_state(), aside / self._process_file())
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            os.replace(aside, folder)
+        self._pace.saved(time.monotonic() - began)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def _process_state(self) -> dict[str, Any]:
+        on_gpu = self.args.device.type == "cuda"
+        return {
+            "processes": self.args.world_size,
+            "generators": {
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.args.device) if on_gpu else None,
+            },
+            "data_order": self.data_order.state(),
+            "sums": {
+                "loss": self._tr_loss.detach().clone(),
+                "loss_logged": self._total_loss_scalar,
+                "last_logged": self._globalstep_last_logged,
+                "metrics": dict(self._metrics["train"]),
+                "tokens": self._total_train_tokens,
+            },
+        }
+
+    def _process_file(self) -> str:
+        return f"process-{self.args.process_index}.safetensors"
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trained = self.model if model is None else model
-        before = {name: value.dtype for name, value in trained.named_parameters() if value.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in trained.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(before[name])
+        """Load the adapter into the parameters as they are, in the type in which it was trained and saved.
+
+        transformers would take whatever weights it finds, pickles among them, and peft would make float32 of them.
+        """
+        file = Path(resume_from_checkpoint) / _ADAPTER
+        try:
+            found = set_peft_model_state_dict(self.model if model is None else model, load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise InputError(f"The checkpoint's {_ADAPTER} cannot be read: {error}", _MEND) from error
+        if found.unexpected_keys:
+            raise InputError(f"The checkpoint's adapter has other layers: {found.unexpected_keys[0]}, ….", _MEND)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_tree(Path(checkpoint) / _OPTIMIZER)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["schedule"])
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._restore_process_state(Path(checkpoint))
+
+    def _restore_process_state(self, checkpoint: Path) -> None:
+        parts = len(list(checkpoint.glob("process-*.safetensors")))
+        if parts != self.args.world_size:
+            raise NodeError(
+                f"The run began with {parts} training processes, and here there are {self.args.world_size}.",
+                f"Start it on a machine with {parts} GPUs, or set FT_NPROC_PER_NODE={parts}; "
+                "to train with another number, choose another FT_RUN_ID.",
+            )
+        state = load_tree(checkpoint / self._process_file())
+        self.data_order.restore(state["data_order"])
+        self._running_sums = state["sums"]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The gradient scaler came with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        generators = load_tree(Path(checkpoint) / self._process_file())["generators"]
+        random.setstate(generators["python"])
+        np.random.set_state(generators["numpy"])
+        torch.set_rng_state(generators["torch"])
+        if generators["cuda"] is not None and self.args.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"], self.args.device)
+
+    def _continue_sums(self) -> None:
+        """Go on summing loss and token counts where the checkpoint stood: transformers begins at zero again, and the
+        next point of the loss curve would be the mean of fewer steps than in an uninterrupted run."""
+        if self._running_sums is None:
+            return
+        sums, self._running_sums = self._running_sums, None
+        self._tr_loss = sums["loss"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = sums["loss_logged"], sums["last_logged"]
+        self._initial_global_step = 0  # the mean loss is that of the run, not of this start
+        self._metrics["train"].update(sums["metrics"])
+        self._total_train_tokens = sums["tokens"]

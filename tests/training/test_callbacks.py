@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from transformers import TrainerControl, TrainerState
 
 from job.errors import InputError
-from job.training.callbacks import HonourStopRequests, KeepDataOrder, RefuseNonsense
+from job.run import write_json
+from job.training.callbacks import DecideSaves, RefuseNonsense
+from job.training.pace import SavePace
 
 
 def state(step: int, of: int = 10) -> TrainerState:
@@ -26,13 +28,17 @@ def test_a_loss_that_is_no_number_ends_the_training(loss: float) -> None:
     RefuseNonsense().on_log(None, state(3), TrainerControl(), {"loss": 2.5})
 
 
+def stop_before(run: Any, deadline: float) -> None:
+    run.paths.stop_file.parent.mkdir(parents=True, exist_ok=True)
+    run.paths.stop_file.write_text(str(deadline), encoding="utf-8")
+
+
 def test_a_stop_request_saves_and_stops_but_a_finished_training_is_finished(make_run: Callable[..., Any]) -> None:
     run = make_run()
-    stop, control = HonourStopRequests(run), TrainerControl()
+    stop, control = DecideSaves(run, SavePace(run)), TrainerControl()
     stop.on_step_end(SimpleNamespace(device="cpu"), state(3), control)
     assert not (stop.stopped or control.should_training_stop)
-    run.paths.stop_file.parent.mkdir(parents=True)
-    run.paths.stop_file.write_text("0", encoding="utf-8")
+    stop_before(run, time.time() + 60)
     stop.on_step_end(SimpleNamespace(device="cpu"), state(10), control)
     assert not stop.stopped  # behind the last step there is nothing left to stop
     stop.on_step_end(SimpleNamespace(device="cpu"), state(4), control)
@@ -41,17 +47,49 @@ def test_a_stop_request_saves_and_stops_but_a_finished_training_is_finished(make
     assert control.should_training_stop
 
 
-def test_a_resumed_epoch_starts_from_the_generator_that_it_began_with(tmp_path: Any) -> None:
-    args = SimpleNamespace(output_dir=str(tmp_path))
-    (tmp_path / "checkpoint-3").mkdir()
-    first = KeepDataOrder(None)
-    torch.manual_seed(5)
-    first.on_epoch_begin(args, state(0), TrainerControl())
-    order = torch.randperm(20)
-    first.on_save(args, state(3), TrainerControl())
-    torch.manual_seed(99)
-    resumed = KeepDataOrder(tmp_path / "checkpoint-3")
-    resumed.on_epoch_begin(args, state(3), TrainerControl())
-    assert torch.equal(torch.randperm(20), order)
-    resumed.on_epoch_begin(args, state(6), TrainerControl())  # the next epoch goes on from where the generator is
-    assert not torch.equal(torch.randperm(20), order)
+def test_a_save_that_cannot_be_stored_before_the_deadline_is_not_begun(make_run: Callable[..., Any]) -> None:
+    run = make_run()
+    pace = SavePace(run)
+    stop, control = DecideSaves(run, pace), TrainerControl(should_save=True)
+    pace.saved(4.0)
+    write_json(run.paths.upload_timing_file, {"seconds": 20.0})
+    stop_before(run, time.time() + 30)  # a save and its upload, and half as much again, take 36 s
+    stop.on_step_end(SimpleNamespace(device="cpu"), state(4), control)
+    assert stop.stopped
+    assert control.should_training_stop
+    assert not control.should_save
+    stop_before(run, time.time() + 40)
+    stop.on_step_end(SimpleNamespace(device="cpu"), state(4), control)
+    assert control.should_save
+
+
+def test_the_pace_of_saves_follows_what_saves_and_uploads_take(make_run: Callable[..., Any]) -> None:
+    run, seconds = make_run(), [0.0]
+    pace = SavePace(run, clock=lambda: seconds[0])
+    assert pace.interval_seconds() == 30  # nothing is known yet
+    pace.saved(0.01)
+    assert pace.interval_seconds() == 30  # saving more often than that is worth nothing
+    pace.saved(2.0)
+    assert pace.interval_seconds() == 200  # a hundredth of the time
+    pace.saved(60.0)
+    assert pace.interval_seconds() == 600  # no more than ten minutes are ever lost
+    write_json(run.paths.upload_timing_file, {"seconds": 1000})
+    assert pace.interval_seconds() == 1500  # unless the store cannot take more
+    seconds[0] = 1499
+    assert not pace.due()
+    seconds[0] = 1501
+    assert pace.due()
+    pace.saved(60.0)
+    assert not pace.due()
+
+
+@pytest.mark.parametrize("save_steps", ["auto", "3"])
+def test_auto_saves_when_the_pace_says_so_and_a_number_leaves_it_to_the_steps(
+    make_run: Callable[..., Any], save_steps: str
+) -> None:
+    run, seconds = make_run(SAVE_STEPS=save_steps), [0.0]
+    decide, control = DecideSaves(run, SavePace(run, clock=lambda: seconds[0])), TrainerControl()
+    seconds[0] = 31
+    decide.on_step_end(SimpleNamespace(device="cpu"), state(4), control)
+    assert control.should_save == (save_steps == "auto")
+    assert not control.should_training_stop

@@ -1,0 +1,248 @@
+"""One writer at a time: the lease of a run, and what each of its holders may vouch for.
+
+Every start of a run that has work to do is an attempt with a number of its own, one more than the last. It takes the
+lease by a conditional write, renews it, and writes below `attempt-NNNN` only, so that two attempts never touch the
+same object. Taking the lease also lists the manifests that count at that moment: what an older attempt commits later,
+because it was suspended or cut off and did not know, does not count. So the order of the writes to one small object
+decides, and never a clock: clocks only decide how long a newcomer waits for a holder that may still be alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from job.checkpoints.manifest import MANIFEST
+from job.errors import JobError, Stopped, TransientError
+from job.run import Run
+from job.storage import Conflict
+
+RENEW_SECONDS, EXPIRE_SECONDS = 5.0, 30.0
+_KEY = re.compile(r"(?P<artefact>.+)/attempt-(?P<attempt>\d{4,})/(?P<file>.+)")
+
+
+class Superseded(TransientError):
+    """A later attempt holds the lease; this one may not write any more."""
+
+
+@dataclass(frozen=True, order=True)
+class Commit:
+    """A manifest in the store: of which artefact (`checkpoints/step-00000120`), by which attempt."""
+
+    artefact: str
+    attempt: int
+
+    @property
+    def folder(self) -> str:
+        """Where its files lie, relative to the run."""
+        return f"{self.artefact}/attempt-{self.attempt:04d}"
+
+
+@dataclass(frozen=True)
+class LeaseRecord:
+    """lease.json as it is in the store; the default is that of a run that nobody has begun."""
+
+    attempt: int = 0
+    holder: str = ""
+    host: str = ""
+    renewed: float = 0.0  # seconds since the epoch, by the holder's clock
+    released: bool = True
+    inherited: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, run: Run) -> LeaseRecord:
+        """Who may write, for those who only look."""
+        return _read(run)[0]
+
+    def commits(self, run: Run, below: str) -> list[Commit]:
+        """The commits below a folder of the run that count, the newest attempt of the last artefact first."""
+        inherited = set(self.inherited)
+        found = (
+            commit
+            for commit in every_commit(run, below)
+            if commit.folder in inherited or commit.attempt == self.attempt
+        )
+        return sorted(found, reverse=True)
+
+
+class Lease:
+    """The lease, held by this process until `release`; `record` says what counts."""
+
+    def __init__(self, run: Run, lock: _FolderLock, record: LeaseRecord, version: str) -> None:
+        self._run, self._folder_lock, self._version = run, lock, version
+        self._writing, self._ended = threading.RLock(), threading.Event()
+        self.record = record
+
+    @classmethod
+    def take(cls, run: Run, say: Callable[[str], None], stop_requested: Callable[[], bool]) -> Lease:
+        """Become the next attempt; waits for a holder that may be alive, and raises TransientError if it is."""
+        lock = _FolderLock(run.paths.lock_file)
+        try:
+            former, version = _await_end(run, lock.former, say, stop_requested)
+            inherited = [commit.folder for commit in former.commits(run, "")]
+            record = LeaseRecord(
+                former.attempt + 1, lock.holder, socket.gethostname(), time.time(), False, tuple(inherited)
+            )
+            lease = cls(run, lock, record, version)
+            lease._write(record)
+            # The former holder may have committed between our listing and our writing: it was in its right.
+            inherited = [commit.folder for commit in former.commits(run, "")]
+            if tuple(inherited) != record.inherited:
+                lease._write(replace(record, inherited=tuple(inherited)))
+        except BaseException:
+            lock.close()
+            raise
+        return lease
+
+    def keep_alive(self, on_lost: Callable[[Superseded], None]) -> None:
+        """Renew from a thread of its own; `on_lost` is called from there, once."""
+        threading.Thread(target=self._renew_until_ended, args=(on_lost,), name="lease", daemon=True).start()
+
+    def renew(self) -> None:
+        """Prove that the lease is still ours; raises Superseded if it is not."""
+        with self._writing:
+            self._write(replace(self.record, renewed=time.time()))
+
+    def release(self) -> None:
+        """Let the next attempt begin at once; a failure only makes it wait."""
+        self._ended.set()
+        with self._writing:
+            with contextlib.suppress(JobError, OSError):
+                self._write(replace(self.record, released=True))
+            self._folder_lock.close()
+
+    def _renew_until_ended(self, on_lost: Callable[[Superseded], None]) -> None:
+        while not self._ended.wait(RENEW_SECONDS):
+            try:
+                self.renew()
+            except Superseded as error:
+                if not self._ended.is_set():
+                    on_lost(error)
+                return
+            except (JobError, OSError):
+                continue  # the store is away; nothing can be committed meanwhile, by nobody
+
+    def _write(self, record: LeaseRecord) -> None:
+        data, key = json.dumps(asdict(record), indent=1).encode(), f"{self._run.id}/lease.json"
+        try:
+            if self._version:
+                self._version = self._run.store.put_if_unchanged(key, data, self._version)
+            else:
+                self._run.store.put_if_absent(key, data)
+                self._version = self._run.store.get_with_version(key)[1]
+            self.record = record
+        except Conflict:
+            # Another attempt, or a write of ours whose answer was lost.
+            there, version = _read(self._run)
+            if there.holder != record.holder:
+                raise Superseded(
+                    f"Attempt {there.attempt} of run {self._run.id!r}, on {there.host or 'another machine'}, has taken over from "
+                    f"attempt {record.attempt}.",
+                    "Nothing to do if that is the restart of this job; else run one job per FT_RUN_ID.",
+                ) from None
+            self._version = version
+            if there != record:
+                self._write(record)
+            self.record = record
+
+
+class _FolderLock:
+    """Keeps two starts out of one local folder. The kernel drops it when its holder dies, so it is never stale.
+
+    `former` are the holders before us: having the lock proves that they are dead.
+    """
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = file.open("a+", encoding="ascii")
+        try:
+            _lock_patiently(self._stream.fileno())
+            locked = True
+        except BlockingIOError:
+            self._stream.close()
+            raise TransientError(
+                f"Another start of this run is at work in {file.parent}.",
+                "Wait for it or stop it; to run a second job here, give it another FT_RUN_ID.",
+            ) from None
+        except OSError:
+            locked = False  # a file system without locks; the lease in the store still holds
+        self._stream.seek(0)
+        self.former = frozenset(self._stream.read().split()) if locked else frozenset()
+        self.holder = uuid.uuid4().hex
+        self._stream.write(f"{self.holder}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _lock_patiently(descriptor: int) -> None:
+    """A start that was killed this moment may need another to be gone."""
+    for _ in range(20):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _await_end(
+    run: Run, dead: frozenset[str], say: Callable[[str], None], stop_requested: Callable[[], bool]
+) -> tuple[LeaseRecord, str]:
+    """The lease once its holder has let go of it, died in this folder, or not renewed it for EXPIRE_SECONDS."""
+    record, version = first = _read(run)
+    began = time.monotonic()
+    while not (record.released or record.holder in dead or time.time() - record.renewed > EXPIRE_SECONDS):
+        if time.monotonic() - began > EXPIRE_SECONDS:
+            if (record, version) == first:
+                break  # its clock is ahead of ours, but it has not moved while we watched
+            raise TransientError(
+                f"Attempt {record.attempt} of run {run.id!r} is at work on {record.host}.",
+                "Wait for it or stop it; to train something else, choose another FT_RUN_ID.",
+            )
+        if (record, version) == first and time.monotonic() - began < 1:
+            say(
+                f"Attempt {record.attempt}, on {record.host}, may be alive: waiting up to {EXPIRE_SECONDS:.0f} s for it."
+            )
+        if stop_requested():
+            raise Stopped("Stopped on request.", "Start the job again.")
+        time.sleep(1)
+        record, version = _read(run)
+    return record, version
+
+
+def _read(run: Run) -> tuple[LeaseRecord, str]:
+    try:
+        data, version = run.store.get_with_version(f"{run.id}/lease.json")
+    except FileNotFoundError:
+        return LeaseRecord(), ""
+    try:
+        fields = json.loads(data)
+        return LeaseRecord(**fields | {"inherited": tuple(fields["inherited"])}), version
+    except (ValueError, TypeError, KeyError):
+        raise TransientError(
+            f"{run.store.url}/{run.id}/lease.json cannot be read.",
+            "Start the job again; if it stays so, and no other job runs, delete that object.",
+        ) from None
+
+
+def every_commit(run: Run, below: str) -> Iterator[Commit]:
+    """Every commit below a folder of the run, whether it counts or not."""
+    return (commit for commit, _, file in written(run, below) if file == MANIFEST)
+
+
+def written(run: Run, below: str) -> Iterator[tuple[Commit, str, str]]:
+    """Every object that some attempt wrote below a folder of the run: (commit it is or was to be part of, key, file)."""
+    for key, _ in run.store.list(f"{run.id}/{below}".rstrip("/")):
+        match = _KEY.fullmatch(key.removeprefix(f"{run.id}/"))
+        if match:
+            yield Commit(match["artefact"], int(match["attempt"])), key, match["file"]

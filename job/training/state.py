@@ -1,0 +1,78 @@
+"""Nested Python values with tensors in them, to one safetensors file and back: no pickle, so no code in a checkpoint.
+
+The tensors are the file's tensors; everything else is JSON in the file's metadata, with types that JSON does not have
+(tuples, keys that are no strings, numpy arrays) spelled out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from job.errors import InputError
+
+_METADATA_KEY = "tree"
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def save_tree(tree: Any, file: Path) -> None:
+    """Write dicts, lists, tuples, numbers, strings, None, tensors and numpy arrays; raises TypeError for anything else."""
+    tensors: dict[str, torch.Tensor] = {}
+    spelled = _spell(tree, tensors)
+    save_file(tensors, file, metadata={_METADATA_KEY: json.dumps(spelled)})
+
+
+def load_tree(file: Path) -> Any:
+    """Read `save_tree` back, tensors on the CPU; raises InputError for a file that it did not write."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (it is no dict)
+            return _build(json.loads((reader.metadata() or {})[_METADATA_KEY]), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"The checkpoint file {file.name} cannot be read: {error!r}.",
+            "Another version of this job may have written it: go on with that one, or choose another FT_RUN_ID.",
+        ) from error
+
+
+def _spell(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, torch.Tensor):
+        name = f"{len(tensors):06d}"
+        tensors[name] = value.detach().cpu().clone().contiguous()  # safetensors refuses shared memory
+        return {"tensor": name}
+    if isinstance(value, np.ndarray):
+        return {"array": _spell(torch.from_numpy(value.astype(np.int64)), tensors), "dtype": str(value.dtype)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {"dict": [[_spell(key, tensors), _spell(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_spell(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_spell(item, tensors) for item in value]
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__qualname__}")
+
+
+def _build(spelled: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    match spelled:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"array": array, "dtype": dtype}:
+            return _build(array, tensors).numpy().astype(dtype)
+        case {"dict": items}:
+            return {_build(key, tensors): _build(item, tensors) for key, item in items}
+        case {"tuple": items}:
+            return tuple(_build(item, tensors) for item in items)
+        case list():
+            return [_build(item, tensors) for item in spelled]
+        case _ if isinstance(spelled, _PLAIN):
+            return spelled
+    raise ValueError(f"unknown form {spelled!r}")
