@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "reset":
             return self._reset()
         if fault == "delay":
-            time.sleep(0.05 + self.proxy.position(100) / 200)
+            time.sleep(self.proxy.position(100) / 500)
         if fault == "stale list":
             return self._answer(*self.proxy._lists[self.path])
         if fault == "flipped up" and body:

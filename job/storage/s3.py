@@ -31,6 +31,7 @@ from job.storage.partial import Partial
 
 _T = TypeVar("_T")
 _THREADS = 8
+_PAUSES_SECONDS = (0.1, 0.5, 2.0, 5.0)
 
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _REFUSED = {
@@ -43,6 +44,7 @@ _REFUSED = {
     "AllAccessDisabled",
     "InvalidToken",
 }
+_DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
 _MISDIRECTED = {"NoSuchBucket", "PermanentRedirect", "AuthorizationHeaderMalformed", "301", "InvalidBucketName"}
 
 
@@ -87,8 +89,9 @@ class S3Store:
         return response["Body"].read(), response["ETag"]
 
     def upload(self, source: Path, key: str) -> None:
+        extra = {"ChecksumAlgorithm": "SHA256"}
         with self._errors(key):
-            self.client.upload_file(str(source), self.bucket, self._key(key), ExtraArgs={"ChecksumAlgorithm": "SHA256"})
+            _patiently(lambda: self.client.upload_file(str(source), self.bucket, self._key(key), ExtraArgs=extra))
 
     def download(self, key: str, target: Path) -> None:
         with self._errors(key):
@@ -162,11 +165,14 @@ class S3Store:
             ) from error
         except (ClientError, S3UploadFailedError) as error:
             raise self._explained(error, what) from error
-        except (ParamValidationError, ValueError) as error:
-            raise SettingsError(
-                f"{self.url} or AWS_ENDPOINT_URL is not valid: {error}",
-                "Write the store as s3://bucket/prefix and the endpoint as https://host.",
-            ) from error
+        except ValueError as error:
+            if key:  # an answer that makes no sense
+                raise TransientError(
+                    f"S3's answer for {what} cannot be read: {error}", "Start the job again."
+                ) from error
+            raise self._misspelt(error) from error
+        except ParamValidationError as error:
+            raise self._misspelt(error) from error
         except (BotoCoreError, Boto3Error, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
@@ -177,12 +183,17 @@ class S3Store:
                 "Check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION if this is the first start; otherwise start the job again.",
             ) from error
 
+    def _misspelt(self, error: Exception) -> SettingsError:
+        return SettingsError(
+            f"{self.url} or AWS_ENDPOINT_URL is not valid: {error}",
+            "Write the store as s3://bucket/prefix and the endpoint as https://host.",
+        )
+
     def _explained(self, error: Exception, what: str) -> Exception:
-        client_error = error if isinstance(error, ClientError) else error.__context__
-        code = _code(client_error) if isinstance(client_error, ClientError) else ""
+        code = _code_of(error)
         if code in _ABSENT:
             return FileNotFoundError(what)
-        if code in _REFUSED or (isinstance(client_error, ClientError) and _status(client_error) in (401, 403)):
+        if code in _REFUSED:
             return PermissionRefused(
                 f"S3 refused access to {what} ({code}).", "Check the AWS credentials and the bucket's policy."
             )
@@ -198,27 +209,34 @@ def _conditional(key: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        if _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", *_ABSENT):
+        if _code_of(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", *_ABSENT):
             raise Conflict(key) from None
         raise
 
 
 def _patiently(fetch: Callable[[], _T]) -> _T:
-    """boto3 tries a request again, but not a body that breaks off in the middle."""
-    for pause in (0.1, 0.5, 2.0, 5.0):
+    """boto3 tries a request again, but not a body that breaks off in the middle or arrives damaged."""
+    for pause in _PAUSES_SECONDS:
         try:
             return fetch()
         except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ReadTimeoutError):
             time.sleep(pause)
+        except (ClientError, S3UploadFailedError) as error:
+            if _code_of(error) not in _DAMAGED:
+                raise
+            time.sleep(pause)
     return fetch()
 
 
-def _code(error: ClientError) -> str:
+def _code_of(error: BaseException | None) -> str:
+    """S3's own word for an error, its status where it has none, and 403 for every refusal."""
+    if isinstance(error, S3UploadFailedError):
+        error = error.__context__
+    if not isinstance(error, ClientError):
+        return ""
     response: Any = error.response
+    status = str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = str(response.get("Error", {}).get("Code", ""))
-    return code if code and not code.isdigit() else str(_status(error))  # a HEAD carries no body, only the status
-
-
-def _status(error: ClientError) -> int:
-    response: Any = error.response
-    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code in _REFUSED or status in ("401", "403"):
+        return "403"
+    return code if code and not code.isdigit() else status  # a HEAD carries no body, only the status

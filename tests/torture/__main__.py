@@ -37,7 +37,7 @@ from tests.conftest import LIGHTHOUSE, ROOT, make_tiny_model, serve_s3
 from tests.fault_proxy import FaultProxy
 
 STAGES = ("preflight", "download", "prepare", "train", "sample", "merge", "publish")
-SAVE_STEPS, MAX_STEPS, RUN_ID = 2, 14, "tortured"
+SAVE_STEPS, MAX_STEPS, RUN_ID = 3, 16, "tortured"
 KILLS_OF_A_RUN = 12
 FAULT_RATE = 0.05
 _FINE = {0, 75, -signal.SIGKILL}
@@ -120,7 +120,7 @@ class TorturedRun:
             **{name: value for name, value in os.environ.items() if not name.startswith("FT_")},
             "FT_MODEL_NAME": str(model), "FT_DATASET_NAME": str(LIGHTHOUSE), "FT_DATASET_SPLIT": "train[:40]", "FT_EVAL_SPLIT": "0.2",
             "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": str(MAX_STEPS), "FT_SAVE_STEPS": str(SAVE_STEPS), "FT_LOGGING_STEPS": "1",
-            "FT_LEARNING_RATE": "1e-2", "FT_GRADIENT_ACCUMULATION_STEPS": "2", "FT_SAMPLE_MAX_NEW_TOKENS": "4", "FT_NEW_MODEL": "tortured",
+            "FT_LEARNING_RATE": "1e-2", "FT_GRADIENT_ACCUMULATION_STEPS": "8", "FT_SAMPLE_MAX_NEW_TOKENS": "4", "FT_NEW_MODEL": "tortured",
             "FT_OUTPUT_DIR": str(folder / "results"), "FT_STORE_URL": self.store_url, "FT_RUN_ID": RUN_ID, "FT_LOG_FORMAT": "json",
             "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent / "chaos"), os.environ.get("PYTHONPATH")])),
