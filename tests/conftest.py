@@ -217,7 +217,7 @@ def serve_s3(folder: Path) -> Iterator[str]:
     port = free_port()
     environment = {**os.environ, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port)}
     process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "ministack")],
+        [sys.executable, "-m", "ministack"],
         env=environment,
         cwd=folder,
         stdout=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -95,8 +96,10 @@ S3_POINTS = (
 
 @dataclass
 class Tally:
-    """What happened, over all runs."""
+    """What happened, over all runs; `over()` once there were enough kills, or time is up, or something went wrong."""
 
+    wanted: int
+    until: float
     kills: Counter[str] = field(default_factory=Counter)
     resumes: int = 0
     lost_steps: int = 0
@@ -108,6 +111,9 @@ class Tally:
     runs: int = 0
     equal: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def over(self) -> bool:
+        return sum(self.kills.values()) >= self.wanted or time.monotonic() > self.until or bool(self.complaints)
 
 
 class TorturedRun:
@@ -244,7 +250,7 @@ def torture(
     if run.proxy:
         run.proxy.rate = FAULT_RATE
     plan = sorted(chance.choices(choices, k=kills), key=lambda point: STAGES.index(point.stage))
-    while plan:
+    while plan and not run.tally.over():
         point = plan.pop(0)
         if point.stage in run.complete:
             continue
@@ -319,12 +325,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time")
+    parser.add_argument("--minutes", type=float, default=600, help="kill no more after so long")
     parser.add_argument("--store", choices=("both", "folder", "s3"), default="both")
     parser.add_argument(
         "--control", choices=("rng", "data"), help="drop this from every checkpoint: the comparison must fail"
     )
     arguments = parser.parse_args()
-    began, tally = time.monotonic(), Tally()
+    began = time.monotonic()
+    tally = Tally(wanted=arguments.kills, until=began + 60 * arguments.minutes)
     with ExitStack() as stack:
         top = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="torture-")))
         model = make_tiny_model(top / "model")
@@ -332,6 +340,7 @@ def main() -> int:
         upstream = stack.enter_context(serve_s3(_folder(top, "s3"))) if arguments.store != "folder" else ""
         undisturbed = TorturedRun(_folder(top, "undisturbed"), model, tally)
         expected = torture(undisturbed, 0, 0, None)
+        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
         if "exit code" in expected:
             print("\n".join(tally.complaints))
             return 1
@@ -346,11 +355,14 @@ def main() -> int:
             print(f"run {number}: {sum(tally.kills.values())} of {arguments.kills} kills", flush=True)
             shutil.rmtree(run.folder, ignore_errors=True)
 
-        number = 0
+        numbers = itertools.count()
+
+        def work(_: int) -> None:
+            while not tally.over():
+                one(next(numbers))
+
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            while sum(tally.kills.values()) < arguments.kills and not tally.complaints:
-                list(pool.map(one, range(number, number + arguments.jobs)))
-                number += arguments.jobs
+            list(pool.map(work, range(arguments.jobs)))
     return _report(tally, arguments, time.monotonic() - began)
 
 
