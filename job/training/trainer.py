@@ -54,11 +54,14 @@ class AdapterTrainer(SFTTrainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # stopped between the last step and the end of the stage
             self.control.should_training_stop = True
-            self._continue_sums()
             return
         self.data_order.set_epoch(kwargs["epoch"])
         self._continue_sums()
         super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._continue_sums()  # where no epoch was left to run
+        return super()._finalize_training(*args, **kwargs)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 

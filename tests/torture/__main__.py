@@ -102,7 +102,7 @@ class Tally:
     until: float
     kills: Counter[str] = field(default_factory=Counter)
     resumes: int = 0
-    lost_steps: int = 0
+    lost_steps: dict[str, int] = field(default_factory=lambda: {"folder": 0, "s3": 0})  # the worst
     damaged_commits: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     ended_by_faults: int = 0
@@ -180,7 +180,8 @@ class TorturedRun:
             case {"message": str(text), "step": step} if text.startswith("Going on from"):
                 with self.tally.lock:
                     self.tally.resumes += 1
-                    self.tally.lost_steps = max(self.tally.lost_steps, self.last_step - int(step))
+                    store = "s3" if self.proxy else "folder"
+                    self.tally.lost_steps[store] = max(self.tally.lost_steps[store], self.last_step - int(step))
 
     def audit(self) -> None:
         """Every commit in the store that counts must be whole, at any moment."""
@@ -376,7 +377,8 @@ def _report(tally: Tally, arguments: argparse.Namespace, seconds: float) -> int:
     print(
         f"seed {arguments.seed}: {sum(tally.kills.values())} kills in {tally.runs} runs, {tally.resumes} resumes, "
         f"{sum(tally.faults.values())} faults ({tally.ended_by_faults} lives ended by them), "
-        f"{tally.damaged_commits} corrupt checkpoints, lost steps (worst) {tally.lost_steps} at one save every {SAVE_STEPS}, "
+        f"{tally.damaged_commits} corrupt checkpoints, lost steps (worst) {tally.lost_steps['folder']}, and "
+        f"{tally.lost_steps['s3']} where the store has faults, at one save every {SAVE_STEPS}, "
         f"final hashes equal in {tally.equal} of {tally.runs} runs, {seconds:.0f} s: {'PASSED' if good else 'FAILED'}"
     )
     return 0 if good else 1

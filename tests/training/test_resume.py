@@ -154,8 +154,9 @@ def test_the_control_that_drops_the_data_position_is_found_out(prepared: MAKE, m
     assert final_state(control)["row_order_sha256"] != final_state(run)["row_order_sha256"]
 
 
-def test_a_training_that_was_killed_behind_its_last_step_takes_no_further_step(prepared: MAKE) -> None:
-    run = prepared("alone", DATASET_SPLIT="train[:24]")
+@pytest.mark.parametrize("rows", [20, 24], ids=["at the end of an epoch", "within an epoch"])
+def test_a_training_that_was_killed_behind_its_last_step_takes_no_further_step(prepared: MAKE, rows: int) -> None:
+    run = prepared("alone", DATASET_SPLIT=f"train[:{rows}]")
     train(run)
     expected = final_state(run)
     shutil.rmtree(run.paths.stage_dir("train"))
