@@ -89,14 +89,18 @@ def commit(
     An artefact with the same content is left as it is; one with other content is withdrawn first. `may_write` is
     called right before the manifest is written, and raises if another attempt has taken over meanwhile.
     """
-    manifest = Manifest.of(folder, fingerprint)
     key = f"{prefix}/{MANIFEST}"
     committed = read(store, prefix)
-    if committed is not None and (committed.fingerprint, committed.files) == (manifest.fingerprint, manifest.files):
-        return committed
+    if committed is not None:
+        manifest = Manifest.of(folder, fingerprint)
+        if (committed.fingerprint, committed.files) == (manifest.fingerprint, manifest.files):
+            return committed
     store.delete(key)  # another content, or a manifest that cannot be read
-    for entry in manifest.files:
-        store.upload(folder / entry.path, f"{prefix}/{entry.path}")
+    with ThreadPoolExecutor(1) as pool:  # hashing reads what uploading reads, and needs no network
+        hashing = pool.submit(Manifest.of, folder, fingerprint)
+        for name in sorted(_files_below(folder)):
+            store.upload(folder / name, f"{prefix}/{name}")
+        manifest = hashing.result()
     may_write()
     try:
         store.put_if_absent(key, manifest.to_bytes())
