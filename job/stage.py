@@ -54,6 +54,7 @@ def _become_torchrun(name: str, processes: int) -> None:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={processes}",
+        "--signals-to-handle=SIGHUP",  # on SIGTERM it would give its processes 30 s and then kill them (pytorch#119856)
         "-m",
         "job.stage",
         name,
