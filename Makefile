@@ -6,11 +6,14 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 DEMO_MODEL := results/demo-model
 
-.PHONY: help demo test check clean
+.PHONY: help demo test torture check clean
+KILLS := 20
+SEED := 0
 
 help:
 	@echo "make demo   run the whole job on SmolLM2-135M, on the CPU, in under 10 minutes"
 	@echo "make test   all tests"
+	@echo "make torture KILLS=20 SEED=0   kill the job so many times, and compare with a run left alone"
 	@echo "make check  ruff, mypy, shellcheck, hadolint, manifest schemas"
 	@echo "make clean  remove the environment and all results"
 
@@ -28,6 +31,9 @@ demo: $(INSTALLED) $(DEMO_MODEL)/config.json
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest
+
+torture: $(INSTALLED)
+	$(PYTHON) -m tests.torture --kills $(KILLS) --seed $(SEED)
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff check .

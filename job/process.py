@@ -29,6 +29,7 @@ class StageProcess:
         self._log_file = run.paths.log_file(stage.name)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         self.last_lines: deque[str] = deque(maxlen=20)
+        self._said: list[dict[str, Any]] = []
         for stale in self._error_files():
             stale.unlink()
         self._process = subprocess.Popen(
@@ -54,7 +55,9 @@ class StageProcess:
                     log.flush()
                     self.last_lines.append(plain)
                     yield {"event": "message", "level": "debug", "text": plain}
-                if event is not None:
+                if event is not None and event["event"] == "failed":
+                    self._said.append(event)
+                elif event is not None:
                     yield event
 
     def wait(self) -> int:
@@ -69,14 +72,12 @@ class StageProcess:
 
     def why(self, code: int) -> JobError:
         """The error that ended the stage: a rank's own words, else what the exit status tells."""
-        written = [read_json(path) for path in self._error_files()]
+        written = [read_json(path) for path in self._error_files()] or self._said
         # One rank's failure makes others stop (75) or their communication break (70): its own words come first.
         written.sort(key=lambda item: {ExitCode.TRY_AGAIN: 2, ExitCode.BUG: 1}.get(item["exit_code"], 0))
         if written:
             return from_code(written[0]["exit_code"], written[0]["message"], written[0]["mend"])
         mend = f"Its output is in {self._log_file}."
-        if code in {*ExitCode} - {ExitCode.OK, ExitCode.BUG}:  # a full disk can keep even the reason from being written
-            return from_code(code, f"Stage {self._stage.name} failed and could not say why.", mend)
         if code >= 0:
             return JobError(f"Stage {self._stage.name} ended with exit code {code}.", mend)
         hint = " The kernel does this when memory runs out." if -code == signal.SIGKILL else ""

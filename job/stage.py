@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 from job.cluster import visible_gpus
 from job.errors import ExitCode, JobError, NodeError, PermissionRefused, from_os_error
+from job.report.events import emit
 from job.run import Run, write_json
 from job.settings import Settings, masked, secret_values
 from job.stages import STAGES
@@ -86,7 +88,8 @@ def _write_down(run: Run, name: str, error: Exception) -> int:
         "mend": masked(known.mend, secrets),
     }
     print(record["message"], flush=True)
-    with contextlib.suppress(OSError):  # on a full disk the exit code has to say it all
+    emit("failed", **record)  # on a full disk the file below cannot be written
+    with contextlib.suppress(OSError):
         write_json(run.paths.error_file(name, run.node.rank), record)
     return int(known.exit_code)
 
@@ -96,6 +99,8 @@ def _as_job_error(error: Exception) -> JobError | None:
         return error
     if (refusal := from_os_error(error)) is not None:
         return refusal
+    if "os error 28" in str(error):  # what safetensors makes of it, in Rust
+        return from_os_error(OSError(errno.ENOSPC, str(error)))
     if type(error).__module__.startswith("wandb"):
         return PermissionRefused(
             f"W&B refused or could not be reached: {error}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -143,6 +144,47 @@ def job(tmp_path: Path, tiny_model: Path) -> Job:
             "HF_HOME": str(tmp_path / "hf-home"),
         }
     )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below `folder` and the hash of its bytes."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def published(job: Job) -> Path:
+    return Path(job.environment["FT_OUTPUT_DIR"]) / "published" / "tiny-lighthouse"
+
+
+def read_until(process: subprocess.Popen[str], **wanted: object) -> None:
+    """Follow the log until a line carries all of `wanted`."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if all(event.get(name) == value for name, value in wanted.items()):
+            return
+    pytest.fail(f"the job ended without {wanted}: {process.communicate()[1]}")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Job:
+    """A complete run that nothing disturbed, and what it published."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    job = Job(
+        {
+            "FT_MODEL_NAME": str(tiny_model), "FT_DATASET_NAME": str(LIGHTHOUSE), "FT_DATASET_SPLIT": "train[:48]", "FT_EVAL_SPLIT": "0.2",
+            "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": "6", "FT_SAVE_STEPS": "2", "FT_LOGGING_STEPS": "1", "FT_LEARNING_RATE": "1e-2",
+            "FT_SAMPLE_MAX_NEW_TOKENS": "8", "FT_NEW_MODEL": "tiny-lighthouse", "FT_OUTPUT_DIR": str(folder / "results"), "FT_LOG_FORMAT": "json",
+            "FT_RUN_ID": "test-run", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"),
+        }
+    )  # fmt: skip
+    result = job.run()
+    assert result.code == 0, result.stderr
+    assert set(result.ended.values()) == {"done"}
+    return job
 
 
 @pytest.fixture

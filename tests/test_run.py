@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import LIGHTHOUSE, Job, finished
+from tests.conftest import LIGHTHOUSE, Job, contents, finished, published, read_until
 
 # One worker makes the undisturbed run that all of these look at.
 shares_the_uninterrupted_run = pytest.mark.xdist_group("uninterrupted")
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file below `folder` and the hash of its bytes."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def published(job: Job) -> Path:
-    return Path(job.environment["FT_OUTPUT_DIR"]) / "published" / "tiny-lighthouse"
 
 
 def is_running(pid: int) -> bool:
@@ -36,34 +21,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def read_until(process: subprocess.Popen[str], **wanted: object) -> None:
-    """Follow the log until a line carries all of `wanted`."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        event = json.loads(line)
-        if all(event.get(name) == value for name, value in wanted.items()):
-            return
-    pytest.fail(f"the job ended without {wanted}: {process.communicate()[1]}")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Job:
-    """A complete run that nothing disturbed, and what it published."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    job = Job(
-        {
-            "FT_MODEL_NAME": str(tiny_model), "FT_DATASET_NAME": str(LIGHTHOUSE), "FT_DATASET_SPLIT": "train[:48]", "FT_EVAL_SPLIT": "0.2",
-            "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": "6", "FT_SAVE_STEPS": "2", "FT_LOGGING_STEPS": "1", "FT_LEARNING_RATE": "1e-2",
-            "FT_SAMPLE_MAX_NEW_TOKENS": "8", "FT_NEW_MODEL": "tiny-lighthouse", "FT_OUTPUT_DIR": str(folder / "results"), "FT_LOG_FORMAT": "json",
-            "FT_RUN_ID": "test-run", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"),
-        }
-    )  # fmt: skip
-    result = job.run()
-    assert result.code == 0, result.stderr
-    assert set(result.ended.values()) == {"done"}
-    return job
 
 
 @shares_the_uninterrupted_run
@@ -258,23 +215,6 @@ def test_relative_paths_are_those_of_the_folder_that_the_job_is_started_in(job: 
     result = job.run(FT_STAGES="download", FT_DATASET_NAME="rows.jsonl")
     assert result.code == 0, result.stderr
     assert (folder / "out" / "runs" / "test-run" / "download" / "dataset" / "rows.jsonl").is_file()
-
-
-def test_two_processes_train_together_and_stop_together(job: Job) -> None:
-    """torchrun with two ranks on the CPU (gloo): one adapter, one stop, exit 75, and a resume."""
-    process = job.start(FT_NPROC_PER_NODE="2", FT_STAGES="download,prepare,train", FT_SAVE_STEPS="1")
-    read_until(process, event="progress", stage="train", done=2)
-    process.send_signal(signal.SIGTERM)
-    stopped = finished(process, *process.communicate(timeout=180))
-    assert stopped.code == 75, stopped.stderr
-    again = job.run(FT_NPROC_PER_NODE="2", FT_STAGES="download,prepare,train", FT_SAVE_STEPS="1")
-    assert again.code == 0, again.stderr
-    metrics = json.loads(
-        (Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "train" / "metrics.json").read_text(
-            encoding="utf-8"
-        )
-    )
-    assert (metrics["processes"], metrics["steps"]) == (2, 6)
 
 
 def test_secrets_reach_neither_logs_nor_files_nor_the_model(job: Job) -> None:

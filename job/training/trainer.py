@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,10 @@ class AdapterTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()
         self.data_order.watch(loader, self._train_batch_size * self.args.world_size)
-        return loader
+        return _deaf_to_stop_signals(loader)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        return _deaf_to_stop_signals(super().get_eval_dataloader(*args, **kwargs))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.data_order.batch_trained()
@@ -178,3 +184,16 @@ class AdapterTrainer(SFTTrainer):
         self._initial_global_step = 0  # the mean loss is that of the run, not of this start
         self._metrics["train"].update(sums["metrics"])
         self._total_train_tokens = sums["tokens"]
+
+
+def _deaf_to_stop_signals(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A signal to all processes of the job must not end the data workers: without them there is no last step to save."""
+    inner = getattr(loader, "base_dataloader", loader)  # within accelerate's wrapper
+    inner.worker_init_fn = functools.partial(_init_worker, inner.worker_init_fn)
+    return loader
+
+
+def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has just set a handler that leaves
+    if then is not None:
+        then(worker)
