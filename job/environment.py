@@ -97,6 +97,8 @@ def _contradictions(settings: Settings) -> list[str]:
         problems.append(f"FT_DEVICE_MAP={settings.device_map!r} is no JSON object.")
     if settings.eval_steps is not None and not settings.evaluates:
         problems.append("FT_EVAL_STEPS is set, but there is nothing to evaluate on: set FT_EVAL_SPLIT too.")
+    if settings.early_stopping_patience is not None and settings.eval_steps is None:
+        problems.append("FT_EARLY_STOPPING_PATIENCE counts evaluations: set FT_EVAL_STEPS and FT_EVAL_SPLIT too.")
     if settings.device == "cpu" and (settings.fp16 is True or settings.bnb_4bit_compute_dtype == "float16"):
         problems.append("FT_DEVICE=cpu cannot compute in float16: use float32 or bfloat16, or leave it at auto.")
     if not settings.stages:

@@ -13,7 +13,7 @@ from job.checkpoints.retention import keep_newest_attempt, remove
 from job.environment import as_json
 from job.errors import SettingsError, TransientError
 from job.run import Run, now, read_json
-from job.settings import variable
+from job.settings import default_value, variable
 from job.stages import STAGES, Stage
 from job.storage import Conflict
 
@@ -35,10 +35,11 @@ class Ledger:
             begun = self._record()
         except FileNotFoundError:
             return
-        before, today = begun.get("settings", {}), as_json(self._run.settings)
-        differing = [name for name in self._run.settings.affecting("train") if before.get(name) != today[name]]
+        today, names = as_json(self._run.settings), self._run.settings.affecting("train")
+        before = {name: begun.get("settings", {}).get(name, default_value(name)) for name in names}
+        differing = [name for name in names if before[name] != today[name]]
         if differing:
-            lines = (f"  - {variable(name)}: was {before.get(name)!r}, is {today[name]!r}" for name in differing)
+            lines = (f"  - {variable(name)}: was {before[name]!r}, is {today[name]!r}" for name in differing)
             raise SettingsError(
                 f"Run {self._run.id!r} was begun with other settings:\n" + "\n".join(lines),
                 "Set them back to go on with it, or choose another FT_RUN_ID to begin anew.",
@@ -72,7 +73,10 @@ class Ledger:
         here = manifest.marked(folder)
         if not stage.kept or (here is not None and here.fingerprint == fingerprint):
             return
-        commit = self.committed(stage)[0]
+        commits = self.committed(stage)
+        if not commits:
+            raise TransientError(f"The store does not list the result of stage {stage.name}.", "Start the job again.")
+        commit = commits[0]
         prefix = f"{self._run.id}/{commit.folder}"
         try:
             manifest.restore(self._run.store, prefix, folder)

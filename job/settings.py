@@ -180,6 +180,12 @@ class Settings(BaseSettings):
     eval_steps: int | None = _setting(
         None, "Steps between evaluations; without it at the start and the end.", since="train", ge=1
     )
+    early_stopping_patience: int | None = _setting(
+        None,
+        "End after so many evaluations in a row without a lower loss, and keep the best adapter; needs `FT_EVAL_STEPS`.",
+        since="train",
+        ge=1,
+    )
     save_steps: Auto | Annotated[int, Field(ge=1)] = _setting(
         "auto",
         "Steps between checkpoints; `auto` measures saves and uploads, and spends 1% of the time on saving, every 30 s to 10 min.",
@@ -247,8 +253,10 @@ class Settings(BaseSettings):
         return self.eval_split is not None or self.eval_dataset_name is not None
 
     def fingerprint(self, stage: str) -> str:
-        """SHA-256 over the settings that the result of `stage` depends on."""
-        return hashlib.sha256(json.dumps(self.affecting(stage), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the settings that the result of `stage` depends on and that are not at their default, so that a
+        version with one setting more still knows the runs that began before it."""
+        chosen = {name: value for name, value in self.affecting(stage).items() if value != default_value(name)}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def affecting(self, stage: str) -> dict[str, Any]:
         """The settings that the result of `stage` depends on, as JSON values."""
@@ -279,6 +287,11 @@ def masked(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, "***")
     return text
+
+
+def default_value(field_name: str) -> Any:
+    """The default of a setting, as a JSON value."""
+    return json.loads(json.dumps(Settings.model_fields[field_name].default, default=str))
 
 
 def default_text(field_name: str) -> str:

@@ -14,7 +14,7 @@ from job.checkpoints.lease import Lease, Superseded
 from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
 from job.checkpoints.retention import sweep
 from job.checkpoints.syncer import Syncer
-from job.errors import ExitCode, Stopped
+from job.errors import ExitCode, JobError, Stopped
 from job.ledger import Ledger
 from job.process import StageProcess
 from job.report.console import Console, StageRecord
@@ -54,16 +54,21 @@ class Supervisor:
         try:
             lease.keep_alive(self._on_lost_lease)
             self._ledger.begin(lease)
-            swept = sweep(self._run, lease)
-            self._console.say(
-                f"Attempt {lease.record.attempt} of the run." + (f" {swept} leftovers removed." if swept else ""),
-                "debug",
-                attempt=lease.record.attempt,
-            )
             self._lease = lease
+            self._console.say(f"Attempt {lease.record.attempt} of the run.", "debug", attempt=lease.record.attempt)
+            self._sweep()
             return self._run_missing()
         finally:
             lease.release()
+
+    def _sweep(self) -> None:
+        try:
+            swept = sweep(self._run, self._lease)
+        except JobError as error:  # it costs space, not work; a policy may allow less than this needs
+            self._warn(f"What killed starts left in the store stays there: {error.message}")
+        else:
+            if swept:
+                self._console.say(f"{swept} leftovers of killed starts removed from the store.", "debug")
 
     def _run_missing(self) -> str:
         missing = self._ledger.missing()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from job.environment import load_settings, settings_table
+from job.environment import as_json, load_settings, settings_table
 from job.errors import SettingsError
+from job.ledger import Ledger
 from job.settings import STAGE_NAMES, Settings, masked, secret_values
 from job.stages import STAGES
 from tests.conftest import ROOT
@@ -180,3 +184,17 @@ def test_settings_and_their_errors_are_answered_without_importing_torch(argument
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_begun_by_a_version_that_lacked_a_setting_is_still_known(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(LORA_R="8")
+    older = as_json(run.settings)
+    del older["early_stopping_patience"]
+    run.store.put(f"{run.id}/run.json", json.dumps({"created": "", "settings": older}).encode())
+    Ledger(run).refuse_other_settings()
+    newer = make_run(LORA_R="8", EVAL_SPLIT="0.2", EVAL_STEPS="1", EARLY_STOPPING_PATIENCE="3")
+    with pytest.raises(SettingsError, match="FT_EARLY_STOPPING_PATIENCE: was None, is 3"):
+        Ledger(newer).refuse_other_settings()
+    assert run.settings.fingerprint("train") != newer.settings.fingerprint("train")

@@ -24,6 +24,7 @@ from job.model.loading import load_base
 from job.report.events import message, output
 from job.run import Run, read_json, write_json
 from job.training.arguments import peak_memory_bytes, training_arguments
+from job.training.best import KeepBest
 from job.training.callbacks import (
     DecideSaves,
     OfferCheckpoints,
@@ -51,6 +52,8 @@ def train(run: Run) -> None:
         )
     if trainer.eval_dataset is not None and not _evaluated_at_the_end(trainer):
         trainer.evaluate()
+    if trainer.best is not None:
+        trainer.best.apply(trainer.model)
     if run.node.is_first:
         _save(run, trainer, result.metrics, time.monotonic() - started)
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
@@ -75,6 +78,7 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
             peft_config=lora_config(run.settings),
             callbacks=[ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
             pace=pace,
+            best=KeepBest(run.settings.early_stopping_patience) if run.settings.early_stopping_patience else None,
         )
     except ValueError as error:
         if "arget modules" in str(error):
@@ -125,7 +129,7 @@ def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: 
 
 
 def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
-    history, device = trainer.state.log_history, device_of(run)
+    history, device, kept = trainer.state.log_history, device_of(run), trainer.best
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry and "loss" in entry]
@@ -135,7 +139,8 @@ def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "eval_loss_first": evaluations[0] if evaluations else None,
-        "eval_loss_last": evaluations[-1] if evaluations else None,
+        "eval_loss_last": kept.loss if kept else evaluations[-1] if evaluations else None,
+        "kept_step": kept.step if kept else trainer.state.global_step,
         "tokens": tokens[-1] if tokens else None,
         "row_order_sha256": trainer.data_order.digest(),
         "seconds_of_this_start": round(seconds, 1),

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from job.errors import InputError, NodeError
+from job.training.best import KeepBest
 from job.training.data_order import DataOrder
 from job.training.pace import SavePace
 from job.training.state import load_tree, save_tree
@@ -39,10 +40,12 @@ class AdapterTrainer(SFTTrainer):
     pickles.
     """
 
-    def __init__(self, *args: Any, pace: SavePace, **kwargs: Any) -> None:
-        self.data_order, self._pace = DataOrder(), pace
+    def __init__(self, *args: Any, pace: SavePace, best: KeepBest | None = None, **kwargs: Any) -> None:
+        self.data_order, self.best, self._pace = DataOrder(), best, pace
         self._running_sums: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
+        if best is not None:
+            self.add_callback(best)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()
@@ -58,7 +61,8 @@ class AdapterTrainer(SFTTrainer):
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # stopped between the last step and the end of the stage
+        ended = self.best is not None and self.best.exhausted
+        if ended or self.state.global_step >= self.state.max_steps:  # killed between the last step and the stage's end
             self.control.should_training_stop = True
             return
         self.data_order.set_epoch(kwargs["epoch"])
@@ -98,6 +102,7 @@ class AdapterTrainer(SFTTrainer):
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "best": self.best.state() if self.best is not None else None,
         }
 
     def _process_state(self) -> dict[str, Any]:
@@ -146,6 +151,8 @@ class AdapterTrainer(SFTTrainer):
         self.lr_scheduler.load_state_dict(state["schedule"])
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.best is not None:
+            self.best.restore(state["best"])
         self._restore_process_state(Path(checkpoint))
 
     def _restore_process_state(self, checkpoint: Path) -> None:

@@ -40,6 +40,13 @@ CASES = {
         "EVAL_STEPS": "3",
         "LOGGING_STEPS": "4",
     },
+    "early stopping, with the best adapter kept": {
+        "DATASET_SPLIT": "train[:30]",
+        "EVAL_SPLIT": "0.2",
+        "EVAL_STEPS": "1",
+        "EARLY_STOPPING_PATIENCE": "8",
+        "LEARNING_RATE": "0.2",
+    },
     "bfloat16 and a base that is not quantised": {
         "DATASET_SPLIT": "train[:24]",
         "BNB_4BIT_COMPUTE_DTYPE": "bfloat16",
@@ -296,3 +303,27 @@ def test_a_bitsandbytes_optimizer_goes_on_from_a_saved_tree_as_if_never_saved(tm
     steps(3, resumed, again)
     assert torch.equal(resumed, alone)
     assert not torch.equal(resumed, start)
+
+
+def test_early_stopping_ends_when_evaluations_get_no_better_and_keeps_the_best_adapter(prepared: MAKE) -> None:
+    from safetensors.torch import load_file
+
+    settings = {"DATASET_SPLIT": "train[:30]", "EVAL_SPLIT": "0.2", "EVAL_STEPS": "1", "LEARNING_RATE": "0.5"}
+    run = prepared("stopping", **settings, MAX_STEPS="40", SAVE_STEPS="1", EARLY_STOPPING_PATIENCE="2")
+    train(run)
+    metrics = json.loads(run.paths.metrics_file.read_text(encoding="utf-8"))
+    history = json.loads(run.paths.trainer_state_file.read_text(encoding="utf-8"))["log_history"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert metrics["kept_step"] == best
+    assert metrics["eval_loss_last"] == losses[best]
+    assert metrics["steps"] == best + 2 < 40  # the rate is far too high, so it gets worse soon
+    kept = load_file(run.paths.adapter_dir / "adapter_model.safetensors")
+    there = load_file(run.paths.checkpoints_dir / f"checkpoint-{best}" / "adapter_model.safetensors")
+    last = load_file(run.paths.checkpoints_dir / f"checkpoint-{best + 2}" / "adapter_model.safetensors")
+    assert all((kept[name] == there[name]).all() for name in kept)
+    assert not all((kept[name] == last[name]).all() for name in kept)
+    shutil.rmtree(run.paths.stage_dir("train"))
+    keep_only(run, best + 2)
+    train(run)  # killed behind its last step: it is over, and says the same
+    assert json.loads(run.paths.metrics_file.read_text(encoding="utf-8"))["steps"] == best + 2

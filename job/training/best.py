@@ -1,0 +1,63 @@
+"""Early stopping: end when evaluations no longer get better, and keep the adapter that was best."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class KeepBest(TrainerCallback):
+    """Ends the training after `patience` evaluations in a row without a lower loss, and brings the best adapter back.
+
+    transformers keeps the best model as the name of a checkpoint folder, which may be on a machine that is gone. An
+    adapter is small: the best one is held in memory and lies in every checkpoint, so any of them is complete.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+        self.loss, self.step, self._worse = math.inf, 0, 0
+        self._weights: dict[str, torch.Tensor] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last `patience` evaluations were no better."""
+        return self._worse >= self._patience
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (metrics or {})["eval_loss"]
+        if loss < self.loss:
+            self.loss, self.step, self._worse = loss, state.global_step, 0
+            self._weights = {name: weight.detach().cpu().clone() for name, weight in _trained(model)}
+        else:
+            self._worse += 1
+        if self.exhausted:
+            control.should_training_stop = True
+
+    def apply(self, model: Any) -> None:
+        """Put the best adapter into the model."""
+        for name, weight in _trained(model):
+            if self._weights:
+                weight.data.copy_(self._weights[name])
+
+    def state(self) -> dict[str, Any]:
+        return {"loss": self.loss, "step": self.step, "worse": self._worse, "weights": self._weights}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.loss, self.step, self._worse = state["loss"], state["step"], state["worse"]
+        self._weights = state["weights"]
+
+
+def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    unwrapped = getattr(model, "module", model)  # of DistributedDataParallel
+    return [(name, weight) for name, weight in unwrapped.named_parameters() if weight.requires_grad]
