@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from job import __version__
 from job.environment import load_settings, settings_table
@@ -38,6 +41,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("command", nargs="?", default="run", choices=("run", "plan", "settings", "status"))
     parser.add_argument("--version", action="version", version=_versions())
     command = parser.parse_args(arguments).command
+    signal.signal(signal.SIGTERM, _leave)  # until the supervisor listens; PID 1 of a container would ignore it
     try:
         if command == "settings":
             _print_settings()
@@ -51,6 +55,10 @@ def main(arguments: list[str]) -> int:
             return _report(refusal)
         masked_trace = masked(traceback.format_exc(), secret_values())
         return _report(JobError(f"{type(error).__name__}: {error}", f"This is a bug.\n{masked_trace}"))
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(ExitCode.TRY_AGAIN)
 
 
 def _run(settings: Settings) -> int:

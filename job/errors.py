@@ -99,6 +99,11 @@ def from_os_error(error: BaseException) -> JobError | None:
             f"No space left on the disk{where}.",
             "Free space or set FT_OUTPUT_DIR to a larger volume; what was committed is intact.",
         )
+    if error.errno in (errno.EIO, errno.ESTALE, errno.ENOMEM):
+        return NodeError(
+            f"The disk or the memory fails{where}: {error.strerror}.",
+            "Another machine may do; what was committed is intact.",
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return PermissionRefused(
             f"This user may not write or read{where}: {error.strerror}.",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from job.errors import ExitCode, JobError, from_code
+from job.errors import ExitCode, JobError, NodeError, from_code
 from job.report.events import parse
 from job.run import Run, read_json
 from job.settings import SECRET_VARIABLES, masked, secret_values
@@ -72,7 +72,7 @@ class StageProcess:
 
     def why(self, code: int) -> JobError:
         """The error that ended the stage: a rank's own words, else what the exit status tells."""
-        written = [read_json(path) for path in self._error_files()] or self._said
+        written = [*(read_json(path) for path in self._error_files()), *self._said]
         # One rank's failure makes others stop (75) or their communication break (70): its own words come first.
         written.sort(key=lambda item: {ExitCode.TRY_AGAIN: 2, ExitCode.BUG: 1}.get(item["exit_code"], 0))
         if written:
@@ -80,8 +80,10 @@ class StageProcess:
         mend = f"Its output is in {self._log_file}."
         if code >= 0:
             return JobError(f"Stage {self._stage.name} ended with exit code {code}.", mend)
-        hint = " The kernel does this when memory runs out." if -code == signal.SIGKILL else ""
-        return JobError(f"Stage {self._stage.name} was ended by {signal.Signals(-code).name}.{hint}", mend)
+        ended = f"Stage {self._stage.name} was ended by {signal.Signals(-code).name}."
+        if -code in (signal.SIGKILL, signal.SIGBUS, signal.SIGTERM):
+            return NodeError(f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.", mend)
+        return JobError(ended, mend)
 
     def _error_files(self) -> list[Path]:
         return sorted(self._run.paths.error_file(self._stage.name, 0).parent.glob(f"{self._stage.name}-rank*.json"))

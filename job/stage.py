@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -99,8 +99,9 @@ def _as_job_error(error: Exception) -> JobError | None:
         return error
     if (refusal := from_os_error(error)) is not None:
         return refusal
-    if "os error 28" in str(error):  # what safetensors makes of it, in Rust
-        return from_os_error(OSError(errno.ENOSPC, str(error)))
+    in_rust = re.search(r"os error (\d+)", str(error))  # what safetensors makes of it
+    if in_rust and (refusal := from_os_error(OSError(int(in_rust[1]), str(error)))) is not None:
+        return refusal
     if type(error).__module__.startswith("wandb"):
         return PermissionRefused(
             f"W&B refused or could not be reached: {error}",

@@ -31,6 +31,7 @@ class StopRequest:
         self._grace = run.settings.stop_grace_seconds
         self._reserve = min(_LONGEST_RESERVE_SECONDS, self._grace / 4)
         self._requested_at = 0.0
+        self._passed_on = False
         self.deadline: float | None = None
 
     @property
@@ -45,7 +46,6 @@ class StopRequest:
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
         """Within this, signals and the scheduler's time limit become requests."""
-        self._run.paths.stop_file.unlink(missing_ok=True)
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         timer = self._at_time_limit()
         try:
@@ -54,6 +54,12 @@ class StopRequest:
             timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def pass_on(self) -> None:
+        """From now on a request reaches the stages, by the stop file. Call it as the one start that works in the
+        folder: another's file is neither to be removed nor written."""
+        self._run.paths.stop_file.unlink(missing_ok=True)
+        self._passed_on = True
 
     def _at_time_limit(self) -> threading.Timer:
         ends = self._run.node.ends_at
@@ -64,8 +70,9 @@ class StopRequest:
         return timer
 
     def _on_time_limit(self) -> None:
-        self._say(f"The scheduler's time limit is {self._grace:g} s away: stopping.")
-        self._request()
+        if self.deadline is None:
+            self._request()
+            self._say(f"The scheduler's time limit is {self._grace:g} s away: stopping.")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """First signal: ask the stage to stop, and see to it that it does. One more after a while: at once."""
@@ -77,13 +84,21 @@ class StopRequest:
     def _request(self) -> None:
         self._requested_at = time.time()
         self.deadline = self._requested_at + self._grace - self._reserve
-        write_json(self._run.paths.stop_file, self.deadline)
-        threading.Thread(target=self._enforce, daemon=True).start()
+        for act in (self._kill_in_time, self._leave_in_time):  # threads of their own, since writing may fail or block
+            threading.Thread(target=act, daemon=True).start()
+        if self._passed_on:
+            try:
+                write_json(self._run.paths.stop_file, self.deadline)
+            except OSError:  # a full disk: the stage cannot be told
+                self._kill()
 
-    def _enforce(self) -> None:
+    def _kill_in_time(self) -> None:
         time.sleep(self._grace - self._reserve)
         self._kill()
-        time.sleep(self._reserve * 0.8)
-        # Only a transfer to or from the store can still be under way; it counts for nothing without its manifest.
+        time.sleep(self._reserve * 0.7)
         self._say("Stopped in the middle of a transfer; start the job again.")
+
+    def _leave_in_time(self) -> None:
+        """Only a transfer to or from the store can still be under way; it counts for nothing without its manifest."""
+        time.sleep(self._grace - self._reserve * 0.2)
         os._exit(ExitCode.TRY_AGAIN)

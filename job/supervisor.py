@@ -55,6 +55,7 @@ class Supervisor:
             lease.keep_alive(self._on_lost_lease)
             self._ledger.begin(lease)
             self._lease = lease
+            self._stop.pass_on()
             self._console.say(f"Attempt {lease.record.attempt} of the run.", "debug", attempt=lease.record.attempt)
             self._sweep()
             return self._run_missing()

@@ -223,3 +223,25 @@ def test_where_every_call_is_answered_401_the_job_ends_with_77_and_no_secret_is_
     assert any(b"entrypoint.py" in line for line in seen)
     for canary in canaries.values():
         assert not [data for data in everything if canary.encode() in data]
+
+
+def test_a_second_start_in_the_same_folder_neither_stops_the_first_nor_takes_its_stop_request_away(job: Job) -> None:
+    first = job.start(FT_MAX_STEPS="400", FT_STAGES="train")
+    read_until(first, event="progress", stage="train", done=2)
+    second = job.start(FT_MAX_STEPS="400", FT_STAGES="train")
+    time.sleep(1.5)  # it waits for the first one's folder
+    second.send_signal(signal.SIGTERM)
+    assert finished(second, *second.communicate(timeout=60)).code == 75
+    assert not (Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "stop-request").exists()
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    assert finished(first, *first.communicate(timeout=60)).code == 75
+    assert first.returncode == 75
+
+
+def test_a_job_whose_log_nobody_reads_any_more_goes_on(job: Job) -> None:
+    process = job.start(FT_STAGES="train")
+    read_until(process, event="progress", stage="train", done=1)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from job.checkpoints.manifest import MANIFEST
@@ -88,6 +88,10 @@ class Lease:
         lock = _FolderLock(run.paths.lock_file)
         try:
             former, version = _await_end(run, lock.former, say, stop_requested)
+            if not version:  # no lease, or one that somebody deleted: then all that was committed counts
+                commits = list(every_commit(run, ""))
+                attempt = max((commit.attempt for commit in commits), default=0)
+                former = replace(former, attempt=attempt, inherited=tuple(commit.folder for commit in commits))
             inherited = [commit.folder for commit in former.commits(run, "")]
             record = LeaseRecord(
                 former.attempt + 1, lock.holder, socket.gethostname(), time.time(), False, tuple(inherited)
@@ -128,8 +132,8 @@ class Lease:
                 if not self._ended.is_set():
                     on_lost(error)
                 return
-            except (JobError, OSError):
-                continue  # the store is away; nothing can be committed meanwhile, by nobody
+            except Exception:  # noqa: S112 (the store is away; nothing can be committed meanwhile, by nobody)
+                continue
 
     def _write(self, record: LeaseRecord) -> None:
         data, key = json.dumps(asdict(record), indent=1).encode(), f"{self._run.id}/lease.json"
@@ -138,7 +142,9 @@ class Lease:
                 self._version = self._run.store.put_if_unchanged(key, data, self._version)
             else:
                 self._run.store.put_if_absent(key, data)
-                self._version = self._run.store.get_with_version(key)[1]
+                there, self._version = _read(self._run)
+                if there.holder != record.holder:  # we were suspended in between, for long
+                    raise Conflict(key)
             self.record = record
         except Conflict:
             # Another attempt, or a write of ours whose answer was lost.
@@ -226,12 +232,13 @@ def _read(run: Run) -> tuple[LeaseRecord, str]:
     except FileNotFoundError:
         return LeaseRecord(), ""
     try:
-        fields = json.loads(data)
-        return LeaseRecord(**fields | {"inherited": tuple(fields["inherited"])}), version
-    except (ValueError, TypeError, KeyError):
+        known = {field.name for field in fields(LeaseRecord)}
+        found = {name: value for name, value in json.loads(data).items() if name in known}
+        return LeaseRecord(**found | {"inherited": tuple(found["inherited"])}), version
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise TransientError(
             f"{run.store.url}/{run.id}/lease.json cannot be read.",
-            "Start the job again; if it stays so, and no other job runs, delete that object.",
+            "Start the job again; if it stays so, and no other job runs, delete that object: all that was committed will count.",
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -74,7 +75,8 @@ class Syncer:
         self._thread.join(timeout=1)
 
     def _work(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._closed)
@@ -84,6 +86,8 @@ class Syncer:
                 self.failure = None
             try:
                 self._commit_patiently(checkpoint)
+            except Exception as error:  # a dead thread would leave everybody waiting
+                self.failure = TransientError(f"{type(error).__name__}: {error}", "Start the job again.")
             finally:
                 with self._changed:
                     self._busy = False
@@ -97,11 +101,13 @@ class Syncer:
                 self.failure = failure
                 self._changed.notify_all()
             if failure is None:
-                self._on_commit(checkpoint.step, time.monotonic() - started)
+                seconds = time.monotonic() - started
                 self._tidy(checkpoint)
+                _tell(self._on_commit, checkpoint.step, seconds)
                 return
             tries += 1
-            self._on_failure(f"Checkpoint of step {checkpoint.step} is not stored (try {tries}): {failure.message}")
+            what = f"Checkpoint of step {checkpoint.step} is not stored (try {tries}): {failure.message}"
+            _tell(self._on_failure, what)
             pause = _PAUSES_SECONDS[min(tries, len(_PAUSES_SECONDS)) - 1]
             with self._changed:
                 if self._changed.wait_for(lambda: self._waiting is not None or self._closed, pause):
@@ -117,7 +123,7 @@ class Syncer:
             commit(self._run.store, f"{self._run.id}/{place.folder}", checkpoint.folder, fingerprint, self._lease.renew)
         except JobError as error:
             return error
-        except Exception as error:  # a dead thread would leave everybody waiting
+        except Exception as error:
             return from_os_error(error) or TransientError(f"{type(error).__name__}: {error}", "Start the job again.")
         return None
 
@@ -127,4 +133,10 @@ class Syncer:
         try:
             apply_retention(self._run, self._lease, self._restored.rejected)
         except (JobError, OSError) as error:
-            self._on_failure(f"Old checkpoints stay in the store for now: {error}")
+            _tell(self._on_failure, f"Old checkpoints stay in the store for now: {error}")
+
+
+def _tell(callback: Callable[..., None], *arguments: object) -> None:
+    """A full disk or a closed terminal, where the callback writes, is no reason to stop storing checkpoints."""
+    with contextlib.suppress(OSError):
+        callback(*arguments)

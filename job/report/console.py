@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -75,7 +76,7 @@ class JsonConsole:
         if _LEVELS.index(level) < self._least:
             return
         line = json.dumps({"time": now(), "level": level, **fields}, ensure_ascii=False, default=str)
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # nobody may be reading any more: no reason to lose the work
             self._stream.write(masked(line, self._secrets) + "\n")
             self._stream.flush()
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from job.errors import NodeError, PermissionRefused, TransientError
@@ -29,18 +30,18 @@ class LocalStore:
         return str(self.root)
 
     def put(self, key: str, data: bytes) -> None:
-        with self._errors(key):
+        with self._errors(key, writing=True):
             os.replace(self._write_aside(key, data), self._path(key))
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        with self._errors(key):
+        with self._errors(key, writing=True):
             aside = self._write_aside(key, data)
             try:
                 os.link(aside, self._path(key))  # unlike rename, link fails if the name is taken
             except FileExistsError:
                 raise Conflict(key) from None
             finally:
-                aside.unlink()
+                aside.unlink(missing_ok=True)
 
     def put_if_unchanged(self, key: str, data: bytes, version: str) -> str:
         with self._errors(key):
@@ -66,7 +67,7 @@ class LocalStore:
             return self._path(key).read_bytes()
 
     def upload(self, source: Path, key: str) -> None:
-        with self._errors(key):
+        with self._errors(key, writing=True):
             _copy_aside(source, self._path(key))
 
     def download(self, key: str, target: Path) -> None:
@@ -79,16 +80,16 @@ class LocalStore:
                 for name in names:
                     path = Path(folder) / name
                     if _PARTIAL not in name:
-                        yield path.relative_to(self.root).as_posix(), path.stat().st_size
+                        with contextlib.suppress(FileNotFoundError):  # deleted since we looked
+                            yield path.relative_to(self.root).as_posix(), path.stat().st_size
 
     def delete(self, key: str) -> None:
         with self._errors(key):
             path = self._path(key)
             path.unlink(missing_ok=True)
-            for folder in path.parents:  # an empty folder is no object; leave none behind
-                if folder == self.root or not folder.is_dir() or any(folder.iterdir()):
-                    break
-                folder.rmdir()
+            with contextlib.suppress(OSError):  # an empty folder is no object; leave none behind
+                for folder in itertools.takewhile(lambda folder: folder != self.root, path.parents):
+                    folder.rmdir()  # until one is not empty
 
     def sweep(self, prefix: str) -> int:
         with self._errors(prefix):
@@ -113,12 +114,16 @@ class LocalStore:
             os.fsync(stream.fileno())
         return aside
 
-    @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
+    @contextlib.contextmanager
+    def _errors(self, key: str, writing: bool = False) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            if not writing:
+                raise
+            raise TransientError(  # another attempt swept it away under our hands, or the folder itself is gone
+                f"{key!r} could not be written to the store folder {self.root}: {error}.", "Start the job again."
+            ) from error
         except PermissionError as error:
             raise PermissionRefused(
                 f"The store folder {self.root} refuses access to {key!r}: {error.strerror}.",

@@ -24,6 +24,8 @@ from botocore.exceptions import (
     ReadTimeoutError,
     ResponseStreamingError,
 )
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from job.errors import PermissionRefused, SettingsError, TransientError, from_os_error
 from job.storage import Conflict
@@ -100,8 +102,12 @@ class S3Store:
             with partial.open() as file, ThreadPoolExecutor(_THREADS) as pool:
                 # A part at a time is read whole, so this holds at most _THREADS parts in memory.
                 fetched = [pool.submit(self._fetch, key, head["ETag"], file, part) for part in file.missing()]
-                for future in as_completed(fetched):
-                    future.result()
+                try:
+                    for future in as_completed(fetched):
+                        future.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)  # else every part of a large file would meet the same fate
+                    raise
             partial.finish()
 
     def _fetch(self, key: str, etag: str, file: Partial, part: tuple[int, int]) -> None:
@@ -173,7 +179,7 @@ class S3Store:
             raise self._misspelt(error) from error
         except ParamValidationError as error:
             raise self._misspelt(error) from error
-        except (BotoCoreError, Boto3Error, OSError) as error:
+        except (BotoCoreError, Boto3Error, ResponseParserError, HTTPError, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             if (refusal := from_os_error(error)) is not None:  # the local disk's, not S3's
@@ -219,7 +225,7 @@ def _patiently(fetch: Callable[[], _T]) -> _T:
     for pause in _PAUSES_SECONDS:
         try:
             return fetch()
-        except (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ReadTimeoutError):
+        except (HTTPError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ReadTimeoutError):
             time.sleep(pause)
         except (ClientError, S3UploadFailedError) as error:
             if _code_of(error) not in _DAMAGED:

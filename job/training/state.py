@@ -34,7 +34,7 @@ def load_tree(file: Path) -> Any:
         with safe_open(file, framework="pt") as reader:
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (it is no dict)
             return _build(json.loads((reader.metadata() or {})[_METADATA_KEY]), tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"The checkpoint file {file.name} cannot be read: {error!r}.",
             "Another version of this job may have written it: go on with that one, or choose another FT_RUN_ID.",

@@ -138,7 +138,7 @@ class AdapterTrainer(SFTTrainer):
         file = Path(resume_from_checkpoint) / _ADAPTER
         try:
             found = set_peft_model_state_dict(self.model if model is None else model, load_file(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (FileNotFoundError, SafetensorError) as error:
             raise InputError(f"The checkpoint's {_ADAPTER} cannot be read: {error}", _MEND) from error
         if found.unexpected_keys:
             raise InputError(f"The checkpoint's adapter has other layers: {found.unexpected_keys[0]}, ….", _MEND)

@@ -179,3 +179,18 @@ def test_a_lease_whose_clock_is_far_ahead_is_waited_for_no_longer_than_any_other
     began = time.monotonic()
     assert take(machine("two")).record.attempt == 2
     assert time.monotonic() - began < 20
+
+
+def test_where_somebody_deleted_the_lease_everything_committed_counts_and_no_number_is_used_twice(
+    machine: Callable[[str], Any], tmp_path: Path
+) -> None:
+    run = machine("one")
+    take(run).release()
+    second = take(run)
+    place = Commit("checkpoints/step-00000002", 2)
+    commit(run.store, f"{run.id}/{place.folder}", some_files(tmp_path), "f", second.renew)
+    second.release()
+    run.store.delete(f"{run.id}/lease.json")
+    following = take(run)
+    assert following.record.attempt == 3
+    assert following.record.commits(run, "checkpoints") == [place]

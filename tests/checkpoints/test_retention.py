@@ -37,12 +37,12 @@ class FlakyStore(LocalStore):
 
     allowed: int | None = None
 
-    def _errors(self, key: str) -> Any:
+    def _errors(self, key: str, writing: bool = False) -> Any:
         if self.allowed is not None:
             if self.allowed <= 0:
                 raise TransientError("the store went away")
             self.allowed -= 1
-        return super()._errors(key)
+        return super()._errors(key, writing)
 
 
 class Checkpoints(RuleBasedStateMachine):

@@ -210,3 +210,14 @@ def test_a_checkpoint_of_other_settings_is_not_taken(run: Any, lease: Lease, mak
     warnings: list[str] = []
     assert restore_newest(make_run(LORA_R="8"), lease.record, warnings.append).step is None
     assert "other settings" in warnings[0]
+
+
+def test_a_callback_that_fails_keeps_no_later_checkpoint_from_being_stored(run: Any, lease: Lease) -> None:
+    def fail(step: int, seconds: float) -> None:
+        raise OSError(28, "No space left on device")
+
+    syncer = Syncer(run, lease, Restored(None), fail, lambda text: None)
+    for step in (2, 4):
+        syncer.offer(step, checkpoint(run, step))
+        assert syncer.drain(30)
+    assert committed_steps(run, lease) == [4, 2]
