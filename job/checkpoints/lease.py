@@ -10,17 +10,15 @@ decides, and never a clock: clocks only decide how long a newcomer waits for a h
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import re
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
+from job.checkpoints.folder_lock import FolderLock
 from job.checkpoints.manifest import MANIFEST
 from job.errors import JobError, Stopped, TransientError
 from job.run import Run
@@ -77,7 +75,7 @@ class LeaseRecord:
 class Lease:
     """The lease, held by this process until `release`; `record` says what counts."""
 
-    def __init__(self, run: Run, lock: _FolderLock, record: LeaseRecord, version: str) -> None:
+    def __init__(self, run: Run, lock: FolderLock, record: LeaseRecord, version: str) -> None:
         self._run, self._folder_lock, self._version = run, lock, version
         self._writing, self._ended = threading.RLock(), threading.Event()
         self.record = record
@@ -85,7 +83,7 @@ class Lease:
     @classmethod
     def take(cls, run: Run, say: Callable[[str], None], stop_requested: Callable[[], bool]) -> Lease:
         """Become the next attempt; waits for a holder that may be alive, and raises TransientError if it is."""
-        lock = _FolderLock(run.paths.lock_file)
+        lock = FolderLock(run.paths.lock_file)
         try:
             former, version = _await_end(run, lock.former, say, stop_requested)
             if not version:  # no lease, or one that somebody deleted: then all that was committed counts
@@ -159,46 +157,6 @@ class Lease:
             if there != record:
                 self._write(record)
             self.record = record
-
-
-class _FolderLock:
-    """Keeps two starts out of one local folder. The kernel drops it when its holder dies, so it is never stale.
-
-    `former` are the holders before us: having the lock proves that they are dead.
-    """
-
-    def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = file.open("a+", encoding="ascii")
-        try:
-            _lock_patiently(self._stream.fileno())
-            locked = True
-        except BlockingIOError:
-            self._stream.close()
-            raise TransientError(
-                f"Another start of this run is at work in {file.parent}.",
-                "Wait for it or stop it; to run a second job here, give it another FT_RUN_ID.",
-            ) from None
-        except OSError:
-            locked = False  # a file system without locks; the lease in the store still holds
-        self._stream.seek(0)
-        self.former = frozenset(self._stream.read().split()) if locked else frozenset()
-        self.holder = uuid.uuid4().hex
-        self._stream.write(f"{self.holder}\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def _lock_patiently(descriptor: int) -> None:
-    """A start that was killed this moment may need another to be gone."""
-    for _ in range(20):
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _await_end(
