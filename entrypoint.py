@@ -62,12 +62,13 @@ def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _run(settings: Settings) -> int:
+    from job.follower import Follower
     from job.supervisor import Supervisor
 
     run = Run.of(settings)
     console = open_console(settings.log_format, settings.log_level)
     console.say(f"Run {run.id}: {settings.model_name} on {settings.dataset_name}.", run_id=run.id, store=run.store.url)
-    Supervisor(run, console).supervise()
+    (Supervisor if run.node.leads else Follower)(run, console).supervise()
     return ExitCode.OK
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import pynvml
 
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """This process's rank, as torchrun set it; (0, 0, 1) for a process that torchrun did not start."""
+    """This machine among those that train together, and this process's rank as torchrun set it: (0, 0, 1) for a process
+    that torchrun did not start."""
 
+    index: int = 0
+    count: int = 1
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -20,7 +25,13 @@ class Node:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process is the first of all; it alone writes results."""
         return self.rank == 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this machine is the first; it alone writes to the store, merges and publishes."""
+        return self.index == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +42,62 @@ class Gpu:
     memory_bytes: int
 
 
-def this_node(environ: Mapping[str, str] = os.environ) -> Node:
-    """Read the variables that torchrun sets for each of its processes, and Slurm's end of the job."""
+def this_node(
+    nnodes: int | Literal["auto"] = "auto",
+    node_rank: int | Literal["auto"] = "auto",
+    environ: Mapping[str, str] = os.environ,
+) -> Node:
+    """Read what Slurm, Kubernetes and torchrun tell of this process; `nnodes` and `node_rank` overrule the schedulers.
+
+    ValueError, with a sentence for the user, where the place cannot be known or is impossible.
+    """
+    in_step = "SLURM_STEP_NUM_NODES" in environ  # under srun; a batch script alone runs on one node of many
+    count = nnodes if nnodes != "auto" else int(environ["SLURM_STEP_NUM_NODES"]) if in_step else 1
+    index = node_rank
+    if index == "auto":
+        told = environ.get("SLURM_NODEID") if in_step else environ.get("JOB_COMPLETION_INDEX")
+        if told is None and count > 1:
+            raise ValueError(
+                f"FT_NNODES={count} needs FT_NODE_RANK: neither Slurm nor an Indexed Job tells this node's place."
+            )
+        index = int(told or 0) if count > 1 else 0
+    if index >= count:
+        raise ValueError(f"FT_NODE_RANK={index}: must be less than FT_NNODES={count}, and the first node's is 0.")
     ends_at = environ.get("SLURM_JOB_END_TIME", "")
     return Node(
+        index=index,
+        count=count,
         rank=int(environ.get("RANK", 0)),
         local_rank=int(environ.get("LOCAL_RANK", 0)),
         world_size=int(environ.get("WORLD_SIZE", 1)),
         ends_at=float(ends_at) if ends_at.isdigit() else None,
     )
+
+
+def node_name(environ: Mapping[str, str] = os.environ) -> str:
+    """What the scheduler calls this machine, for people and for `sbatch --exclude`."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def own_address() -> str:
+    """An address at which other machines of the cluster reach this one.
+
+    The host's name may be known to this machine alone, or stand for a loopback address (Debian's /etc/hosts), so the
+    address of the interface with the default route comes first. No packet is sent.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # RFC 5737: an address that nobody has
+            return str(probe.getsockname()[0])
+        except OSError:  # no default route
+            return socket.gethostname()
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def scheduler_run_id(environ: Mapping[str, str] = os.environ) -> str | None:

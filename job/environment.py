@@ -13,6 +13,7 @@ from typing import Any
 from dotenv import load_dotenv
 from pydantic import ValidationError
 
+from job.cluster import this_node
 from job.errors import SettingsError
 from job.settings import PREFIX, Settings, allowed_text, default_text, masked, secret_values, variable
 
@@ -101,6 +102,19 @@ def _contradictions(settings: Settings) -> list[str]:
         problems.append("FT_EARLY_STOPPING_PATIENCE counts evaluations: set FT_EVAL_STEPS and FT_EVAL_SPLIT too.")
     if settings.device == "cpu" and (settings.fp16 is True or settings.bnb_4bit_compute_dtype == "float16"):
         problems.append("FT_DEVICE=cpu cannot compute in float16: use float32 or bfloat16, or leave it at auto.")
+    try:
+        node = this_node(settings.nnodes, settings.node_rank)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        if node.count > 1 and settings.device_map != "auto":
+            problems.append(
+                "FT_DEVICE_MAP spreads the model over one machine's GPUs: with several nodes leave it at auto."
+            )
+    if settings.sharding == "full" and settings.device_map != "auto":
+        problems.append("FT_SHARDING=full spreads the model itself: leave FT_DEVICE_MAP at auto.")
+    if settings.sharding == "full" and settings.early_stopping_patience is not None:
+        problems.append("FT_EARLY_STOPPING_PATIENCE keeps the best adapter of one process: it needs FT_SHARDING=none.")
     if not settings.stages:
         problems.append("FT_STAGES names no stage: unset it to run all of them.")
     if settings.publish_to and settings.publish_to.startswith("hf:"):

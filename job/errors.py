@@ -112,6 +112,15 @@ def from_os_error(error: BaseException) -> JobError | None:
     return None
 
 
+def is_lost_contact(error: Exception) -> bool:
+    """Whether a collective operation failed because another process, or the network to it, is gone."""
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError", "RendezvousError"):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("gloo", "Gloo", "NCCL", "onnection closed by")
+    )
+
+
 def from_code(code: int, message: str, mend: str = "") -> JobError:
     """Rebuild the error that a child process wrote down, from its exit code; unknown codes become a bug."""
     return _BY_CODE.get(code, JobError)(message, mend)

@@ -62,7 +62,7 @@ class Ledger:
             needed = any(stage.name in _BY_NAME[name].needs for name in missing)
             if not (needed or (stage.name in self._run.settings.stages and not self._superseded(stage, complete))):
                 continue
-            (complete if self._is_complete(stage) else missing).add(stage.name)
+            (complete if self.is_complete(stage) else missing).add(stage.name)
         if missing or self._run.settings.stages == ("preflight",):
             missing.add("preflight")  # the machine may be another one than last time
         return missing
@@ -93,9 +93,11 @@ class Ledger:
         if stage.name == "preflight":
             return
         if stage.kept:
+            if not self._run.node.leads:
+                return  # the first node has what the processes made together
             self._commit(stage, folder, fingerprint)
         marker = manifest.mark(folder, fingerprint)
-        if stage.name == "download":
+        if stage.name == "download" and self._run.node.leads:
             self._refuse_other_content(marker)
 
     def committed(self, stage: Stage) -> list[Commit]:
@@ -108,7 +110,7 @@ class Ledger:
         manifest.commit(self._run.store, f"{self._run.id}/{commit.folder}", folder, fingerprint, self._lease.renew)
         keep_newest_attempt(self._run, self._lease, commit.artefact)
 
-    def _is_complete(self, stage: Stage) -> bool:
+    def is_complete(self, stage: Stage) -> bool:
         """A kept stage counts where the store has it, the others where this disk has them."""
         found = self.found(stage)
         return found is not None and found.fingerprint == self._run.settings.fingerprint(stage.name)
@@ -128,10 +130,22 @@ class Ledger:
     def _refuse_other_content(self, downloaded: manifest.Manifest) -> None:
         """A file that changed under its name would mix two datasets, or two models, in one run."""
         record = self._record()
-        files = {entry.path: entry.sha256 for entry in downloaded.files if entry.path != "sources.json"}
-        begun = record.setdefault("files", files)
+        self._compare(downloaded, record)
         sources = read_json(self._run.paths.sources_file)
         record["commits"] = {name: source["commit"] for name, source in sources.items() if source["commit"]}
+        self._write(record)
+
+    def refuse_other_sources(self) -> None:
+        """Raise if another node than the first has downloaded something else than the first, as far as that is known."""
+        downloaded = manifest.marked(self._run.paths.stage_dir("download"))
+        with contextlib.suppress(FileNotFoundError):
+            record = self._record()
+            if downloaded is not None and "files" in record:
+                self._compare(downloaded, record)
+
+    def _compare(self, downloaded: manifest.Manifest, record: dict[str, Any]) -> None:
+        files = {entry.path: entry.sha256 for entry in downloaded.files if entry.path != "sources.json"}
+        begun = record.setdefault("files", files)
         differing = [name for name in sorted({*files, *begun}) if files.get(name) != begun.get(name)]
         if differing:
             self._run.paths.marker_file("download").unlink()
@@ -139,7 +153,6 @@ class Ledger:
                 f"Since run {self._run.id!r} began, its sources have changed: {', '.join(differing)}.",
                 "Choose another FT_RUN_ID to train on what is there now.",
             )
-        self._write(record)
 
     def _view(self) -> LeaseRecord:
         """What counts: by our own lease, or by that of whoever holds it."""

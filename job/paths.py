@@ -12,10 +12,13 @@ class Paths:
 
     output_dir: Path
     run_id: str
+    node: int = 0
 
     @property
     def run_dir(self) -> Path:
-        return self.output_dir / "runs" / self.run_id
+        """One for each node, since several may share a file system."""
+        first = self.output_dir / "runs" / self.run_id
+        return first if self.node == 0 else first / "nodes" / str(self.node)
 
     def stage_dir(self, stage: str) -> Path:
         """Everything that one stage writes, its marker last."""

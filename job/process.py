@@ -13,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import ExitCode, JobError, NodeError, from_code
+from job.gang import Rendezvous
 from job.report.events import parse
 from job.run import Run, read_json
 from job.settings import SECRET_VARIABLES, masked, secret_values
 from job.stages import Stage
 
+# What torchrun tells its processes; ours are told by our own torchrun, not by an operator's that started the container.
+_TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 _CODE_DIR = str(Path(__file__).parent.parent)  # the job may be started from any folder
 
 
 class StageProcess:
     """`python -m job.stage NAME` in a session of its own, so that a terminal's Ctrl-C is for the supervisor alone."""
 
-    def __init__(self, run: Run, stage: Stage) -> None:
+    def __init__(self, run: Run, stage: Stage, rendezvous: Rendezvous | None = None) -> None:
         self._run, self._stage = run, stage
         self._log_file = run.paths.log_file(stage.name)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +40,7 @@ class StageProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=_environment(stage),
+            env=_environment(stage, rendezvous),
             start_new_session=True,
         )
 
@@ -74,7 +77,9 @@ class StageProcess:
         """The error that ended the stage: a rank's own words, else what the exit status tells."""
         written = [*(read_json(path) for path in self._error_files()), *self._said]
         # One rank's failure makes others stop (75) or their communication break (70): its own words come first.
-        written.sort(key=lambda item: {ExitCode.TRY_AGAIN: 2, ExitCode.BUG: 1}.get(item["exit_code"], 0))
+        # What the launcher saw of a process that a signal ended comes before its fellows' complaints of the silence.
+        order = {ExitCode.TRY_AGAIN: 2, ExitCode.BUG: 1}
+        written.sort(key=lambda item: (order.get(item["exit_code"], 0), not item.get("launcher", False)))
         if written:
             return from_code(written[0]["exit_code"], written[0]["message"], written[0]["mend"])
         mend = f"Its output is in {self._log_file}."
@@ -89,11 +94,15 @@ class StageProcess:
         return sorted(self._run.paths.error_file(self._stage.name, 0).parent.glob(f"{self._stage.name}-rank*.json"))
 
 
-def _environment(stage: Stage) -> dict[str, str]:
+def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
     """Our environment, less the secrets that are none of the stage's business, and quiet."""
     environment = {
-        name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES or name in stage.secrets
+        name: value
+        for name, value in os.environ.items()
+        if (name not in SECRET_VARIABLES or name in stage.secrets) and name not in _TORCHRUN_VARIABLES
     }
+    if rendezvous is not None:
+        environment |= {"JOB_RDZV_ENDPOINT": rendezvous.endpoint, "JOB_RDZV_ID": rendezvous.id}
     environment |= {
         "JOB_SUPERVISOR_PID": str(os.getpid()),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),

@@ -29,9 +29,10 @@ class Run:
     def of(cls, settings: Settings) -> Run:
         """The run that these settings name; the same environment gives the same run in every process."""
         run_id = settings.run_id or scheduler_run_id() or f"run-{settings.fingerprint('train')[:12]}"
-        paths = Paths(settings.output_dir.absolute(), run_id)
+        node = this_node(settings.nnodes, settings.node_rank)
+        paths = Paths(settings.output_dir.absolute(), run_id, node.index)
         url = settings.store_url or str(paths.output_dir / "store")
-        return cls(settings, paths, this_node(), open_store(url))
+        return cls(settings, paths, node, open_store(url))
 
     @property
     def id(self) -> str:

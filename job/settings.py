@@ -237,6 +237,34 @@ class Settings(BaseSettings):
     nproc_per_node: Auto | Annotated[int, Field(ge=1, le=64)] = _setting(
         "auto", "Training processes on this machine; `auto` is one per visible GPU.", since="train"
     )
+    nnodes: Auto | Annotated[int, Field(ge=1, le=1024)] = _setting(
+        "auto", "Nodes that train together; `auto` is what Slurm gave to the step, else 1.", since=None
+    )
+    node_rank: Auto | Annotated[int, Field(ge=0, lt=1024)] = _setting(
+        "auto", "This node among them; `auto` reads Slurm, or the index of a Kubernetes Indexed Job.", since=None
+    )
+    master_addr: Auto | NonEmpty = _setting(
+        "auto", "Name or address under which the other nodes reach the first; `auto` is its own address.", since=None
+    )
+    master_port: Auto | Annotated[int, Field(ge=1, le=65535)] = _setting(
+        "auto", "Port of the first node where the nodes meet; `auto` is a free one.", since=None
+    )
+    sharding: Literal["none", "full"] = _setting(
+        "none",
+        "`none`: every GPU holds the whole model (DDP). `full`: the GPUs share its weights (FSDP2), for models that one cannot hold.",
+        since="train",
+    )
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = _setting(
+        None, "Port for Prometheus metrics (`/metrics`) and the liveness probe (`/healthz`); unset, none.", since=None
+    )
+    stall_seconds: float = _setting(
+        1800, "`/healthz` fails after so long without progress.", since=None, ge=1, le=604800
+    )
+    termination_log: Path = _setting(
+        Path("/dev/termination-log"),
+        "File that the last error is written to as one JSON line, if it exists; in a folder, a file named after the node.",
+        since=None,
+    )
     stop_grace_seconds: float = _setting(
         25, "Time a stop request leaves for saving before the job is killed.", since=None, ge=0, le=86400
     )

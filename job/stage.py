@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 
 from job.cluster import visible_gpus
-from job.errors import ExitCode, JobError, NodeError, PermissionRefused, from_os_error
+from job.errors import ExitCode, JobError, NodeError, PermissionRefused, TransientError, from_os_error, is_lost_contact
 from job.report.events import emit
 from job.run import Run, write_json
 from job.settings import Settings, masked, secret_values
@@ -29,15 +29,18 @@ def main(name: str) -> int:
         signal.signal(number, signal.SIG_IGN)  # stop requests come through the stop file, at a moment that we choose
     settings = Settings()  # the supervisor has checked it; here some secrets are missing on purpose
     stage = next(stage for stage in STAGES if stage.name == name)
-    processes = training_processes(settings) if stage.per_gpu else 1
-    if processes > 1 and "RANK" not in os.environ:
-        _become_torchrun(name, processes)
     run = Run.of(settings)
+    processes = training_processes(settings) if stage.per_gpu else 1
+    launches = stage.per_gpu and (processes > 1 or run.node.count > 1) and "RANK" not in os.environ
     try:
+        if launches:
+            from job.training.launcher import launch
+
+            return launch(run, name, processes)
         function: Callable[[Run], None] = getattr(importlib.import_module(f"job.stages.{name}"), name)
         function(run)
     except Exception as error:  # the boundary: everything becomes an exit code and a written reason
-        return _write_down(run, name, error)
+        return _write_down(run, name, error, launcher=launches)
     return ExitCode.OK
 
 
@@ -46,22 +49,6 @@ def training_processes(settings: Settings) -> int:
     if settings.nproc_per_node != "auto":
         return int(settings.nproc_per_node)
     return max(1, len(visible_gpus())) if settings.device == "cuda" else 1
-
-
-def _become_torchrun(name: str, processes: int) -> None:
-    """Replace this process by torchrun: it keeps our process id and our death signal."""
-    arguments = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "--signals-to-handle=SIGHUP",  # on SIGTERM it would give its processes 30 s and then kill them (pytorch#119856)
-        "-m",
-        "job.stage",
-        name,
-    ]
-    os.execv(sys.executable, arguments)
 
 
 def _die_with_parent() -> None:
@@ -73,7 +60,7 @@ def _die_with_parent() -> None:
             os._exit(ExitCode.TRY_AGAIN)  # it was killed before the line above
 
 
-def _write_down(run: Run, name: str, error: Exception) -> int:
+def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int:
     known = _as_job_error(error)
     if known is None:
         traceback.print_exc()
@@ -88,9 +75,10 @@ def _write_down(run: Run, name: str, error: Exception) -> int:
         "mend": masked(known.mend, secrets),
     }
     print(record["message"], flush=True)
-    emit("failed", **record)  # on a full disk the file below cannot be written
-    with contextlib.suppress(OSError):
-        write_json(run.paths.error_file(name, run.node.rank), record)
+    emit("failed", launcher=launcher, **record)  # on a full disk the file below cannot be written
+    if not launcher:  # that file is its first process's
+        with contextlib.suppress(OSError):
+            write_json(run.paths.error_file(name, run.node.rank), record)
     return int(known.exit_code)
 
 
@@ -106,6 +94,11 @@ def _as_job_error(error: Exception) -> JobError | None:
         return PermissionRefused(
             f"W&B refused or could not be reached: {error}",
             "Check WANDB_API_KEY and the network, set WANDB_MODE=offline, or unset WANDB_API_KEY to train without W&B.",
+        )
+    if is_lost_contact(error):
+        return TransientError(
+            f"Lost contact with the other training processes: {str(error).splitlines()[0]}",
+            "Start the job again: it goes on from the last checkpoint.",
         )
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which only the stages that use it may import
         return NodeError(

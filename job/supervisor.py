@@ -5,16 +5,18 @@ It imports neither torch nor transformers: signals, uploads and exit codes must 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints.lease import Lease, Superseded
+from job.checkpoints.lease import Lease
 from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
 from job.checkpoints.retention import sweep
 from job.checkpoints.syncer import Syncer
 from job.errors import ExitCode, JobError, Stopped
+from job.gang import Gang, Rendezvous
 from job.ledger import Ledger
 from job.process import StageProcess
 from job.report.console import Console, StageRecord
@@ -33,8 +35,10 @@ class Supervisor:
         self._records: list[StageRecord] = []
         self._stop = StopRequest(run, self._kill_process, self._warn)
         self._process: StageProcess | None = None
-        self._superseded: Superseded | None = None
+        self._lost: JobError | None = None
         self._syncer: Syncer | None = None
+        self._gang = Gang(run, self._wait, console.say) if run.node.count > 1 else None
+        self._rendezvous: Rendezvous | None = None
 
     def supervise(self) -> None:
         """Run what is missing of the requested stages, in order; the closing table is printed in every case."""
@@ -42,23 +46,29 @@ class Supervisor:
         try:
             with self._stop.heeded():
                 self._ledger.refuse_other_settings()
-                did = self._run_alone() if self._ledger.missing() else self._run_missing()
+                did = self._work()
             closing = f"Run {self._run.id} is {did}."
         finally:
             if self._records:
                 self._console.summary(self._records, closing)
 
+    def _work(self) -> str:
+        return self._run_alone() if self._ledger.missing() else self._run_missing()
+
     def _run_alone(self) -> str:
         """Take the lease, so that nobody else writes, and do what is missing under it."""
         lease = Lease.take(self._run, self._console.say, lambda: self._stop.requested)
         try:
-            lease.keep_alive(self._on_lost_lease)
+            lease.keep_alive(self._on_lost)
             self._ledger.begin(lease)
             self._lease = lease
             self._stop.pass_on()
             self._console.say(f"Attempt {lease.record.attempt} of the run.", "debug", attempt=lease.record.attempt)
             self._sweep()
-            return self._run_missing()
+            if self._gang is None or "train" not in self._ledger.missing():
+                return self._run_missing()
+            with self._gang.led(lease.record.attempt):
+                return self._run_missing()
         finally:
             lease.release()
 
@@ -111,6 +121,9 @@ class Supervisor:
         if restored.step is not None:
             self._console.say(f"Going on from the checkpoint of step {restored.step}.", step=restored.step)
         self._syncer = Syncer(self._run, self._lease, restored, self._on_commit, self._warn)
+        if self._gang is not None:
+            self._gang.gather()
+            self._rendezvous = self._gang.announce(restored.commit)
 
     def _on_commit(self, step: int, seconds: float) -> None:
         self._console.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step, committed=True)
@@ -118,20 +131,24 @@ class Supervisor:
 
     def _watch(self, stage: Stage, record: StageRecord) -> None:
         """Start the stage's process, follow it to its end, and judge that."""
-        process = self._process = StageProcess(self._run, stage)
+        process = self._process = StageProcess(self._run, stage, self._rendezvous if stage.per_gpu else None)
+        gang = self._gang if stage.per_gpu else None
         try:
-            for event in process.events():
-                self._heed(stage, event, record)
-            code = process.wait()
+            with gang.watched(self._on_lost) if gang else contextlib.nullcontext():
+                for event in process.events():
+                    self._heed(stage, event, record)
+                code = process.wait()
         finally:
             self._process = None
             process.kill()
         self._finish_uploads()
-        if self._superseded is not None:
-            raise self._superseded
+        if self._lost is not None:
+            raise self._lost
         if code == 0:
             return
         error = process.why(code)
+        if gang is not None and not self._stop.requested:
+            error = gang.why(error)
         if error.exit_code == ExitCode.BUG and not self._stop.requested:
             for line in process.last_lines:
                 self._console.say(line, "error")
@@ -179,8 +196,9 @@ class Supervisor:
 
     # -- what ends a start early ------------------------------------------------------------------------------------
 
-    def _on_lost_lease(self, reason: Superseded) -> None:
-        self._superseded = reason
+    def _on_lost(self, reason: JobError) -> None:
+        """Another attempt has taken over, or another node is gone: nothing that is done from here on would count."""
+        self._lost = reason
         self._kill_process()
 
     def _kill_process(self) -> None:
@@ -189,10 +207,14 @@ class Supervisor:
             process.kill()
 
     def _refuse_if_ending(self) -> None:
-        if self._superseded is not None:
-            raise self._superseded
+        if self._lost is not None:
+            raise self._lost
         if self._stop.requested:
             raise Stopped("Stopped on request.", "Start the job again to go on.")
+
+    def _wait(self) -> None:
+        self._refuse_if_ending()
+        time.sleep(0.5)
 
     def _warn(self, text: str) -> None:
         self._console.say(text, "warning")

@@ -16,10 +16,14 @@ _FOLDER = "checkpoints"
 
 @dataclass(frozen=True)
 class Restored:
-    """What a start goes on from: a step, or None for the beginning, and the commits that it found damaged."""
+    """What a start goes on from: a checkpoint, or None for the beginning, and the commits that it found damaged."""
 
-    step: int | None
+    commit: Commit | None
     rejected: frozenset[Commit] = frozenset()
+
+    @property
+    def step(self) -> int | None:
+        return step_of(self.commit) if self.commit is not None else None
 
 
 def checkpoint_at(step: int, attempt: int) -> Commit:
@@ -29,7 +33,12 @@ def checkpoint_at(step: int, attempt: int) -> Commit:
 
 def step_of(commit: Commit) -> int:
     """The optimizer step that a checkpoint was written behind."""
-    return int(commit.artefact.rpartition("-")[2])
+    return step_of_folder(commit.folder)
+
+
+def step_of_folder(folder: str) -> int:
+    """The same of its folder in the store, `checkpoints/step-00000120/attempt-0003`."""
+    return int(folder.split("/")[1].removeprefix("step-"))
 
 
 def committed_checkpoints(run: Run, lease: LeaseRecord) -> list[Commit]:
@@ -59,7 +68,7 @@ def restore_newest(run: Run, lease: LeaseRecord, warn: Callable[[str], None]) ->
             rejected.add(commit)
             continue
         _clear(folder, but=f"checkpoint-{step}")
-        return Restored(step, frozenset(rejected))
+        return Restored(commit, frozenset(rejected))
     _clear(folder, but="")
     return Restored(None, frozenset(rejected))
 

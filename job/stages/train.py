@@ -16,7 +16,7 @@ from datasets import Dataset, load_from_disk
 from peft.tuners.lora import Embedding as LoraEmbedding
 
 from job.data.templates import load_tokenizer
-from job.errors import InputError, Stopped
+from job.errors import InputError, NodeError, Stopped, is_lost_contact
 from job.hub.sources import public_name
 from job.model.adapters import keep_full_precision, lora_config
 from job.model.device import compute_dtype, device_of
@@ -45,7 +45,7 @@ def train(run: Run) -> None:
     checkpoint = _restored_checkpoint(run)
     trainer, stop = _build_trainer(run, checkpoint)
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = _train(trainer, checkpoint)
     if stop.stopped:
         raise Stopped(
             f"Stopped on request behind step {trainer.state.global_step}.", "Start the job again to go on from there."
@@ -57,6 +57,18 @@ def train(run: Run) -> None:
     if run.node.is_first:
         _save(run, trainer, result.metrics, time.monotonic() - started)
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
+
+
+def _train(trainer: AdapterTrainer, checkpoint: Path | None) -> Any:
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        if trainer.steps_taken or not is_lost_contact(error):
+            raise
+        raise NodeError(  # another try here would fail the same way, and cost the same
+            f"The training processes do not reach each other: {str(error).splitlines()[0]}",
+            "Check /dev/shm, the network between the nodes, FT_MASTER_ADDR and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO tells more.",
+        ) from error
 
 
 def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, DecideSaves]:

@@ -71,8 +71,8 @@ class DecideSaves(TrainerCallback):
     """Saves at the pace that the run allows, and ends the training behind a whole step once a stop is requested.
 
     The processes agree by a tiny all-reduce: one that stopped or saved alone would leave the others waiting for it.
-    Any of them may ask for a stop; the first decides whether to save, since clocks differ. A save that cannot be in
-    the store before the deadline is not begun.
+    Any of them may ask for a stop, and the earliest deadline counts; the first process decides whether to save, since
+    it measures the pace. A save that cannot be in the store before the deadline is not begun.
     """
 
     def __init__(self, run: Run, pace: SavePace) -> None:
@@ -81,28 +81,25 @@ class DecideSaves(TrainerCallback):
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        stop, due, fits = self._agreed(args)
-        control.should_save |= due
-        if stop and state.global_step < state.max_steps:
+        first, own = self._run.node.is_first, self._run.stop_deadline()
+        due, earliness = _largest(
+            args, float(first and self._paced and self._pace.due()), -math.inf if own is None else -own
+        )
+        control.should_save |= bool(due)
+        if math.isfinite(earliness) and state.global_step < state.max_steps:
+            (fits,) = _largest(args, float(first and self._pace.fits(-earliness)))
             self.stopped = control.should_training_stop = True
-            control.should_save = fits
-            if not fits and state.is_world_process_zero:
+            control.should_save = bool(fits)
+            if not fits and first:
                 message(f"Step {state.global_step} is not saved: the time left does not suffice.", "warning")
 
-    def _agreed(self, args: TrainingArguments) -> tuple[bool, bool, bool]:
-        deadline = self._run.stop_deadline()
-        first = self._run.node.is_first
-        votes = [
-            deadline is not None,
-            first and self._paced and self._pace.due(),
-            first and (deadline is None or self._pace.fits(deadline)),
-        ]
-        if torch.distributed.is_initialized():
-            counted = torch.tensor([int(vote) for vote in votes], device=args.device)
-            torch.distributed.all_reduce(counted)
-            votes = [bool(count) for count in counted.tolist()]
-        stop, due, fits = votes
-        return stop, due, fits
+
+def _largest(args: TrainingArguments, *values: float) -> list[float]:
+    """The largest of each value over all processes, the same in every one of them."""
+    votes = torch.tensor(values, device=args.device, dtype=torch.float64)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+    return [float(vote) for vote in votes]
 
 
 class RefuseNonsense(TrainerCallback):

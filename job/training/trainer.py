@@ -42,6 +42,7 @@ class AdapterTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, pace: SavePace, best: KeepBest | None = None, **kwargs: Any) -> None:
         self.data_order, self.best, self._pace = DataOrder(), best, pace
+        self.steps_taken = 0  # by this process
         self._running_sums: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         if best is not None:
@@ -58,6 +59,7 @@ class AdapterTrainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.data_order.batch_trained()
         loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.steps_taken += 1
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -84,16 +86,16 @@ class AdapterTrainer(SFTTrainer):
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.accelerator.unwrap_model(self.model).save_pretrained(aside)
             (aside / "README.md").unlink(missing_ok=True)  # peft's empty form
             save_tree(self._optimizer_state(), aside / _OPTIMIZER)
             self.state.save_to_json(str(aside / _TRAINER_STATE))
-        save_tree(self._process_state(), aside / self._process_file())
-        self.accelerator.wait_for_everyone()
+        for process, state in enumerate(self._every_process_state()):
+            save_tree(state, aside / _process_file(process))
         if self.args.should_save:
             os.replace(aside, folder)
+        self.accelerator.wait_for_everyone()
         self._pace.saved(time.monotonic() - began)
 
     def _optimizer_state(self) -> dict[str, Any]:
@@ -117,7 +119,7 @@ class AdapterTrainer(SFTTrainer):
             },
             "data_order": self.data_order.state(),
             "sums": {
-                "loss": self._tr_loss.detach().clone(),
+                "loss": self._tr_loss.detach().cpu().clone(),
                 "loss_logged": self._total_loss_scalar,
                 "last_logged": self._globalstep_last_logged,
                 "metrics": dict(self._metrics["train"]),
@@ -125,8 +127,15 @@ class AdapterTrainer(SFTTrainer):
             },
         }
 
-    def _process_file(self) -> str:
-        return f"process-{self.args.process_index}.safetensors"
+    def _every_process_state(self) -> list[dict[str, Any]]:
+        """On the first process those of all, in their order; on the others nothing. They may be on other machines, and
+        what they have to say is small."""
+        own = self._process_state()
+        if not torch.distributed.is_initialized():
+            return [own]
+        states: list[Any] | None = [None] * self.args.world_size if self.args.should_save else None
+        torch.distributed.gather_object(own, states)
+        return states or []
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -163,7 +172,7 @@ class AdapterTrainer(SFTTrainer):
                 f"Start it on a machine with {parts} GPUs, or set FT_NPROC_PER_NODE={parts}; "
                 "to train with another number, choose another FT_RUN_ID.",
             )
-        state = load_tree(checkpoint / self._process_file())
+        state = load_tree(checkpoint / _process_file(self.args.process_index))
         self.data_order.restore(state["data_order"])
         self._running_sums = state["sums"]
 
@@ -173,7 +182,7 @@ class AdapterTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        generators = load_tree(Path(checkpoint) / self._process_file())["generators"]
+        generators = load_tree(Path(checkpoint) / _process_file(self.args.process_index))["generators"]
         random.setstate(generators["python"])
         np.random.set_state(generators["numpy"])
         torch.set_rng_state(generators["torch"])
@@ -191,6 +200,10 @@ class AdapterTrainer(SFTTrainer):
         self._initial_global_step = 0  # the mean loss is that of the run, not of this start
         self._metrics["train"].update(sums["metrics"])
         self._total_train_tokens = sums["tokens"]
+
+
+def _process_file(process: int) -> str:
+    return f"process-{process}.safetensors"
 
 
 def _deaf_to_stop_signals(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -1,0 +1,70 @@
+"""A node other than the first: it prepares for itself, trains with the others, and leaves the rest to the first."""
+
+from __future__ import annotations
+
+import shutil
+
+from job.checkpoints import manifest
+from job.checkpoints.folder_lock import FolderLock
+from job.checkpoints.restore import step_of_folder
+from job.errors import TransientError
+from job.ledger import Ledger
+from job.stages import STAGES
+from job.supervisor import Supervisor
+
+_OWN = ("preflight", "download", "prepare")
+
+
+class Follower(Supervisor):
+    """One start of one run on this node. Its files lie in a folder of their own, since nodes may share a file system.
+
+    It takes no lease and commits nothing. It stays until the first node has stored what was trained, so that a start
+    which ended well never has to be repeated.
+    """
+
+    def _work(self) -> str:
+        if self._trained():
+            return "trained; nothing to do on this node"
+        assert self._gang is not None
+        lock = FolderLock(self._run.paths.lock_file)
+        try:
+            self._stop.pass_on()
+            with self._gang.followed():
+                return self._train_with_the_others()
+        finally:
+            lock.close()
+
+    def _train_with_the_others(self) -> str:
+        assert self._gang is not None
+        for stage in STAGES:
+            if stage.name in _OWN and not self._ledger.is_complete(stage):
+                self._run_stage(stage)
+        self._ledger.refuse_other_sources()
+        announced = self._gang.await_announcement(self._trained)
+        if announced is not None:
+            self._rendezvous, self._resume = announced
+            self._run_stage(next(stage for stage in STAGES if stage.name == "train"))
+            self._gang.await_commit(self._trained)
+        return "trained; the first node does the rest"
+
+    def _resume_training(self) -> None:
+        """Fetch the very checkpoint that the first node goes on from."""
+        paths = self._run.paths
+        for folder in (paths.stage_dir("train"), paths.checkpoints_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+        if self._resume is None:
+            return
+        step = step_of_folder(self._resume)
+        try:
+            manifest.restore(
+                self._run.store, f"{self._run.id}/{self._resume}", paths.checkpoints_dir / f"checkpoint-{step}"
+            )
+        except manifest.Rejected as reason:
+            raise TransientError(
+                f"The checkpoint of step {step} did not arrive whole: {reason}.", "Start the job again."
+            ) from reason
+        self._console.say(f"Going on from the checkpoint of step {step}.", step=step)
+
+    def _trained(self) -> bool:
+        """Whether the store has the trained adapter, or the first node was not asked for one."""
+        return "train" not in Ledger(self._run).missing()

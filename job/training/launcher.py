@@ -1,0 +1,75 @@
+"""One training process per GPU, started and watched by torchrun's agent (torch.distributed.elastic)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from job.errors import ExitCode, JobError, NodeError, TransientError
+from job.run import Run
+
+_SHUTDOWN_SECONDS = 5  # our processes ignore SIGTERM, with which the agent begins
+_MEET_SECONDS = 300  # every node has said that it is ready
+
+
+def launch(run: Run, stage: str, processes: int) -> int:
+    """Run `python -m job.stage STAGE` as `processes` processes on this node; returns 0, or the code one of them ended with.
+
+    Raises NodeError or TransientError if a signal ended one. Its fellows, which cannot go on alone, are ended too.
+    """
+    endpoint = os.environ.get("JOB_RDZV_ENDPOINT")
+    # Without this every process would take all cores; torchrun's own answer, one thread, leaves most of them idle.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
+    config = LaunchConfig(
+        min_nodes=run.node.count,
+        max_nodes=run.node.count,
+        nproc_per_node=processes,
+        run_id=os.environ.get("JOB_RDZV_ID", run.id),
+        rdzv_backend="static" if endpoint else "c10d",
+        rdzv_endpoint=endpoint or "localhost:0",
+        rdzv_configs={"rank": run.node.index, "timeout": _MEET_SECONDS} if endpoint else {},
+        max_restarts=0,  # a start begins from a verified checkpoint; the scheduler starts us again
+        monitor_interval=0.1,
+        signals_to_handle="SIGHUP",  # on SIGTERM the agent would give its processes 30 s and then kill them (pytorch#119856)
+    )
+    before = _oom_kills()
+    try:
+        elastic_launch(config, sys.executable)("-m", "job.stage", stage)
+    except ChildFailedError as error:
+        by_signal = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
+        if by_signal and all(failure.exitcode < 0 for failure in error.failures.values()):
+            raise _killed(by_signal, before) from None
+        return max(failure.exitcode for failure in error.failures.values())
+    return ExitCode.OK
+
+
+def _killed(by_signal: dict[int, int], oom_kills_before: int) -> JobError:
+    rank, number = min(by_signal.items())
+    what = f"The training process of rank {rank} was ended by {signal.Signals(number).name}."
+    if _oom_kills() > oom_kills_before:
+        return NodeError(f"{what} The machine's memory, or the container's, ran out.", "Give the job more memory.")
+    if number == signal.SIGBUS:
+        return NodeError(
+            f"{what} /dev/shm is full, or the machine's memory is broken.", "Give the job a larger /dev/shm."
+        )
+    if number in (signal.SIGKILL, signal.SIGTERM):
+        return TransientError(what, "Start the job again: it goes on from the last checkpoint.")
+    return JobError(what, "A library crashed; its last words are in the stage's log file.")
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory: in this container if it says so, else on the machine."""
+    for file in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        try:
+            counts = dict(line.split() for line in file.read_text(encoding="ascii").splitlines())
+        except OSError:
+            continue
+        if "oom_kill" in counts:
+            return int(counts["oom_kill"])
+    return 0
