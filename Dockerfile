@@ -3,38 +3,54 @@
 ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE_IMAGE}
 
-LABEL org.opencontainers.image.title="finetune-job" \
-      org.opencontainers.image.description="QLoRA fine-tuning as a batch job: environment variables in, published model out"
-
 # tini is PID 1: it hands signals and exit codes through. gcc is what Triton compiles its launchers with.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev python3-venv tini \
- && rm -rf /var/lib/apt/lists/* \
+ && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
  && useradd --uid 10001 --user-group --create-home --home-dir /work job
 
-# The dependencies change seldom and the code often: they are a layer of their own.
+# The dependencies change seldom and the code often: they are a layer of their own. Every wheel is checked by its hash.
+# requirements-cpu.txt makes an image for machines without a GPU. `ca` and `pip` are for builds behind a proxy or a mirror.
+ARG REQUIREMENTS=requirements.txt
 ENV PATH=/opt/venv/bin:$PATH
-COPY requirements.txt /app/requirements.txt
+COPY ${REQUIREMENTS} /app/requirements.txt
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
+    --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
     if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
+ && if [ -f /run/secrets/pip.conf ]; then export PIP_CONFIG_FILE=/run/secrets/pip.conf; fi \
  && python3 -m venv /opt/venv \
- && pip install --disable-pip-version-check --requirement /app/requirements.txt
+ && pip install --disable-pip-version-check --require-hashes --only-binary :all: --requirement /app/requirements.txt
 
 COPY entrypoint.py /app/entrypoint.py
 COPY job /app/job
-RUN python3 -m compileall -q /app && python3 /app/entrypoint.py --version
+# An image whose packages do not go together must not be made.
+RUN python3 -m compileall -q /app \
+ && pip check --disable-pip-version-check \
+ && python3 -c "import torch, transformers, trl, peft, bitsandbytes, datasets, accelerate, boto3, wandb" \
+ && python3 /app/entrypoint.py --version
 
 # Everything that is written lands below /work: mount a volume there.
-ENV FT_OUTPUT_DIR=/work/results \
+ENV HOME=/work \
+    FT_OUTPUT_DIR=/work/results \
     HF_HOME=/work/cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/work/cache/inductor \
     TRITON_CACHE_DIR=/work/cache/triton \
+    CUDA_CACHE_PATH=/work/cache/cuda \
+    XDG_CACHE_HOME=/work/cache \
     MPLCONFIGDIR=/work/cache/matplotlib \
+    WANDB_CACHE_DIR=/work/cache/wandb \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /work
 ENTRYPOINT ["tini", "--", "python3", "/app/entrypoint.py"]
 CMD ["run"]
+
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="finetune-job" \
+      org.opencontainers.image.description="QLoRA fine-tuning as a batch job: environment variables in, published model out" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

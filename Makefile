@@ -17,7 +17,7 @@ help:
 	@echo "make check  ruff, mypy, shellcheck, hadolint, manifest schemas"
 	@echo "make clean  remove the environment and all results"
 
-$(INSTALLED): requirements.txt requirements-dev.txt
+$(INSTALLED): requirements.in requirements-dev.txt
 	@echo "Making the Python environment in .venv; this takes a minute or two."
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from job import __version__
+from job.cluster import node_name
 from job.environment import load_settings, settings_table
 from job.errors import ExitCode, JobError, from_os_error
 from job.report.console import open_console
@@ -116,13 +117,20 @@ def _report(error: JobError) -> int:
         os.environ.get("FT_LOG_FORMAT") != "json" and sys.stderr.isatty()
     )
     print(masked(f"error: {error}", secrets) if as_text else line, file=sys.stderr, flush=True)
-    termination_log = Path("/dev/termination-log")  # Kubernetes makes it; elsewhere it is not there
-    if termination_log.is_file():
-        try:
-            termination_log.write_text(line[:4096], encoding="utf-8")
-        except OSError as failure:
-            print(f"could not write {termination_log}: {failure}", file=sys.stderr)
+    _write_termination_message(line)
     return int(error.exit_code)
+
+
+def _write_termination_message(line: str) -> None:
+    """For who started us: Kubernetes makes the file, `slurm/train.sh` a folder; elsewhere neither is there."""
+    default = Settings.model_fields["termination_log"].default
+    place = Path(os.environ.get("FT_TERMINATION_LOG") or default)  # the settings may be what is wrong
+    file = place / f"{node_name()}.json" if place.is_dir() else place
+    if place.exists():
+        try:
+            file.write_text(line[:4096], encoding="utf-8")
+        except OSError as failure:
+            print(f"could not write {file}: {failure}", file=sys.stderr)
 
 
 if __name__ == "__main__":

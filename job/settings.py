@@ -254,6 +254,14 @@ class Settings(BaseSettings):
         "`none`: every GPU holds the whole model (DDP). `full`: the GPUs share its weights (FSDP2), for models that one cannot hold.",
         since="train",
     )
+    env_file: Path = _setting(
+        Path(".env"), "File of further variables, read where it exists; the environment wins.", since=None
+    )
+    container: NonEmpty | None = _setting(
+        None,
+        "For `slurm/train.sh`: a `.sif` file (Apptainer) or an image (Pyxis/Enroot) to run in; unset, `.venv`.",
+        since=None,
+    )
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = _setting(
         None, "Port for Prometheus metrics (`/metrics`) and the liveness probe (`/healthz`); unset, none.", since=None
     )

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# sbatch slurm/train.sh, from the repository; settings come from the environment (sbatch passes it on) or from .env.
+# sbatch slurm/train.sh, from the repository. Settings come from the environment, which sbatch passes on (or --export),
+# or from the file that FT_ENV_FILE names. FT_CONTAINER chooses an image; without it the job runs from .venv.
 #SBATCH --job-name=finetune
 #SBATCH --partition=gpu                     # EDIT
 ##SBATCH --account=my-account               # EDIT
@@ -15,12 +16,24 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 78
 
-python=python3
-[ -x .venv/bin/python ] && python=.venv/bin/python
+# Less than the 120 s above; on preemption the partition's GraceTime counts, and must be longer.
 export FT_STOP_GRACE_SECONDS="${FT_STOP_GRACE_SECONDS:-90}"
+# How each node ended, one file a node: srun's exit code is one for all.
+export FT_TERMINATION_LOG="$PWD/finetune-$SLURM_JOB_ID.ends"
+rm -rf "$FT_TERMINATION_LOG" && mkdir -p "$FT_TERMINATION_LOG" "$PWD/results" || exit 69
 
-# Slurm tells only this shell of the time limit; the job runs in a step, and scancel tells the step.
-srun --kill-on-bad-exit=1 "$python" entrypoint.py run &
+python=python3
+[ -x .venv/bin/python ] && python="$PWD/.venv/bin/python"
+pyxis=()
+case "${FT_CONTAINER:-}" in
+  "") launch=("$python" entrypoint.py) ;;
+  *.sif) launch=(apptainer exec --nv --bind "$PWD,$PWD/results:/work" --pwd "$PWD" "$FT_CONTAINER" python3 /app/entrypoint.py) ;;
+  *) launch=(python3 /app/entrypoint.py) && pyxis=(--container-image="$FT_CONTAINER" --container-mounts="$PWD:$PWD,$PWD/results:/work" --container-workdir="$PWD") ;;
+esac
+
+# Slurm tells only this shell of the time limit, and only the step of a preemption. A node that fails ends the others by
+# itself, in time to store a checkpoint, and those that are done early must not be waited for: so no kill, and no wait.
+srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 "${pyxis[@]}" "${launch[@]}" run &
 step=$!
 trap 'interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM INT
 while :; do # a trapped signal ends wait early, with a status that is not the step's
@@ -30,10 +43,16 @@ while :; do # a trapped signal ends wait early, with a status that is not the st
   [ "$interrupted" = 1 ] || break
 done
 
+unfit=$(cd "$FT_TERMINATION_LOG" && grep -l '"exit_code": 69' -- *.json 2>/dev/null | sed 's/\.json$//' | paste -sd,)
+rm -rf "$FT_TERMINATION_LOG"
+# Cancelled or preempted, the job is Slurm's to end or to requeue.
+[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit "$code"
 case "$code" in
-  75) scontrol requeue "$SLURM_JOB_ID" ;; # stopped with a committed checkpoint
-  69) # this node is unfit: come back on another one
-    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$SLURM_JOB_NODELIST"
+  75 | 69) # 75: stopped with a committed checkpoint. 69: a node is unfit, so come back on others
+    if [ -n "$unfit" ]; then
+      excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1,/p' | grep -v '(null)')
+      scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded$unfit"
+    fi
     scontrol requeue "$SLURM_JOB_ID"
     ;;
 esac

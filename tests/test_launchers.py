@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,26 +13,42 @@ import yaml
 
 from job.errors import ExitCode
 from job.settings import SECRET_VARIABLES, Settings, variable
-from tests.conftest import ROOT
+from tests.conftest import ROOT, unavailable
 
 KNOWN = {variable(name) for name in Settings.model_fields}
+MANIFESTS = ("k8s/finetune-job.yaml", "k8s/finetune-multinode.yaml")
 
 
-def kubernetes_objects() -> dict[str, Any]:
-    text = (ROOT / "k8s" / "finetune-job.yaml").read_text(encoding="utf-8")
+def kubernetes_objects(file: str) -> dict[str, Any]:
+    text = (ROOT / file).read_text(encoding="utf-8")
     return {item["kind"]: item for item in yaml.safe_load_all(text)}
 
 
+def kustomized(folder: Path) -> dict[str, Any]:
+    if shutil.which("kubectl") is None:
+        unavailable("needs kubectl")
+    built = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return {item["kind"]: item for item in yaml.safe_load_all(built.stdout)}
+
+
+def environment_of(objects: dict[str, Any]) -> dict[str, Any]:
+    container = objects["Job"]["spec"]["template"]["spec"]["containers"][0]
+    return {item["name"]: item for item in container["env"]}
+
+
 @pytest.mark.parametrize(
-    "file", ["k8s/finetune-job.yaml", "slurm/train.sh", "Dockerfile", "examples/demo.env", "README.md"]
+    "file",
+    [*MANIFESTS, "k8s/README.md", "slurm/train.sh", "Dockerfile", "examples/demo.env", "README.md"],
 )
 def test_every_variable_that_is_named_is_a_known_setting(file: str) -> None:
     named = set(re.findall(r"\bFT_[A-Z0-9_]+\b", (ROOT / file).read_text(encoding="utf-8")))
     assert named - KNOWN - {"FT_"} == set()
 
 
-def test_the_pod_failure_policy_is_the_exit_code_table() -> None:
-    rules = kubernetes_objects()["Job"]["spec"]["podFailurePolicy"]["rules"]
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_the_pod_failure_policy_is_the_exit_code_table(file: str) -> None:
+    rules = kubernetes_objects(file)["Job"]["spec"]["podFailurePolicy"]["rules"]
     actions = {
         code: rule["action"] for rule in rules if "onExitCodes" in rule for code in rule["onExitCodes"]["values"]
     }
@@ -37,25 +56,79 @@ def test_the_pod_failure_policy_is_the_exit_code_table() -> None:
     assert set(actions) == {int(code) for code in ExitCode} - {0}
 
 
-def test_the_pod_is_restricted_and_its_grace_is_longer_than_the_jobs() -> None:
-    pod = kubernetes_objects()["Job"]["spec"]["template"]["spec"]
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_the_pod_is_restricted_and_its_grace_is_longer_than_the_jobs(file: str) -> None:
+    objects = kubernetes_objects(file)
+    spec = objects["Job"]["spec"]
+    pod = spec["template"]["spec"]
     container = pod["containers"][0]
+    assert spec["podReplacementPolicy"] == "Failed"
     assert pod["restartPolicy"] == "Never"
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    environment = {item["name"]: item for item in container["env"]}
+    assert {"nvidia.com/gpu", "ephemeral-storage", "memory"} <= set(container["resources"]["limits"])
+    environment = environment_of(objects)
     assert float(environment["FT_STOP_GRACE_SECONDS"]["value"]) < pod["terminationGracePeriodSeconds"]
     assert "job-name" in environment["FT_RUN_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert container["ports"][0]["containerPort"] == int(environment["FT_METRICS_PORT"]["value"])
 
 
-def test_no_manifest_carries_a_secret() -> None:
-    settings = kubernetes_objects()["ConfigMap"]["data"]
+def test_the_nodes_of_the_indexed_job_are_as_many_as_they_are_told_and_find_the_first() -> None:
+    objects = kubernetes_objects("k8s/finetune-multinode.yaml")
+    spec, service = objects["Job"]["spec"], objects["Service"]
+    environment = environment_of(objects)
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"] == int(environment["FT_NNODES"]["value"])
+    name, subdomain = objects["Job"]["metadata"]["name"], spec["template"]["spec"]["subdomain"]
+    assert environment["FT_MASTER_ADDR"]["value"] == f"{name}-0.{subdomain}"
+    assert service["metadata"]["name"] == subdomain and service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert service["spec"]["ports"][0]["port"] == int(environment["FT_MASTER_PORT"]["value"])
+    assert objects["ConfigMap"]["data"]["FT_STORE_URL"].startswith("s3://")  # a pod's own folder is not the others'
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_no_manifest_carries_a_secret(file: str) -> None:
+    settings = kubernetes_objects(file)["ConfigMap"]["data"]
     assert not set(settings) & set(SECRET_VARIABLES)
+
+
+def test_an_overlay_sets_image_namespace_name_and_settings_without_editing(tmp_path: Path) -> None:
+    """The very overlay that k8s/README.md shows."""
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    readme = (ROOT / "k8s" / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert shown is not None
+    (tmp_path / "my-run").mkdir()
+    (tmp_path / "my-run" / "kustomization.yaml").write_text(shown[1], encoding="utf-8")
+    objects = kustomized(tmp_path / "my-run")
+    job = objects["Job"]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert job["metadata"] == {"name": "finetune-guanaco-2", "namespace": "training"}
+    assert container["image"] == "registry.example.com/me/finetune-job:0.1.0"
+    assert container["envFrom"][0]["configMapRef"]["name"] == "finetune-settings-guanaco-2"
+    assert objects["ConfigMap"]["data"]["FT_STORE_URL"] == "s3://my-bucket/runs"
+    claim = job["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    assert claim == objects["PersistentVolumeClaim"]["metadata"]["name"] == "finetune-work-guanaco-2"
+
+
+def test_under_kueue_the_job_waits_in_a_queue(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kustomization.yaml").write_text(
+        "resources: [../k8s]\ncomponents: [../k8s/kueue]\n", encoding="utf-8"
+    )
+    job = kustomized(tmp_path / "run")["Job"]
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    assert job["spec"]["podFailurePolicy"] == kubernetes_objects(MANIFESTS[0])["Job"]["spec"]["podFailurePolicy"]
 
 
 def test_pid_1_is_tini_without_a_shell_between_and_the_user_is_not_root() -> None:
@@ -64,8 +137,18 @@ def test_pid_1_is_tini_without_a_shell_between_and_the_user_is_not_root() -> Non
     assert "USER 10001:10001" in text
 
 
-def test_the_slurm_script_requeues_what_can_be_tried_again_and_nothing_else() -> None:
-    text = (ROOT / "slurm" / "train.sh").read_text(encoding="utf-8")
-    cases = re.findall(r"^  (\d+)\)", text, re.MULTILINE)
-    assert cases == ["75", "69"]
-    assert 'exit "$code"' in text
+def test_both_locks_hold_what_is_asked_for_in_the_same_versions_and_every_line_has_its_hashes() -> None:
+    asked = dict(
+        re.findall(r"^([a-z0-9_-]+)==(\S+)$", (ROOT / "requirements.in").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    locks = []
+    for file in ("requirements.txt", "requirements-cpu.txt"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        entries = re.findall(r"^([a-z0-9._-]+)==(\S+)([^#]*)", text, re.MULTILINE)
+        assert all("--hash=sha256:" in rest for _, _, rest in entries)
+        locks.append({(name, version.removesuffix("+cpu")) for name, version, _ in entries})
+        names = {name.replace("_", "-"): version for name, version in locks[-1]}
+        assert {name: names.get(name.replace("_", "-")) for name in asked} == asked
+    cuda, cpu = locks
+    assert cpu <= cuda
+    assert {name for name, _ in cuda - cpu if not name.startswith(("nvidia-", "cuda-"))} == {"triton"}

@@ -1,0 +1,189 @@
+"""`sbatch slurm/train.sh` on a real Slurm: no test does anything that an operator would have to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import LIGHTHOUSE, Job, unavailable
+from tests.real.slurm_cluster import NEEDED, Slurm, slurm_cluster
+
+pytestmark = pytest.mark.xdist_group("slurm")
+SMALL = ("--cpus-per-task=2", "--mem=2000")
+ADAPTER = "train/adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        unavailable(f"needs root and Slurm's {', '.join(missing) or 'daemons'}: apt-get install slurmctld slurmd munge")
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def settings(tiny_model: Path) -> dict[str, str]:
+    return {
+        "FT_MODEL_NAME": str(tiny_model), "FT_DATASET_NAME": str(LIGHTHOUSE), "FT_DATASET_SPLIT": "train[:48]", "FT_EVAL_SPLIT": "0.2",
+        "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": "6", "FT_SAVE_STEPS": "1000", "FT_LOGGING_STEPS": "1",
+        "FT_LEARNING_RATE": "1e-3", "FT_STAGES": "train", "FT_LOG_FORMAT": "json", "FT_STOP_GRACE_SECONDS": "20", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+
+
+def adapter(slurm: Slurm, run_id: str) -> bytes:
+    return (slurm.folder / "checkout" / "results" / "runs" / run_id / ADAPTER).read_bytes()
+
+
+def events(slurm: Slurm, job: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in slurm.log(job).splitlines() if line.startswith("{")]
+
+
+def resumed_steps(slurm: Slurm, job: str) -> list[int]:
+    return [event["step"] for event in events(slurm, job) if event.get("message", "").startswith("Going on from")]
+
+
+def steps_shown(slurm: Slurm, job: str) -> int:
+    return len(re.findall(r'"stage": "train", "event": "progress"', slurm.log(job)))
+
+
+def await_training(slurm: Slurm, job: str, more_steps: int = 4) -> None:
+    """Until this start of the job has taken some steps."""
+    starts = '"event": "stage_started", "stage": "train"'
+    slurm.await_log(job, starts, times=int(slurm.facts(job)["Restarts"]) + 1)
+    wanted, deadline = steps_shown(slurm, job) + more_steps, time.monotonic() + 120
+    while steps_shown(slurm, job) < wanted:
+        assert time.monotonic() < deadline, slurm.log(job)
+        time.sleep(0.1)
+
+
+def test_a_job_preempted_three_times_in_a_row_ends_by_itself_with_the_adapter_of_a_run_left_alone(
+    slurm: Slurm, settings: dict[str, str], tmp_path: Path
+) -> None:
+    settings["FT_MAX_STEPS"] = "300"
+    job = slurm.submit(*SMALL, "--nodelist=node1", settings=settings)
+    for _ in range(3):
+        await_training(slurm, job)
+        urgent = ("--partition=urgent", "--exclusive", "--nodelist=node1", "--output=/dev/null", "--wrap=sleep 1")
+        slurm.await_end(slurm.command("sbatch", "--parsable", *urgent))
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("COMPLETED", "3", "0:0")
+    resumed = resumed_steps(slurm, job)
+    assert len(resumed) == 3 and 0 < resumed[0] < resumed[1] < resumed[2], resumed
+    alone = Job({**settings, "FT_OUTPUT_DIR": str(tmp_path / "alone"), "FT_RUN_ID": "alone"})
+    assert alone.run().code == 0
+    assert adapter(slurm, f"slurm-{job}") == (tmp_path / "alone/runs/alone" / ADAPTER).read_bytes()
+
+
+def test_a_job_that_reaches_its_time_limit_goes_on_behind_it_and_ends_by_itself(
+    slurm: Slurm, settings: dict[str, str]
+) -> None:
+    settings["FT_MAX_STEPS"] = "700"
+    job = slurm.submit(*SMALL, "--time=1", "--signal=B:USR1@30", settings=settings)
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), slurm.log(job)
+    assert int(ended["Restarts"]) >= 1
+    assert resumed_steps(slurm, job)
+
+
+def test_a_job_whose_node_dies_goes_on_on_another_node(slurm: Slurm, settings: dict[str, str]) -> None:
+    settings |= {"FT_MAX_STEPS": "200", "FT_SAVE_STEPS": "5"}
+    job = slurm.submit(*SMALL, settings=settings)
+    await_training(slurm, job, more_steps=8)
+    died = slurm.facts(job)["NodeList"]
+    slurm.kill_node(died)
+    try:
+        ended = slurm.await_end(job)
+    finally:
+        slurm.start_node(died)
+    assert ended["JobState"] == "COMPLETED" and ended["NodeList"] != died
+    assert resumed_steps(slurm, job)
+
+
+def test_two_nodes_train_together_and_the_second_leaves_the_rest_to_the_first(
+    slurm: Slurm, settings: dict[str, str]
+) -> None:
+    job = slurm.submit("--nodes=2", *SMALL, settings=settings | {"FT_STAGES": "train,sample"})
+    assert slurm.await_end(job)["JobState"] == "COMPLETED", slurm.log(job)
+    run = slurm.folder / "checkout" / "results" / "runs" / f"slurm-{job}"
+    assert json.loads((run / "train" / "metrics.json").read_text(encoding="utf-8"))["processes"] == 2
+    endings = [event for event in events(slurm, job) if event.get("event") == "run_ended"]
+    assert sorted(len(event["stages"]) for event in endings) == [4, 5]
+    assert not (run / "nodes" / "1" / "sample").exists()
+
+
+def test_a_settings_error_fails_and_is_not_requeued(slurm: Slurm, settings: dict[str, str]) -> None:
+    job = slurm.submit(*SMALL, settings=settings | {"FT_LORA_R": "none"})
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "78:0", "0")
+    assert "FT_LORA_R='none'" in slurm.log(job)
+
+
+def test_an_unfit_node_is_excluded_and_the_job_tried_on_another(slurm: Slurm, settings: dict[str, str]) -> None:
+    job = slurm.submit(*SMALL, settings=settings | {"FT_DEVICE": "cuda"})  # there is no GPU on this machine
+    slurm.await_log(job, '"exit_code": 69', times=2)
+    deadline = time.monotonic() + 60
+    while slurm.facts(job)["ExcNodeList"] != "node[1-2]":
+        assert time.monotonic() < deadline, slurm.facts(job)
+        time.sleep(0.5)
+    assert slurm.facts(job)["JobState"] == "PENDING"
+    slurm.command("scancel", job)
+
+
+def test_a_cancelled_job_stores_a_checkpoint_and_does_not_come_back(slurm: Slurm, settings: dict[str, str]) -> None:
+    job = slurm.submit(*SMALL, settings=settings | {"FT_MAX_STEPS": "4000"})
+    await_training(slurm, job)
+    slurm.command("scancel", job)
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    store = slurm.folder / "checkout" / "results" / "store" / f"slurm-{job}" / "checkpoints"
+    deadline = time.monotonic() + 30
+    while not list(store.glob("*/*/MANIFEST.json")):
+        assert time.monotonic() < deadline, slurm.log(job)
+        time.sleep(0.2)
+
+
+def test_each_element_of_an_array_is_a_run_of_its_own(slurm: Slurm, settings: dict[str, str]) -> None:
+    array = slurm.submit("--array=0-1", *SMALL, settings=settings | {"FT_MAX_STEPS": "2"})
+    runs = slurm.folder / "checkout" / "results" / "runs"
+    deadline = time.monotonic() + 240
+    elements = [runs / f"slurm-{array}-{index}" for index in range(2)]
+    while not all((element / ADAPTER).exists() for element in elements):
+        assert time.monotonic() < deadline, slurm.command("squeue")
+        time.sleep(0.5)
+
+
+def test_settings_come_from_the_file_that_is_named_and_a_container_from_its_image(
+    slurm: Slurm, settings: dict[str, str]
+) -> None:
+    """Apptainer itself is replaced by a program that shows how it was called, and runs the command outside."""
+    checkout = slurm.folder / "checkout"
+    (checkout / "my.env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
+    tool = slurm.folder / "bin" / "apptainer"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/bash\necho "apptainer $*"\nshift $(($# - 1))\nexec {checkout}/.venv/bin/python entrypoint.py "$@"\n',
+        encoding="utf-8",
+    )
+    tool.chmod(0o755)
+    job = slurm.submit(
+        *SMALL,
+        settings={
+            "FT_ENV_FILE": "my.env", "FT_CONTAINER": "image.sif", "FT_STAGES": "preflight", "PATH": f"{tool.parent}:{os.environ['PATH']}",
+        },
+    )  # fmt: skip
+    assert slurm.await_end(job)["JobState"] == "COMPLETED", slurm.log(job)
+    called = re.search(r"^apptainer (.*)$", slurm.log(job), re.MULTILINE)
+    assert called is not None
+    assert (
+        called[1]
+        == f"exec --nv --bind {checkout},{checkout}/results:/work --pwd {checkout} image.sif python3 /app/entrypoint.py run"
+    )
