@@ -41,7 +41,8 @@ check: $(INSTALLED)
 	$(PYTHON) -m mypy
 	.venv/bin/shellcheck slurm/*.sh .ci/run
 	.venv/bin/hadolint Dockerfile
-	for version in 1.30 1.37; do .venv/bin/kubernetes-validate --strict -k $$version k8s/finetune-job.yaml; done
+	for version in 1.30 1.37; do for file in k8s/finetune-*.yaml; do \
+	  .venv/bin/kubernetes-validate --strict -k $$version $$file; done; done
 
 clean:
 	rm -rf .venv results

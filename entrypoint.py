@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -40,8 +42,12 @@ def main(arguments: list[str]) -> int:
         description="Fine-tune a language model with QLoRA, from download to published model."
     )
     parser.add_argument("command", nargs="?", default="run", choices=("run", "plan", "settings", "status"))
-    parser.add_argument("--version", action="version", version=_versions())
-    command = parser.parse_args(arguments).command
+    parser.add_argument("--version", action="store_true", help="versions of the job, of CUDA and of the packages")
+    parsed = parser.parse_args(arguments)
+    if parsed.version:
+        print(_versions())
+        return ExitCode.OK
+    command = parsed.command
     signal.signal(signal.SIGTERM, _leave)  # until the supervisor listens; PID 1 of a container would ignore it
     try:
         if command == "settings":
@@ -99,7 +105,17 @@ def _versions() -> str:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package} is not installed")
+    lines.insert(2, f"CUDA {_cuda_version() or 'none'}")
     return ", ".join(lines)
+
+
+def _cuda_version() -> str | None:
+    """The CUDA that torch was built for, read from its source: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^cuda\b.*= '([\d.]+)'", Path(spec.origin).with_name("version.py").read_text("utf-8"), re.MULTILINE)
+    return found[1] if found else None
 
 
 def _report(error: JobError) -> int:

@@ -107,6 +107,21 @@ def scheduler_run_id(environ: Mapping[str, str] = os.environ) -> str | None:
     return f"slurm-{environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environ else None
 
 
+def gpu_memory_used() -> tuple[int, ...]:
+    """Bytes in use on each GPU of the machine that the driver shows us; empty where there is no driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     """The NVIDIA GPUs this job may use, without loading torch; empty where there is no driver."""
     try:

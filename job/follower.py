@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 from job.checkpoints import manifest
 from job.checkpoints.folder_lock import FolderLock
 from job.checkpoints.restore import step_of_folder
 from job.errors import TransientError
 from job.ledger import Ledger
-from job.stages import STAGES
+from job.stages import STAGES, Stage
 from job.supervisor import Supervisor
 
 _OWN = ("preflight", "download", "prepare")
@@ -64,6 +65,11 @@ class Follower(Supervisor):
                 f"The checkpoint of step {step} did not arrive whole: {reason}.", "Start the job again."
             ) from reason
         self._console.say(f"Going on from the checkpoint of step {step}.", step=step)
+
+    def _show_progress(self, stage: Stage, event: dict[str, Any]) -> None:
+        """The steps are everybody's, and the first node shows them."""
+        if not stage.per_gpu:
+            super()._show_progress(stage, event)
 
     def _trained(self) -> bool:
         """Whether the store has the trained adapter, or the first node was not asked for one."""

@@ -20,6 +20,7 @@ from job.gang import Gang, Rendezvous
 from job.ledger import Ledger
 from job.process import StageProcess
 from job.report.console import Console, StageRecord
+from job.report.metrics import Metrics
 from job.run import Run, write_json
 from job.stages import STAGES, Stage
 from job.stop import StopRequest
@@ -37,6 +38,7 @@ class Supervisor:
         self._process: StageProcess | None = None
         self._lost: JobError | None = None
         self._syncer: Syncer | None = None
+        self._metrics = Metrics(run.id, run.settings.stall_seconds)
         self._gang = Gang(run, self._wait, console.say) if run.node.count > 1 else None
         self._rendezvous: Rendezvous | None = None
 
@@ -44,6 +46,7 @@ class Supervisor:
         """Run what is missing of the requested stages, in order; the closing table is printed in every case."""
         closing = f"Run {self._run.id} is not complete."
         try:
+            self._serve_metrics()
             with self._stop.heeded():
                 self._ledger.refuse_other_settings()
                 did = self._work()
@@ -51,6 +54,15 @@ class Supervisor:
         finally:
             if self._records:
                 self._console.summary(self._records, closing)
+
+    def _serve_metrics(self) -> None:
+        port = self._run.settings.metrics_port
+        if port is None:
+            return
+        try:
+            self._metrics.serve(port)
+        except OSError as error:  # several jobs on one machine: no reason not to train
+            self._warn(f"No metrics: FT_METRICS_PORT={port} cannot be used: {error.strerror}.")
 
     def _work(self) -> str:
         return self._run_alone() if self._ledger.missing() else self._run_missing()
@@ -63,6 +75,7 @@ class Supervisor:
             self._ledger.begin(lease)
             self._lease = lease
             self._stop.pass_on()
+            self._metrics.attempt(lease.record.attempt)
             self._console.say(f"Attempt {lease.record.attempt} of the run.", "debug", attempt=lease.record.attempt)
             self._sweep()
             if self._gang is None or "train" not in self._ledger.missing():
@@ -95,6 +108,7 @@ class Supervisor:
     def _run_stage(self, stage: Stage) -> None:
         self._refuse_if_ending()
         self._console.stage_started(stage.name)
+        self._metrics.stage(stage.name)
         record = StageRecord(stage.name, "failed")
         self._records.append(record)
         started = time.monotonic()
@@ -113,6 +127,7 @@ class Supervisor:
             raise
         finally:
             record.seconds = time.monotonic() - started
+            self._metrics.stage(None)
             self._console.stage_ended(record)
 
     def _resume_training(self) -> None:
@@ -126,11 +141,13 @@ class Supervisor:
             self._rendezvous = self._gang.announce(restored.commit)
 
     def _on_commit(self, step: int, seconds: float) -> None:
+        self._metrics.checkpoint_committed(seconds)
         self._console.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step, committed=True)
         write_json(self._run.paths.upload_timing_file, {"step": step, "seconds": seconds})
 
     def _watch(self, stage: Stage, record: StageRecord) -> None:
         """Start the stage's process, follow it to its end, and judge that."""
+        self._metrics.training(stage.per_gpu)
         process = self._process = StageProcess(self._run, stage, self._rendezvous if stage.per_gpu else None)
         gang = self._gang if stage.per_gpu else None
         try:
@@ -141,6 +158,7 @@ class Supervisor:
         finally:
             self._process = None
             process.kill()
+            self._metrics.training(False)
         self._finish_uploads()
         if self._lost is not None:
             raise self._lost
@@ -170,11 +188,16 @@ class Supervisor:
             case "message":
                 self._console.say(event["text"], event["level"], stage=stage.name)
             case "progress":
-                self._console.progress(stage.name, event)
+                self._metrics.progress(stage.name, event)
+                self._show_progress(stage, event)
             case "output":
                 record.outputs.append(f"{event['what']}: {event['where']}")
             case "checkpoint" if self._syncer is not None:
+                self._metrics.checkpoint_offered()
                 self._syncer.offer(int(event["step"]), Path(event["folder"]))
+
+    def _show_progress(self, stage: Stage, event: dict[str, Any]) -> None:
+        self._console.progress(stage.name, event)
 
     def _finish_uploads(self) -> None:
         """The training has ended: give the last checkpoint its time, as much as a stop request leaves.

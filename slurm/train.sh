@@ -49,11 +49,10 @@ rm -rf "$FT_TERMINATION_LOG"
 [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit "$code"
 case "$code" in
   75 | 69) # 75: stopped with a committed checkpoint. 69: a node is unfit, so come back on others
-    if [ -n "$unfit" ]; then
-      excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1,/p' | grep -v '(null)')
-      scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded$unfit"
-    fi
+    excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
+    trap '' TERM # which Slurm sends on a requeue; only from then on can the excluded nodes be changed
     scontrol requeue "$SLURM_JOB_ID"
+    [ -z "$unfit" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${excluded:+$excluded,}$unfit"
     ;;
 esac
 exit "$code"

@@ -106,7 +106,9 @@ class TextConsole:
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
         figures = "  ".join(
-            f"{name} {_short(value)}" for name, value in event.items() if name not in ("event", "done", "total", "unit")
+            f"{name} {_short(value)}"
+            for name, value in event.items()
+            if name not in ("event", "done", "total", "unit", "evaluated")
         )
         if not self._rich.is_terminal:
             if time.monotonic() - self._last_line > 10 or event["done"] >= event["total"]:

@@ -14,6 +14,7 @@ from job.errors import InputError
 from job.report.events import emit, message, progress
 from job.run import Run
 from job.training.pace import SavePace
+from job.training.utilization import peak_flops, useful_flops_per_token
 
 
 class ReportProgress(TrainerCallback):
@@ -22,12 +23,16 @@ class ReportProgress(TrainerCallback):
     def __init__(self) -> None:
         self._figures: dict[str, Any] = {}
         self._last_event = 0.0
+        self._evaluated = 0
+        self._flops_per_token = 0.0
+        self._peak: float | None = None
         self._tokens, self._since = 0.0, time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._since = time.monotonic()
+        self._flops_per_token, self._peak = useful_flops_per_token(kwargs["model"]), peak_flops(args.device)
 
     def on_log(
         self,
@@ -45,17 +50,30 @@ class ReportProgress(TrainerCallback):
             self._figures = {"loss": float(logs["loss"]), "learning_rate": float(logs["learning_rate"])}
             tokens, moment = float(logs.get("num_tokens", 0)), time.monotonic()
             if tokens > self._tokens > 0:
-                self._figures["tokens_per_second"] = (tokens - self._tokens) / (moment - self._since)
+                rate = self._figures["tokens_per_second"] = (tokens - self._tokens) / (moment - self._since)
+                if self._peak is not None:
+                    self._figures["mfu"] = rate * self._flops_per_token / (self._peak * args.world_size)
             self._tokens, self._since = tokens, moment
             self._report(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and time.monotonic() - self._last_event > 1:
+        self._report_at_times(state)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluated += 1
+        self._report_at_times(state)
+
+    def _report_at_times(self, state: TrainerState) -> None:
+        """One process of each machine, for the supervisor there to see that it moves."""
+        if state.is_local_process_zero and time.monotonic() - self._last_event > 1:
             self._report(state)
 
     def _report(self, state: TrainerState) -> None:
         self._last_event = time.monotonic()
-        progress(state.global_step, state.max_steps, "steps", **self._figures)
+        figures = self._figures | ({"evaluated": self._evaluated} if self._evaluated else {})
+        progress(state.global_step, state.max_steps, "steps", **figures)
 
 
 class OfferCheckpoints(TrainerCallback):

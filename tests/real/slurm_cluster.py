@@ -108,15 +108,36 @@ class Slurm:
     def kill_node(self, name: str) -> None:
         """The node vanishes: its daemon and all that runs on it, at once."""
         pid = int((self.folder / f"slurmd.{name}.pid").read_text(encoding="ascii"))
-        os.kill(pid, signal.SIGKILL)
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                variables = (process / "environ").read_bytes().split(b"\0")
-                if (
-                    f"SLURMD_NODENAME={name}".encode() in variables
-                    and f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in variables
-                ):
-                    os.kill(int(process.name), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)  # it is not there to tell of what follows
+        mine = [process for process in Path("/proc").glob("[0-9]*") if self._runs_on(process, name)]
+        watchers = {line.split()[1] for process in mine for line in _status(process) if line.startswith("PPid")}
+        mine += [Path("/proc") / watcher for watcher in watchers if _name(watcher) == "slurmstepd"]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none of them may see another die, and report it
+            for process in mine:
+                with contextlib.suppress(OSError):
+                    os.kill(int(process.name), number)
+
+    def _runs_on(self, process: Path, name: str) -> bool:
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        wanted = (f"SLURMD_NODENAME={name}", f"SLURM_CONF={self.environment['SLURM_CONF']}")
+        return all(variable.encode() in variables for variable in wanted)
+
+
+def _name(pid: str) -> str:
+    try:
+        return (Path("/proc") / pid / "comm").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _status(process: Path) -> list[str]:
+    try:
+        return (process / "status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 @contextlib.contextmanager

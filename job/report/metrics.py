@@ -1,0 +1,133 @@
+"""What the job tells a monitoring system: Prometheus metrics, and whether the training still moves.
+
+The names are `finetune_…`; units and suffixes follow Prometheus' naming practice (prometheus.io/docs/practices/naming).
+"""
+
+from __future__ import annotations
+
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Info, make_wsgi_app
+from prometheus_client.core import GaugeMetricFamily
+
+from job.cluster import gpu_memory_used
+from job.settings import STAGE_NAMES
+
+_FIGURES = {
+    "loss": ("finetune_loss", "Training loss of the last logged step, in nats a token."),
+    "learning_rate": ("finetune_learning_rate", "Learning rate of the last logged step."),
+    "tokens_per_second": ("finetune_tokens_per_second", "Tokens trained on per second, all GPUs together."),
+    "mfu": ("finetune_mfu_ratio", "Model FLOPs utilisation: useful FLOPs over the card's dense bfloat16 peak."),
+}
+
+
+class Metrics:
+    """The figures of one start of the job. The supervisor tells it what happens; `serve` lets others read."""
+
+    def __init__(self, run_id: str, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stall_seconds, self._clock = stall_seconds, clock
+        self._moved_at: float | None = None
+        self._last_progress: tuple[Any, Any] = (None, None)
+        self._committed_at: float | None = None
+        self._offered_at: float | None = None
+        self._upload_seconds = 0.0
+        registry = self._registry = CollectorRegistry()
+        Info("finetune_run", "The run that this job works on.", registry=registry).info({"run_id": run_id})
+        self._stage = Enum("finetune_stage", "The stage at work.", states=["none", *STAGE_NAMES], registry=registry)
+        self._step = Gauge("finetune_step", "Optimizer steps taken since the run began.", registry=registry)
+        self._steps = Gauge("finetune_steps", "Optimizer steps that the run will take.", registry=registry)
+        self._restarts = Counter("finetune_restarts", "Starts of this run before this one.", registry=registry)
+        self._figures = {name: Gauge(*described, registry=registry) for name, described in _FIGURES.items()}
+        registry.register(_Now(self))
+
+    # -- what happens -----------------------------------------------------------------------------------------------
+
+    def attempt(self, number: int) -> None:
+        """The run's attempts are counted from 1."""
+        self._restarts.inc(number - 1)
+
+    def stage(self, name: str | None) -> None:
+        self._stage.state(name or "none")
+
+    def training(self, under_way: bool) -> None:
+        """Processes train from now on, or no longer: only then must something move."""
+        self._moved_at = self._clock() if under_way else None
+
+    def progress(self, stage: str, event: dict[str, Any]) -> None:
+        if stage != "train":
+            return
+        now = (event["done"], event.get("evaluated"))
+        if now != self._last_progress and self._moved_at is not None:
+            self._last_progress, self._moved_at = now, self._clock()
+        self._step.set(event["done"])
+        self._steps.set(event["total"])
+        for name, gauge in self._figures.items():
+            if name in event:
+                gauge.set(event[name])
+
+    def checkpoint_offered(self) -> None:
+        """A checkpoint lies on the local disk, and is to be stored."""
+        if self._offered_at is None:
+            self._offered_at = self._clock()
+
+    def checkpoint_committed(self, seconds: float) -> None:
+        self._committed_at, self._offered_at, self._upload_seconds = self._clock(), None, seconds
+
+    # -- what others read -------------------------------------------------------------------------------------------
+
+    def stalled_seconds(self) -> float:
+        """For how long the training has not moved; 0 while nothing trains."""
+        return 0.0 if self._moved_at is None else self._clock() - self._moved_at
+
+    def healthy(self) -> bool:
+        return self.stalled_seconds() <= self._stall_seconds
+
+    def moments(self) -> Iterator[GaugeMetricFamily]:
+        """What changes by itself as time goes by, as of now."""
+        if self._committed_at is not None:
+            age = self._clock() - self._committed_at
+            yield GaugeMetricFamily("finetune_checkpoint_age_seconds", "Time since a checkpoint was last stored.", age)
+        lag = self._clock() - self._offered_at if self._offered_at is not None else self._upload_seconds
+        yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store is behind the local disk.", lag)
+        stalled = "Time since the training last moved."
+        yield GaugeMetricFamily("finetune_stalled_seconds", stalled, self.stalled_seconds())
+        memory = GaugeMetricFamily("finetune_gpu_memory_bytes", "Memory in use on each GPU.", labels=["gpu"])
+        for index, used in enumerate(gpu_memory_used()):
+            memory.add_metric([str(index)], used)
+        yield memory
+
+    def serve(self, port: int) -> None:
+        """Answer `/metrics` and `/healthz` from a thread, on all interfaces; raises OSError if the port is taken."""
+        metrics = make_wsgi_app(self._registry)
+
+        def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if environ["PATH_INFO"] != "/healthz":
+                answer: Iterable[bytes] = metrics(environ, start_response)
+                return answer
+            status = "200 OK" if self.healthy() else "503 Service Unavailable"
+            start_response(status, [("Content-Type", "text/plain")])
+            return [f"no progress for {self.stalled_seconds():.0f} s\n".encode()]
+
+        server = make_server("", port, application, _Server, _Quiet)
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _Now:
+    """A collector for what is computed when it is asked for."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.collect = metrics.moments
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """A probe every few seconds is no news."""

@@ -1,0 +1,237 @@
+"""The Dockerfile, built; the image, run as a careful operator runs it; the manifests' pods, played."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dotenv import dotenv_values
+
+from tests.conftest import LIGHTHOUSE, ROOT, unavailable
+from tests.real.containers import IMAGE, NEEDED, Containers
+
+pytestmark = [pytest.mark.xdist_group("image"), pytest.mark.timeout(1500)]
+HARDENED = (
+    "--network=none", "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges",
+    "--memory=6g", "--user=10001:10001",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        unavailable(f"needs root and {', '.join(missing) or 'nothing else'}: apt-get install {' '.join(NEEDED)}")
+    kept = os.environ.get("IMAGE_TEST_STORAGE")  # a developer's, to build the layers once
+    containers = Containers(Path(kept) if kept else tmp_path_factory.mktemp("containers"))
+    containers.configure()
+    containers.make_base()
+    containers.build()
+    yield containers
+    containers.command("podman", "rm", "--all", "--force", check=False)
+    if not kept:
+        containers.command("podman", "rmi", "--all", "--force", check=False)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """The one volume, writable for the image's user as a cluster's fsGroup makes it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    os.chown(folder, 10001, 10001)
+    return folder
+
+
+def inputs(folder: Path, model: Path) -> tuple[str, ...]:
+    readable = folder / "model"
+    shutil.copytree(model, readable)
+    subprocess.run(["chmod", "-R", "a+rX", str(folder), str(folder.parent)], check=True)
+    return (f"--volume={readable}:/inputs/model:ro", f"--volume={LIGHTHOUSE}:/inputs/lighthouse.jsonl:ro")
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def test_the_demos_job_runs_with_no_network_no_rights_and_a_read_only_root_and_goes_on_after_a_stop(
+    containers: Containers, work: Path, tmp_path: Path
+) -> None:
+    """`make demo`'s model and settings. Its steps take seconds, so that the stop comes in the middle of the training."""
+    demo = ROOT / "results" / "demo-model"
+    if not (demo / "config.json").exists():
+        subprocess.run(["make", "results/demo-model/config.json"], cwd=ROOT, check=True, capture_output=True)
+    settings = {name: str(value) for name, value in dotenv_values(ROOT / "examples" / "demo.env").items()}
+    settings |= {
+        "FT_MODEL_NAME": "/inputs/model", "FT_DATASET_NAME": "/inputs/lighthouse.jsonl", "FT_MAX_STEPS": "8", "FT_RUN_ID": "demo",
+        "FT_DATASET_SPLIT": "train[:60]", "FT_SAVE_STEPS": "1000", "FT_STOP_GRACE_SECONDS": "40", "FT_SAMPLE_MAX_NEW_TOKENS": "8",
+    }  # fmt: skip
+    options = [*HARDENED, f"--volume={work}:/work", *inputs(tmp_path / "inputs", demo)]
+    options += [f"--env={name}={value}" for name, value in settings.items()]
+
+    first = containers.start("run", "--name=first", *options, IMAGE)
+    assert first.stdout is not None
+    for line in first.stdout:
+        event = json.loads(line)
+        if event.get("event") == "progress" and event.get("stage") == "train" and event["done"] >= 2:
+            break
+    containers.command("podman", "stop", "--time=50", "first")
+    first.communicate(timeout=60)
+    assert first.returncode == 75
+    assert list((work / "results/store/demo/checkpoints").glob("step-*/attempt-0001/MANIFEST.json"))
+    assert changes(containers, "first") == set()
+
+    second = containers.command("podman", "run", "--name=second", *options, IMAGE, check=False)
+    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
+    said = events(second.stdout)
+    assert any(event.get("message", "").startswith("Going on from the checkpoint of step") for event in said)
+    assert (work / "results/published/smollm2-135m-lighthouse/model.safetensors").is_file()
+    assert changes(containers, "second") == set()
+    containers.command("podman", "rm", "first", "second")
+
+
+def changes(containers: Containers, name: str) -> set[str]:
+    """What a container wrote outside its volumes, mount points aside."""
+    lines = containers.command("podman", "diff", name).stdout.split("\n")
+    mounted = {
+        "/inputs",
+        "/inputs/model",
+        "/inputs/lighthouse.jsonl",
+        "/work",
+        "/tmp",
+        "/run",
+        "/etc",
+        "/dev",
+        "/proc",
+        "/sys",
+    }
+    return {
+        path
+        for path in (line[2:] for line in lines if line)
+        if path not in mounted and not path.startswith(("/run/", "/etc/"))
+    }
+
+
+def test_the_image_names_its_versions_and_refuses_wrong_settings_in_under_a_second(containers: Containers) -> None:
+    version = containers.command("podman", "run", "--rm", *HARDENED, IMAGE, "--version").stdout
+    for package in ("torch 2.13.0", "CUDA none", "transformers 5.", "trl 1.", "peft 0.", "bitsandbytes 0."):
+        assert package in version
+    wrong = containers.command("podman", "run", "--rm", *HARDENED, "--env=FT_LORA_R=x", IMAGE, check=False)
+    assert wrong.returncode == 78
+    assert "FT_LORA_R='x'" in json.loads(wrong.stderr)["message"]
+
+
+def test_the_image_holds_no_secret_no_tests_and_nothing_for_root_to_do(containers: Containers) -> None:
+    inspected = json.loads(containers.command("podman", "image", "inspect", IMAGE).stdout)[0]
+    config = inspected["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == ["tini", "--", "python3", "/app/entrypoint.py"] and config["Cmd"] == ["run"]
+    assert config["Labels"]["org.opencontainers.image.title"] == "finetune-job"
+    assert not [line for line in config["Env"] if re.search(r"TOKEN|SECRET|PASSWORD|KEY|PIP_|proxy", line)]
+    shell = ("run", "--rm", *HARDENED, "--entrypoint=/bin/sh", IMAGE, "-c")
+    listed = containers.command(
+        "podman", *shell, "ls /app /run/secrets 2>&1; id -u; find / -xdev -perm -4000 -writable 2>/dev/null; true"
+    ).stdout
+    assert "tests" not in listed and "ca.crt" not in listed and "pip.conf" not in listed and "10001" in listed
+
+
+def test_more_memory_than_the_limit_ends_with_the_code_for_an_unfit_node(
+    containers: Containers, work: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    options = [
+        "--network=none",
+        "--read-only",
+        "--tmpfs=/tmp",
+        "--memory=300m",
+        "--memory-swap=300m",
+        f"--volume={work}:/work",
+    ]
+    settings = {
+        "FT_MODEL_NAME": "/inputs/model",
+        "FT_DATASET_NAME": "/inputs/lighthouse.jsonl",
+        "FT_DEVICE": "cpu",
+        "FT_STAGES": "train",
+    }
+    options += [
+        *inputs(tmp_path / "inputs", tiny_model),
+        *(f"--env={name}={value}" for name, value in settings.items()),
+    ]
+    starved = containers.command("podman", "run", "--rm", *options, IMAGE, check=False)
+    assert starved.returncode == 69, starved.stdout[-2000:] + starved.stderr[-2000:]
+
+
+@pytest.mark.parametrize("file", ["k8s/finetune-job.yaml", "k8s/finetune-multinode.yaml"])
+def test_the_manifests_pod_runs_as_it_is_written(
+    containers: Containers, work: Path, tmp_path: Path, tiny_model: Path, file: str
+) -> None:
+    """podman plays pods, not Jobs, and is given what a cluster would give: the labels and indices of the Job controller,
+    a volume for the claim, the settings of a small run, and no GPU."""
+    objects = {item["kind"]: item for item in yaml.safe_load_all((ROOT / file).read_text(encoding="utf-8"))}
+    job = objects["Job"]
+    nodes = int(job["spec"].get("completions", 1))
+    inputs(tmp_path / "inputs", tiny_model)
+    settings = {
+        "FT_MODEL_NAME": "/inputs/model", "FT_DATASET_NAME": "/inputs/lighthouse.jsonl", "FT_DATASET_SPLIT": "train[:32]", "FT_DEVICE": "cpu",
+        "FT_MAX_STEPS": "3", "FT_LORA_R": "4", "FT_STAGES": "train", "FT_LOG_FORMAT": "json", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    if nodes > 1:
+        settings["FT_STORE_URL"] = "/work/store"
+    documents = [{**objects["ConfigMap"], "data": settings}]
+    for index in range(nodes):
+        documents.append(pod_of(job, index, work, tmp_path / "inputs" / "model", shared_network=nodes > 1))
+    manifest = tmp_path / "pods.yaml"
+    manifest.write_text(yaml.safe_dump_all(documents), encoding="utf-8")
+    containers.command("podman", "kube", "play", "--network=host" if nodes > 1 else "--network=none", str(manifest))
+    try:
+        names = [f"{document['metadata']['name']}-finetune" for document in documents if document["kind"] == "Pod"]
+        codes = [containers.command("podman", "wait", name, timeout=400).stdout.strip() for name in names]
+        logs = "\n".join(containers.command("podman", "logs", name).stdout for name in names)
+        assert codes == ["0"] * nodes, logs[-4000:]
+        run = work / "results" / "runs" / job["metadata"]["name"]
+        metrics = json.loads((run / "train" / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["processes"] == nodes
+    finally:
+        containers.command("podman", "kube", "down", str(manifest), check=False)
+
+
+def pod_of(job: dict[str, Any], index: int, work: Path, model: Path, *, shared_network: bool) -> dict[str, Any]:
+    """The Job's template as one pod, with what the Job controller and the cluster add."""
+    name = job["metadata"]["name"]
+    template = json.loads(json.dumps(job["spec"]["template"]))
+    spec, container = template["spec"], template["spec"]["containers"][0]
+    assert container["image"] == "finetune-job:0.1.0"
+    container["image"] = IMAGE
+    container["resources"]["limits"].pop("nvidia.com/gpu")
+    for kind in ("requests", "limits"):  # this machine is smaller
+        container["resources"][kind] = {"memory": "4Gi"}
+    del container["livenessProbe"], container["ports"]  # podman probes by a curl in the image, and maps every port
+    container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
+    if shared_network:  # podman has no names for pods; on one host they also share the ports
+        for item in container["env"]:
+            if item["name"] == "FT_MASTER_ADDR":
+                item["value"] = "127.0.0.1"
+            if item["name"] == "FT_METRICS_PORT":
+                item["value"] = str(9400 + index)
+    container["envFrom"] = [source for source in container["envFrom"] if "configMapRef" in source]
+    container["volumeMounts"] += [
+        {"name": "model", "mountPath": "/inputs/model", "readOnly": True},
+        {"name": "data", "mountPath": "/inputs/lighthouse.jsonl", "readOnly": True},
+    ]
+    places = {"work": {"path": str(work), "type": "Directory"}, "model": {"path": str(model), "type": "Directory"}}
+    places["data"] = {"path": str(LIGHTHOUSE), "type": "File"}
+    for other in ("tmp", "shm"):
+        folder = work.parent / f"{other}-{index}"
+        folder.mkdir()
+        folder.chmod(0o1777)
+        places[other] = {"path": str(folder), "type": "Directory"}
+    spec["volumes"] = [{"name": volume, "hostPath": place} for volume, place in places.items()]
+    labels = {**template["metadata"]["labels"], "batch.kubernetes.io/job-name": name}
+    metadata = {"name": f"{name}-{index}", "labels": labels}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}

@@ -1,0 +1,124 @@
+"""What a monitoring system and a liveness probe see."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from job.report.metrics import Metrics
+from tests.conftest import Job, free_port
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def answer(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def value(text: str, name: str) -> float:
+    found = re.search(rf"^{re.escape(name)}(?:_total)? (\S+)$", text, re.MULTILINE)
+    assert found, f"{name} is not in\n{text}"
+    return float(found[1])
+
+
+def step(done: int, **figures: float) -> dict[str, object]:
+    return {"event": "progress", "done": done, "total": 100, "unit": "steps", **figures}
+
+
+def test_the_figures_of_a_training_can_be_scraped() -> None:
+    clock, port = Clock(), free_port()
+    metrics = Metrics("a-run", 60, clock)
+    metrics.serve(port)
+    metrics.attempt(3)
+    metrics.stage("train")
+    metrics.training(True)
+    metrics.progress("train", step(7, loss=1.5, learning_rate=1e-4, tokens_per_second=3000.0, mfu=0.4))
+    metrics.checkpoint_offered()
+    clock.now += 4
+    status, text = answer(port, "/metrics")
+    assert status == 200
+    assert value(text, "finetune_upload_lag_seconds") == 4
+    metrics.checkpoint_committed(4.5)
+    clock.now += 10
+    text = answer(port, "/metrics")[1]
+    expected = {
+        "finetune_step": 7, "finetune_steps": 100, "finetune_loss": 1.5, "finetune_learning_rate": 1e-4, "finetune_tokens_per_second": 3000,
+        "finetune_mfu_ratio": 0.4, "finetune_checkpoint_age_seconds": 10, "finetune_upload_lag_seconds": 4.5, "finetune_restarts": 2,
+        'finetune_stage{finetune_stage="train"}': 1, 'finetune_stage{finetune_stage="merge"}': 0, 'finetune_run_info{run_id="a-run"}': 1,
+    }  # fmt: skip
+    assert {name: value(text, name) for name in expected} == expected
+
+
+def test_the_probe_fails_when_the_training_does_not_move_and_only_then() -> None:
+    clock, port = Clock(), free_port()
+    metrics = Metrics("a-run", 60, clock)
+    metrics.serve(port)
+    clock.now += 1000
+    assert answer(port, "/healthz")[0] == 200  # nothing trains: a download may take its time
+    metrics.training(True)
+    metrics.progress("train", step(1))
+    clock.now += 59
+    metrics.progress("train", step(1))  # the same step again is no progress
+    clock.now += 2
+    assert answer(port, "/healthz")[0] == 503
+    metrics.progress("train", step(1, evaluated=5))  # an evaluation moves too
+    assert answer(port, "/healthz")[0] == 200
+    clock.now += 61
+    metrics.training(False)
+    assert answer(port, "/healthz")[0] == 200
+
+
+def test_a_real_job_serves_its_metrics_while_it_trains_and_a_taken_port_does_not_stop_it(job: Job) -> None:
+    port = free_port()
+    job.environment |= {"FT_METRICS_PORT": str(port), "FT_STAGES": "train", "FT_MAX_STEPS": "200", "FT_SAVE_STEPS": "5"}
+    process = job.start()
+    assert process.stdout is not None
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    deadline, seen = time.monotonic() + 120, ""
+    while "finetune_checkpoint_age_seconds" not in seen:
+        assert time.monotonic() < deadline and process.poll() is None, seen
+        try:
+            seen = answer(port, "/metrics")[1]
+        except OSError:
+            time.sleep(0.1)
+    assert value(seen, "finetune_step") > 0 and value(seen, "finetune_steps") == 200
+    assert value(seen, "finetune_loss") > 0 and value(seen, "finetune_tokens_per_second") > 0
+    assert answer(port, "/healthz")[0] == 200
+    second = job.run(FT_RUN_ID="second", FT_STAGES="preflight")
+    assert second.code == 0
+    assert any("No metrics" in event.get("message", "") for event in second.events)
+    assert process.wait(timeout=300) == 0
+    reader.join(timeout=10)
+    assert json.loads(lines[-1])["event"] == "run_ended"
+
+
+def test_the_useful_flops_of_a_lora_training_are_four_a_frozen_and_six_a_trained_weight() -> None:
+    torch = pytest.importorskip("torch")
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from job.training.utilization import peak_flops, useful_flops_per_token
+
+    config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    frozen = 4 * 8 * 8 + 3 * 8 * 16 + 50 * 8  # attention, MLP, head; the embedding is looked up, not multiplied with
+    assert useful_flops_per_token(model) == 4 * frozen + 6 * (8 * 2 + 2 * 8)
+    assert peak_flops(torch.device("cpu")) is None
