@@ -66,6 +66,9 @@ class Follower(Supervisor):
             ) from reason
         self._console.say(f"Going on from the checkpoint of step {step}.", step=step)
 
+    def _what_is_stored(self, stage: Stage) -> str:
+        return "Start the job again on all nodes: the first one knows from where."
+
     def _show_progress(self, stage: Stage, event: dict[str, Any]) -> None:
         """The steps are everybody's, and the first node shows them."""
         if not stage.per_gpu:

@@ -219,12 +219,15 @@ class Gang:
 
     @contextlib.contextmanager
     def _ended(self) -> Iterator[None]:
-        error: JobError | None = JobError("It ended by a bug.")
+        error: JobError | None = JobError("Its process was ended.")
         try:
             yield
             error = None
         except JobError as raised:
             error = raised
+            raise
+        except Exception as raised:
+            error = JobError(f"{type(raised).__name__}: {raised}")
             raise
         finally:
             self._end(error)

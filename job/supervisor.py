@@ -165,11 +165,11 @@ class Supervisor:
         if code == 0:
             return
         error = process.why(code)
-        if gang is not None and not self._stop.requested:
-            error = gang.why(error)
         if error.exit_code == ExitCode.BUG and not self._stop.requested:
             for line in process.last_lines:
                 self._console.say(line, "error")
+        if gang is not None and not self._stop.requested:
+            error = gang.why(error)
         if self._stop.requested and (code < 0 or error.exit_code in (ExitCode.TRY_AGAIN, ExitCode.BUG)):
             raise Stopped(f"Stage {stage.name} was stopped on request.", self._what_is_stored(stage))
         raise error

@@ -31,13 +31,14 @@ def lora_config(settings: Settings) -> LoraConfig:
     )
 
 
-def keep_full_precision(model: PeftModel, dtype: torch.dtype) -> None:
+def keep_full_precision(model: PeftModel, dtype: torch.dtype, *, sharded: bool) -> None:
     """Hold the adapter in float32 unless products are in bfloat16.
 
     trl casts the adapter of a 4-bit model to bfloat16. Beside float32 activations (the CPU) that only loses digits, and
     CPUs without bfloat16 instructions multiply it ten times slower; float16 mixed precision needs float32 to scale.
+    Shards are cast when they are gathered, and torch's AdamW keeps its moments in the type of what it is given.
     """
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or sharded:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -16,6 +16,8 @@ def four_bit_config(settings: Settings, dtype: torch.dtype) -> BitsAndBytesConfi
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=settings.use_nested_quant,
+        # the same bytes under another name: only floating types can be sharded
+        **({"bnb_4bit_quant_storage": dtype} if settings.sharding == "full" else {}),
     )
 
 

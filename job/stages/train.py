@@ -32,6 +32,7 @@ from job.training.callbacks import (
     ReportProgress,
 )
 from job.training.pace import SavePace
+from job.training.sharding import weight_bytes
 from job.training.trainer import AdapterTrainer
 
 
@@ -54,6 +55,8 @@ def train(run: Run) -> None:
         trainer.evaluate()
     if trainer.best is not None:
         trainer.best.apply(trainer.model)
+    _tidy_config(run, trainer)
+    trainer.save_adapter(run.paths.adapter_dir)
     if run.node.is_first:
         _save(run, trainer, result.metrics, time.monotonic() - started)
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
@@ -99,7 +102,10 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
                 "Use auto, all-linear, or names of its linear layers.",
             ) from error
         raise
-    keep_full_precision(trainer.model, compute_dtype(run.settings, device_of(run)))
+    sharded = run.settings.sharding == "full"
+    keep_full_precision(trainer.model, compute_dtype(run.settings, device_of(run)), sharded=sharded)
+    if sharded and checkpoint is not None:
+        trainer.load_adapter(checkpoint)  # while it is whole
     others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
     if others:
         raise InputError(f"FT_LORA_TARGET_MODULES names an embedding ({others[0]}).", "Name linear layers only.")
@@ -121,15 +127,17 @@ def _evaluated_at_the_end(trainer: AdapterTrainer) -> bool:
     )
 
 
-def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: float) -> None:
-    """The adapter, without this machine's paths in it; the whole loss history; the figures for card and table."""
-    paths, history = run.paths, trainer.state.log_history
+def _tidy_config(run: Run, trainer: AdapterTrainer) -> None:
+    """The adapter's configuration without this machine's paths in it, and in an order that does not change."""
     for config in trainer.model.peft_config.values():
         config.base_model_name_or_path = public_name(run.settings.model_name)
         if isinstance(config.target_modules, set):  # written in another order by every process
             config.target_modules = sorted(config.target_modules)
-    trainer.model.save_pretrained(paths.adapter_dir)
-    (paths.adapter_dir / "README.md").unlink(missing_ok=True)  # peft's empty form; publish writes the real card
+
+
+def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: float) -> None:
+    """The whole loss history; the figures for card and table."""
+    paths, history = run.paths, trainer.state.log_history
     trainer.state.save_to_json(str(paths.trainer_state_file))
     metrics = _metrics(run, trainer, seconds) | {"train_loss_mean": result.get("train_loss")}
     write_json(paths.metrics_file, metrics)
@@ -158,5 +166,6 @@ def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any
         "seconds_of_this_start": round(seconds, 1),
         "processes": run.node.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "weight_bytes": weight_bytes(trainer.model),
         "peak_memory_bytes": peak_memory_bytes(device),
     }

@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from job.model.device import compute_dtype, device_of, mixed_precision
 from job.run import Run
+from job.training.sharding import sharding_arguments
 
 _NEVER = 2**31 - 1
 
@@ -32,7 +33,7 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         "max_grad_norm": settings.max_grad_norm,
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
-        "optim": settings.optim if on_gpu else _cpu_optimizer(settings.optim),
+        "optim": settings.optim if on_gpu and settings.sharding == "none" else _plain_optimizer(settings.optim),
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,  # below 1 it is a part of all steps
         "train_sampling_strategy": "group_by_length" if settings.group_by_length and not settings.packing else "random",
@@ -55,6 +56,7 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
         "ddp_find_unused_parameters": False,
+        **sharding_arguments(settings, checkpointing=bool(checkpointing)),
         **settings.extra_training_args,
     }
     known = {field.name for field in fields(SFTConfig)}
@@ -64,8 +66,9 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
     return SFTConfig(**arguments)
 
 
-def _cpu_optimizer(name: str) -> str:
-    """bitsandbytes pages optimizer state between GPU and host memory; on the CPU plain AdamW takes the same steps."""
+def _plain_optimizer(name: str) -> str:
+    """bitsandbytes pages optimizer state between GPU and host memory, and knows no shards; plain AdamW takes the same
+    steps."""
     return "adamw_torch" if name.startswith("paged_") or "8bit" in name else name
 
 

@@ -51,6 +51,7 @@ class DataOrder:
             torch.set_rng_state(self._to_restore)
             self._to_restore = None
         else:
+            _share_generator()
             self._finished, self._batches = self.digest(), 0
         self._generator, self._drawn = torch.get_rng_state(), array("q")
 
@@ -95,6 +96,15 @@ class DataOrder:
         self._finished, self._batches, self._to_restore = state["finished"], state["batches"], state["generator"]
         self._expected = state["digest"] if self._batches else None
         self._drawn = array("q")
+
+
+def _share_generator() -> None:
+    """Give every process the first one's generator: they draw the order each for itself, and it must be one order. On
+    the CPU dropout draws from the same generator, by the lengths of rows, which differ."""
+    if torch.distributed.is_initialized():
+        states = [torch.get_rng_state()]
+        torch.distributed.broadcast_object_list(states, src=0)
+        torch.set_rng_state(states[0].cpu())
 
 
 class _Recorded(Sampler[int]):

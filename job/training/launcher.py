@@ -43,9 +43,12 @@ def launch(run: Run, stage: str, processes: int) -> int:
         elastic_launch(config, sys.executable)("-m", "job.stage", stage)
     except ChildFailedError as error:
         by_signal = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
-        if by_signal and all(failure.exitcode < 0 for failure in error.failures.values()):
+        in_words = {failure.exitcode for failure in error.failures.values()} - {
+            -number for number in by_signal.values()
+        }
+        if by_signal and in_words <= {ExitCode.TRY_AGAIN}:  # the fellows have lost contact with it
             raise _killed(by_signal, before) from None
-        return max(failure.exitcode for failure in error.failures.values())
+        return max(in_words)
     return ExitCode.OK
 
 

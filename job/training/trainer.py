@@ -18,12 +18,14 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from job.errors import InputError, NodeError
 from job.training.best import KeepBest
 from job.training.data_order import DataOrder
 from job.training.pace import SavePace
+from job.training.sharding import allow_on_cpu, shard_optimizer_state, whole
 from job.training.state import load_tree, save_tree
 
 _TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
@@ -47,6 +49,19 @@ class AdapterTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         if best is not None:
             self.add_callback(best)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        allow_on_cpu(self.accelerator, self.args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Rows of like length for one step of all processes together: so the order is that of one process with
+            # so many times the accumulation.
+            sampler.batch_size *= self.args.world_size
+        return sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()
@@ -86,10 +101,10 @@ class AdapterTrainer(SFTTrainer):
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+        self.save_adapter(aside)
+        optimizer = self._optimizer_state()
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(aside)
-            (aside / "README.md").unlink(missing_ok=True)  # peft's empty form
-            save_tree(self._optimizer_state(), aside / _OPTIMIZER)
+            save_tree(optimizer, aside / _OPTIMIZER)
             self.state.save_to_json(str(aside / _TRAINER_STATE))
         for process, state in enumerate(self._every_process_state()):
             save_tree(state, aside / _process_file(process))
@@ -98,10 +113,18 @@ class AdapterTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         self._pace.saved(time.monotonic() - began)
 
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter; all processes call this, and the first one writes."""
+        model = self.accelerator.unwrap_model(self.model)
+        trained = {name: whole(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
+        if self.args.should_save:
+            model.save_pretrained(folder, state_dict=trained)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+
     def _optimizer_state(self) -> dict[str, Any]:
         scaler = getattr(self.accelerator, "scaler", None)
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "schedule": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self.best.state() if self.best is not None else None,
@@ -140,13 +163,17 @@ class AdapterTrainer(SFTTrainer):
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:  # else it was loaded before it was sharded
+            self.load_adapter(Path(resume_from_checkpoint))
+
+    def load_adapter(self, checkpoint: Path) -> None:
         """Load the adapter into the parameters as they are, in the type in which it was trained and saved.
 
         transformers would take whatever weights it finds, pickles among them, and peft would make float32 of them.
         """
-        file = Path(resume_from_checkpoint) / _ADAPTER
+        file = checkpoint / _ADAPTER
         try:
-            found = set_peft_model_state_dict(self.model if model is None else model, load_file(file))
+            found = set_peft_model_state_dict(self.model, load_file(file))
         except (FileNotFoundError, SafetensorError) as error:
             raise InputError(f"The checkpoint's {_ADAPTER} cannot be read: {error}", _MEND) from error
         if found.unexpected_keys:
@@ -156,7 +183,7 @@ class AdapterTrainer(SFTTrainer):
         if checkpoint is None:
             return
         state = load_tree(Path(checkpoint) / _OPTIMIZER)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(shard_optimizer_state(self.optimizer, state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["schedule"])
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,269 @@
+"""Several processes and several nodes, real ones on this machine: one that goes ends all, and all go on together."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import Job, Result, finished
+from tests.test_interruptions import resumed_step, signal_tree, tree_of
+
+ADAPTER = "adapter/adapter_model.safetensors"
+BOUND_SECONDS = 60
+
+
+@dataclass
+class Node:
+    """A started node, its log followed as it is written."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+    def await_line(self, text: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not any(text in line for line in self.lines):
+            assert time.monotonic() < deadline and self.process.poll() is None, "".join(self.lines[-20:])
+            time.sleep(0.05)
+
+    def end(self, seconds: float) -> Result:
+        self.process.wait(timeout=seconds)
+        self.reader.join(timeout=10)
+        assert self.process.stderr is not None
+        return finished(self.process, "".join(self.lines), self.process.stderr.read())
+
+
+def start_two(job: Job, **settings: str) -> tuple[Node, Node]:
+    first, second = (Node(job.start(FT_NNODES="2", FT_NODE_RANK=str(rank), **settings)) for rank in range(2))
+    return first, second
+
+
+def adapter(job: Job, folder: Path | None = None) -> dict[str, torch.Tensor]:
+    output = folder or Path(job.environment["FT_OUTPUT_DIR"])
+    return dict(load_file(output / "runs" / "test-run" / "train" / ADAPTER))
+
+
+@pytest.mark.timeout(1200)
+def test_whoever_leaves_two_nodes_ends_both_in_time_and_together_they_end_as_two_processes_on_one_node(
+    job: Job, tmp_path: Path
+) -> None:
+    """The second node dies, then the first, then the second is asked to stop; then nothing happens to them."""
+    job.environment |= {
+        "FT_MAX_STEPS": "120",
+        "FT_SAVE_STEPS": "5",
+        "FT_LEARNING_RATE": "1e-3",
+        "FT_STAGES": "train,sample", "FT_SAMPLE_MAX_NEW_TOKENS": "2",
+        "FT_LOG_LEVEL": "debug",
+    }
+    resumed = []
+    for victim, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGTERM)):
+        nodes = start_two(job)
+        nodes[0].await_line('"committed": true' if number == signal.SIGKILL else '"event": "progress", "done"')
+        time.sleep(1)
+        if number == signal.SIGKILL:
+            signal_tree(nodes[victim].process.pid, number)
+        else:
+            nodes[victim].process.send_signal(number)
+        began = time.monotonic()
+        results = [node.end(BOUND_SECONDS) for node in nodes]
+        assert time.monotonic() - began < BOUND_SECONDS
+        assert results[1 - victim].code == 75, results[1 - victim].stderr
+        assert results[victim].code == (75 if number == signal.SIGTERM else -signal.SIGKILL), results[victim].stderr
+        resumed += [resumed_step(result.events) for result in results[:1] if "Going on" in result.stdout]
+    nodes = start_two(job)
+    first, second = (node.end(300) for node in nodes)
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    resumed.append(resumed_step(first.events))
+    assert resumed == sorted(resumed) and resumed[0] > 0
+    assert resumed_step(second.events) == resumed[-1]  # both go on from the same checkpoint
+    assert set(second.ended) == {"preflight", "train"}  # the sample is the first node's
+
+    again = [node.end(60) for node in start_two(job)]
+    assert [result.code for result in again] == [0, 0]
+    assert set(again[0].ended.values()) == {"skipped"}
+
+    on_one = job.run(FT_NPROC_PER_NODE="2", FT_OUTPUT_DIR=str(tmp_path / "one"))
+    assert on_one.code == 0, on_one.stderr
+    ours, theirs = adapter(job), adapter(job, tmp_path / "one")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_learn_what_one_rank_with_twice_the_accumulation_learns(job: Job, tmp_path: Path) -> None:
+    """40 rows make five whole steps an epoch: of a last step with too few rows for all ranks, accelerate repeats some."""
+    job.environment |= {
+        "FT_STAGES": "train",
+        "FT_LORA_DROPOUT": "0",
+        "FT_MAX_STEPS": "8",
+        "FT_DATASET_SPLIT": "train[:50]",
+        "FT_LEARNING_RATE": "1e-3",
+    }
+    two = job.run(FT_NPROC_PER_NODE="2")
+    one = job.run(FT_GRADIENT_ACCUMULATION_STEPS="2", FT_OUTPUT_DIR=str(tmp_path / "one"))
+    assert (two.code, one.code) == (0, 0), two.stderr + one.stderr
+    ours, theirs = adapter(job), adapter(job, tmp_path / "one")
+    for name, values in theirs.items():
+        torch.testing.assert_close(ours[name], values, rtol=1e-4, atol=1e-6)
+    losses = [
+        [event["loss"] for event in result.events if event.get("event") == "progress" and "loss" in event]
+        for result in (two, one)
+    ]
+    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=1e-4)
+
+
+def test_one_rank_killed_ends_the_job_in_time_with_75_and_the_next_start_goes_on(job: Job) -> None:
+    job.environment |= {
+        "FT_STAGES": "train",
+        "FT_NPROC_PER_NODE": "2",
+        "FT_MAX_STEPS": "400",
+        "FT_SAVE_STEPS": "5",
+        "FT_LOG_LEVEL": "debug",
+    }
+    node = Node(job.start())
+    node.await_line('"committed": true')
+    ranks = [pid for pid in tree_of(node.process.pid) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    import os
+
+    os.kill(ranks[0], signal.SIGKILL)
+    result = node.end(BOUND_SECONDS)
+    assert result.code == 75, result.stderr
+    assert "rank 1 was ended by SIGKILL" in result.error["message"]
+    again = job.run()
+    assert again.code == 0, again.stderr
+    assert resumed_step(again.events) >= 5
+
+
+def test_a_node_that_cannot_go_on_takes_its_reason_to_the_others(job: Job, tmp_path: Path) -> None:
+    """The second node has no such model: waiting for it would cost hours."""
+    first = Node(job.start(FT_NNODES="2", FT_NODE_RANK="0"))
+    second = Node(
+        job.start(FT_NNODES="2", FT_NODE_RANK="1", FT_DATASET_TEXT_FIELD="text", FT_DATASET_NAME=str(broken(tmp_path)))
+    )
+    results: list[Result] = [first.end(120), second.end(120)]
+    assert [result.code for result in results] == [65, 65], results[0].stderr + results[1].stderr
+    assert "Node 1" in results[0].error["message"]
+
+
+def broken(folder: Path) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text('{"question": "Who?"}\n', encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"FT_NNODES": "2"}, "FT_NNODES=2 needs FT_NODE_RANK"),
+        ({"FT_NNODES": "2", "FT_NODE_RANK": "2"}, "FT_NODE_RANK=2: must be less than FT_NNODES=2"),
+        ({"FT_SHARDING": "full", "FT_DEVICE_MAP": "balanced"}, "FT_SHARDING=full spreads the model itself"),
+    ],
+)
+def test_an_impossible_place_is_refused_at_once(job: Job, settings: dict[str, str], complaint: str) -> None:
+    result = job.run(**settings)
+    assert result.code == 78
+    assert complaint in result.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({}, (0, 1)),
+        (
+            {"SLURM_NNODES": "4", "SLURM_NODEID": "0"},
+            (0, 1),
+        ),  # a batch script without srun: one process on one of four nodes
+        ({"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "3"}, (3, 4)),
+        ({"JOB_COMPLETION_INDEX": "5"}, (0, 1)),  # an Indexed Job whose pods work alone
+    ],
+)
+def test_the_place_of_a_node_is_what_its_scheduler_tells(environ: dict[str, str], place: tuple[int, int]) -> None:
+    from job.cluster import this_node
+
+    node = this_node(environ=environ)
+    assert (node.index, node.count) == place
+
+
+def test_an_indexed_job_tells_the_place_and_a_setting_overrules_it() -> None:
+    from job.cluster import this_node
+
+    assert this_node(nnodes=8, environ={"JOB_COMPLETION_INDEX": "5"}).index == 5
+    assert this_node(nnodes=8, node_rank=2, environ={"JOB_COMPLETION_INDEX": "5"}).index == 2
+
+
+def test_the_first_node_waits_for_no_dead_one(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier start of the second node left in the store, and says that it is ready, is no node."""
+    import json
+
+    from job import gang
+    from job.errors import TransientError
+
+    monkeypatch.setattr(gang, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(gang, "_ABSENT_SECONDS", 1.5)
+    run = make_run(NNODES="2", NODE_RANK="0")
+    stale = {"node": 1, "name": "there", "holder": "dead", "beat": 9, "state": "ready"}
+    run.store.put("here/nodes/attempt-0001/node-0001.json", json.dumps(stale).encode())
+    first = gang.Gang(run, lambda: time.sleep(0.05), lambda text: None)
+    with pytest.raises(TransientError, match="Node 1 of 2 did not come"), first.led(1):
+        first.gather()
+    ending = json.loads(run.store.get("here/nodes/attempt-0001/node-0000.json"))
+    assert (ending["state"], ending["exit_code"]) == ("ended", 75)
+
+
+def test_a_silent_node_is_missed_but_not_while_the_store_is_silent(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job import gang
+    from job.errors import JobError, TransientError
+
+    monkeypatch.setattr(gang, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(gang, "DEAD_SECONDS", 0.6)
+    first_run, second_run = make_run(NNODES="2", NODE_RANK="0"), make_run(NNODES="2", NODE_RANK="1")
+    first_run.store.put("here/lease.json", b'{"attempt": 1, "released": false, "inherited": []}')
+    nodes = [gang.Gang(run, lambda: time.sleep(0.02), lambda text: None) for run in (first_run, second_run)]
+    lost: list[JobError] = []
+    with nodes[0].led(1):
+        follower = threading.Thread(target=_follow, args=(nodes[1],))
+        follower.start()
+        nodes[0].gather()
+        nodes[0].announce(None)
+        with nodes[0].watched(lost.append):
+            time.sleep(1)
+            assert lost == []
+            real_get = first_run.store.get
+            monkeypatch.setattr(first_run.store, "get", _away)
+            nodes[1]._over.set()  # its thread ends as if its machine had
+            time.sleep(1.5)
+            assert lost == []
+            monkeypatch.setattr(first_run.store, "get", real_get)
+            deadline = time.monotonic() + 10
+            while not lost:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    assert isinstance(lost[0], TransientError) and "has not been heard of" in lost[0].message
+    follower.join()
+
+
+def _follow(node: Any) -> None:
+    node._thread.start()
+    node.await_announcement(lambda: False)
+
+
+def _away(key: str) -> bytes:
+    from job.errors import TransientError
+
+    raise TransientError("The store is away.")
