@@ -6,15 +6,23 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 DEMO_MODEL := results/demo-model
 
-.PHONY: help demo test torture check clean
+.PHONY: help demo test torture check lock image image-test system-packages clean
+IMAGE := finetune-job:0.1.0
+SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables
+# where uv finds PyTorch's CPU build
+CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 KILLS := 20
 SEED := 0
 
 help:
 	@echo "make demo   run the whole job on SmolLM2-135M, on the CPU, in under 10 minutes"
-	@echo "make test   all tests"
+	@echo "make test   all tests that this machine can run"
+	@echo "make system-packages   (root, Debian) Slurm, buildah and podman, for the tests that need them"
 	@echo "make torture KILLS=20 SEED=0   kill the job so many times, and compare with a run left alone"
 	@echo "make check  ruff, mypy, shellcheck, hadolint, manifest schemas"
+	@echo "make image  build the image with docker"
+	@echo "make image-test   build it with buildah, for CPUs, and run its tests"
+	@echo "make lock   resolve requirements.in into the two locks"
 	@echo "make clean  remove the environment and all results"
 
 $(INSTALLED): requirements.in requirements-dev.txt
@@ -43,6 +51,25 @@ check: $(INSTALLED)
 	.venv/bin/hadolint Dockerfile
 	for version in 1.30 1.37; do for file in k8s/finetune-*.yaml; do \
 	  .venv/bin/kubernetes-validate --strict -k $$version $$file; done; done
+
+image:
+	docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag $(IMAGE) .
+
+image-test: $(INSTALLED)
+	ALL_TESTS_MUST_RUN=1 $(PYTHON) -m pytest -n 1 tests/real/test_image.py
+
+lock: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet uv==0.13.9
+	$(LOCK) requirements.in --output-file requirements.txt
+	mkdir -p results
+	echo torch==$$(sed -n 's/^torch==//p' requirements.in)+cpu > results/cpu.override
+	$(LOCK) --override results/cpu.override --find-links $(CPU_WHEELS) requirements.in --output-file requirements-cpu.txt
+LOCK = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet --custom-compile-command "make lock"
+
+system-packages:
+	apt-get update --quiet=2
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet=2 --no-install-recommends $(SYSTEM_PACKAGES) \
+	  $$(command -v kubectl >/dev/null || echo kubernetes-client)
 
 clean:
 	rm -rf .venv results

@@ -31,7 +31,7 @@ def load_settings() -> Settings:
     """Read FT_ENV_FILE (the real environment wins) and the environment; raise one SettingsError that lists every mistake."""
     named = os.environ.get("FT_ENV_FILE")
     env_file = Path(named or str(Settings.model_fields["env_file"].default)).expanduser()
-    problems = [] if env_file.is_file() or not named else [f"FT_ENV_FILE={named!r}: there is no such file."]
+    problems = [] if env_file.exists() or not named else [f"FT_ENV_FILE={named!r}: there is no such file."]
     if env_file.is_file():
         load_dotenv(env_file, override=False)
     problems += _unknown_names()

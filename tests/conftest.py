@@ -35,6 +35,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             or name in ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "HF_HUB_OFFLINE")
         ):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("FT_ENV_FILE", os.devnull)
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,10 @@ from tests.conftest import ROOT
 # A module may import from its own level only within its room, and from levels further down.
 LEVELS = (
     {"entrypoint"},
+    {"job.follower"},
     {"job.supervisor", "job.plan", "job.status"},
     {"job.process", "job.stage", "job.ledger", "job.stop"},
-    {"job.stages"},
+    {"job.stages", "job.gang"},
     {"job.training"},
     {"job.model", "job.data", "job.hub"},
     {"job.report", "job.checkpoints"},

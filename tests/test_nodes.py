@@ -68,7 +68,8 @@ def test_whoever_leaves_two_nodes_ends_both_in_time_and_together_they_end_as_two
         "FT_MAX_STEPS": "120",
         "FT_SAVE_STEPS": "5",
         "FT_LEARNING_RATE": "1e-3",
-        "FT_STAGES": "train,sample", "FT_SAMPLE_MAX_NEW_TOKENS": "2",
+        "FT_STAGES": "train,sample",
+        "FT_SAMPLE_MAX_NEW_TOKENS": "2",
         "FT_LOG_LEVEL": "debug",
     }
     resumed = []

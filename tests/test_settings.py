@@ -27,7 +27,7 @@ device_map""".split()
 def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    return load_settings(env_file=None)
+    return load_settings()
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
@@ -137,8 +137,13 @@ def test_the_env_file_is_read_and_the_real_environment_wins(monkeypatch: pytest.
     monkeypatch.setenv("FT_LORA_R", "16")
     monkeypatch.setenv("FT_LORA_ALPHA", "")  # so that monkeypatch takes what load_dotenv sets away again
     monkeypatch.delenv("FT_LORA_ALPHA")
-    settings = load_settings(env_file=file)
+    monkeypatch.setenv("FT_ENV_FILE", str(file))
+    settings = load_settings()
     assert (settings.lora_r, settings.lora_alpha) == (16, 32)
+
+
+def test_an_env_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "FT_ENV_FILE='nowhere.env': there is no such file" in refusal(monkeypatch, FT_ENV_FILE="nowhere.env")
 
 
 def test_a_secret_in_the_wrong_variable_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

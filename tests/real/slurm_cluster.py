@@ -161,7 +161,8 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
-    environment = {**os.environ, "SLURM_CONF": str(configuration)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FT_", "SLURM_"))}
+    environment = {**inherited, "SLURM_CONF": str(configuration)}
     munge = [f"--{name}={folder}/munge.{name.partition('-')[0]}" for name in ("pid-file", "log-file", "seed-file")]
     subprocess.run(
         ["munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.sock", *munge], check=True, env=environment
