@@ -7,7 +7,7 @@ from typing import Any
 
 from job.checkpoints import manifest
 from job.checkpoints.folder_lock import FolderLock
-from job.checkpoints.restore import step_of_folder
+from job.checkpoints.restore import clear, step_of_folder
 from job.errors import TransientError
 from job.ledger import Ledger
 from job.stages import STAGES, Stage
@@ -31,6 +31,7 @@ class Follower(Supervisor):
         try:
             self._stop.pass_on()
             with self._gang.followed():
+                self._ledger.refuse_other_settings()
                 return self._train_with_the_others()
         finally:
             lock.close()
@@ -40,9 +41,9 @@ class Follower(Supervisor):
         for stage in STAGES:
             if stage.name in _OWN and not self._ledger.is_complete(stage):
                 self._run_stage(stage)
-        self._ledger.refuse_other_sources()
         announced = self._gang.await_announcement(self._trained)
         if announced is not None:
+            self._ledger.refuse_other_sources()  # the first node has written down by now what it downloaded
             self._rendezvous, self._resume = announced
             self._run_stage(next(stage for stage in STAGES if stage.name == "train"))
             self._gang.await_commit(self._trained)
@@ -51,11 +52,12 @@ class Follower(Supervisor):
     def _resume_training(self) -> None:
         """Fetch the very checkpoint that the first node goes on from."""
         paths = self._run.paths
-        for folder in (paths.stage_dir("train"), paths.checkpoints_dir):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(paths.stage_dir("train"), ignore_errors=True)
         if self._resume is None:
+            shutil.rmtree(paths.checkpoints_dir, ignore_errors=True)
             return
         step = step_of_folder(self._resume)
+        clear(paths.checkpoints_dir, but="*.partial-*")  # what an earlier start had fetched of it
         try:
             manifest.restore(
                 self._run.store, f"{self._run.id}/{self._resume}", paths.checkpoints_dir / f"checkpoint-{step}"

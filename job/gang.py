@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from job.checkpoints.lease import Commit, LeaseRecord
 from job.cluster import free_port, node_name, own_address
-from job.errors import ExitCode, JobError, TransientError, from_code
+from job.errors import ExitCode, JobError, TransientError, from_code, from_os_error
 from job.run import Run
 
 BEAT_SECONDS = 3.0
@@ -98,6 +98,8 @@ class Gang:
         self._peers = {index: Peer() for index in others}
         self._record = NodeRecord(run.node.index, node_name(), uuid.uuid4().hex)
         self._attempt = 0
+        self._members: tuple[str, ...] = ()
+        self._moved_at = self._looked_at = time.monotonic()
         self._on_lost: Callable[[JobError], None] | None = None
         self._lock, self._over = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._beat_until_over, name="gang", daemon=True)
@@ -108,6 +110,7 @@ class Gang:
     def led(self, attempt: int) -> Iterator[None]:
         """Within this, beat as the first node of an attempt; what ends it is told to the others."""
         self._join(attempt)
+        self._thread.start()
         with self._ended():
             yield
 
@@ -135,6 +138,7 @@ class Gang:
         port = free_port() if settings.master_port == "auto" else settings.master_port
         members = [self._record.holder, *(peer.record.holder for peer in self._peers.values() if peer.record)]
         folder = resume.folder if resume is not None else None
+        self._members = tuple(members)
         self._tell(state="training", members=tuple(members), endpoint=f"{address}:{port}", resume=folder)
         return self._rendezvous(self._record)
 
@@ -162,6 +166,7 @@ class Gang:
                 and record.state == "training"
                 and self._record.holder in record.members
             ):
+                self._members = record.members
                 self._tell(state="training")
                 return self._rendezvous(record), record.resume
             if trained():
@@ -199,12 +204,16 @@ class Gang:
         finally:
             self._on_lost = None
 
+    def moved(self) -> None:
+        """The training has taken a step, which it cannot without all of its nodes."""
+        self._moved_at = time.monotonic()
+
     def why(self, own: JobError) -> JobError:
         """What ended the training on this node: its `own` error, or that of the node which made it fail.
 
         Another node's end reaches this one first as a lost connection, and its record a moment later.
         """
-        if own.exit_code != ExitCode.TRY_AGAIN:
+        if own.exit_code not in (ExitCode.TRY_AGAIN, ExitCode.NODE_UNFIT):
             return own
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         while time.monotonic() < deadline:
@@ -227,7 +236,7 @@ class Gang:
             error = raised
             raise
         except Exception as raised:
-            error = JobError(f"{type(raised).__name__}: {raised}")
+            error = from_os_error(raised) or JobError(f"{type(raised).__name__}: {raised}")
             raise
         finally:
             self._end(error)
@@ -235,14 +244,23 @@ class Gang:
     def _end(self, error: JobError | None) -> None:
         """The last record of this start; a failure to write it only makes the others wait."""
         self._over.set()
-        deadline = time.monotonic() + DEAD_SECONDS
-        while error is not None and not self._attempt and time.monotonic() < deadline:  # who would hear of it?
-            self._follow_lease()
-            time.sleep(BEAT_SECONDS / 3)
+        with contextlib.suppress(RuntimeError):  # it never began
+            self._thread.join(timeout=BEAT_SECONDS)
+        if error is not None and error.exit_code != ExitCode.TRY_AGAIN and not self._run.node.leads:
+            self._await_hearing()
         if self._attempt:
             code = int(error.exit_code) if error else int(ExitCode.OK)
             message, mend = (error.message, error.mend) if error else ("", "")
             self._tell(state="ended", exit_code=code, message=message, mend=mend)
+
+    def _await_hearing(self) -> None:
+        """A first node that has not begun yet must hear why this one is not coming: it would wait for long."""
+        deadline = time.monotonic() + DEAD_SECONDS
+        while not (self._attempt and self._peers[0].alive) and time.monotonic() < deadline:
+            self._follow_lease()
+            if self._attempt:
+                self._look()
+            time.sleep(BEAT_SECONDS / 3)
 
     def _rendezvous(self, record: NodeRecord) -> Rendezvous:
         return Rendezvous(record.endpoint, f"{self._run.id}-{self._attempt}")
@@ -253,8 +271,6 @@ class Gang:
             self._record = replace(self._record, state="preparing" if self._run.node.leads else self._record.state)
             for index in self._peers:
                 self._peers[index] = Peer()
-        if not self._thread.is_alive():
-            self._thread.start()
 
     def _tell(self, **news: object) -> None:
         with self._lock:
@@ -268,23 +284,24 @@ class Gang:
 
     def _beat_until_over(self) -> None:
         while True:
-            began = time.monotonic()
             with contextlib.suppress(Exception):  # a dead thread would be taken for a dead node
-                self._beat(began)
+                self._beat()
             if self._over.wait(BEAT_SECONDS):
                 return
 
-    def _beat(self, began: float) -> None:
+    def _beat(self) -> None:
         if not self._run.node.leads:
             self._follow_lease()
         if not self._attempt or self._over.is_set():
             return
         self._tell()
-        if self._look():
+        seen, now = self._look(), time.monotonic()
+        blind = now - self._looked_at - (2 * BEAT_SECONDS if seen else 0)  # a store that took its time tells nothing
+        self._looked_at = now
+        for peer in self._peers.values():
+            peer.unseen(max(0.0, blind))
+        if seen:
             self._judge()
-        else:
-            for peer in self._peers.values():
-                peer.unseen(time.monotonic() - began + BEAT_SECONDS)
 
     def _follow_lease(self) -> None:
         """Go over to the attempt that is at work now; in the middle of a training that is the end of ours."""
@@ -314,10 +331,13 @@ class Gang:
     def _judge(self) -> None:
         if self._record.state != "training":
             return
+        moves = time.monotonic() - self._moved_at < DEAD_SECONDS / 2
         for index, peer in self._peers.items():
-            if _has_ended(peer) and peer.silent_seconds > _LAST_WORDS_SECONDS and not _succeeded(peer):
+            if peer.record is not None and peer.record.holder not in self._members:
+                self._lose(TransientError(f"{self._described(index)} has started anew.", "Start the job again."))
+            elif _has_ended(peer) and peer.silent_seconds > _LAST_WORDS_SECONDS and not _succeeded(peer):
                 self._lose(self._ending(index))
-            elif not _has_ended(peer) and peer.silent_seconds > DEAD_SECONDS:
+            elif not _has_ended(peer) and peer.silent_seconds > DEAD_SECONDS and not moves:
                 self._lose(
                     TransientError(
                         f"{self._described(index)} has not been heard of for {DEAD_SECONDS:.0f} s.",
@@ -331,10 +351,10 @@ class Gang:
             on_lost(reason)
 
     def _refuse_ended(self, index: int) -> None:
-        """Raise for a node that ended while this one waits for it, except where a new start of it may follow."""
+        """Raise for a node that ended while this one waits for it: under Slurm no new start of it would follow."""
         peer = self._peers[index]
         fresh = peer.record is not None and peer.record.written > self._began - _SKEW_SECONDS
-        if _failed(peer) and fresh:  # else it is what an earlier start left behind
+        if _has_ended(peer) and not _succeeded(peer) and fresh:  # else it is what an earlier start left behind
             raise self._ending(index)
 
     def _ending(self, index: int) -> JobError:

@@ -251,7 +251,7 @@ class Settings(BaseSettings):
     )
     sharding: Literal["none", "full"] = _setting(
         "none",
-        "`none`: every GPU holds the whole model (DDP). `full`: the GPUs share its weights (FSDP2), for models that one cannot hold.",
+        "`none`: every GPU holds the whole model (DDP). `full`: each holds a slice of every weight (FSDP2), so that more is left for training; while it loads, the model must fit each.",
         since="train",
     )
     env_file: Path = _setting(

@@ -48,7 +48,6 @@ class Supervisor:
         try:
             self._serve_metrics()
             with self._stop.heeded():
-                self._ledger.refuse_other_settings()
                 did = self._work()
             closing = f"Run {self._run.id} is {did}."
         finally:
@@ -65,6 +64,7 @@ class Supervisor:
             self._warn(f"No metrics: FT_METRICS_PORT={port} cannot be used: {error.strerror}.")
 
     def _work(self) -> str:
+        self._ledger.refuse_other_settings()
         return self._run_alone() if self._ledger.missing() else self._run_missing()
 
     def _run_alone(self) -> str:
@@ -189,6 +189,8 @@ class Supervisor:
                 self._console.say(event["text"], event["level"], stage=stage.name)
             case "progress":
                 self._metrics.progress(stage.name, event)
+                if self._gang is not None and stage.per_gpu:
+                    self._gang.moved()
                 self._show_progress(stage, event)
             case "output":
                 record.outputs.append(f"{event['what']}: {event['where']}")

@@ -16,26 +16,34 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 78
 
+# An array's id may be that of one of its elements: to Slurm's commands each of them has a longer name.
+job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+job="${job:-$SLURM_JOB_ID}"
 # Less than the 120 s above; on preemption the partition's GraceTime counts, and must be longer.
 export FT_STOP_GRACE_SECONDS="${FT_STOP_GRACE_SECONDS:-90}"
 # How each node ended, one file a node: srun's exit code is one for all.
 export FT_TERMINATION_LOG="$PWD/finetune-$SLURM_JOB_ID.ends"
+unfit_nodes="$PWD/finetune-$SLURM_JOB_ID.unfit"
 rm -rf "$FT_TERMINATION_LOG" && mkdir -p "$FT_TERMINATION_LOG" "$PWD/results" || exit 69
 
 python=python3
 [ -x .venv/bin/python ] && python="$PWD/.venv/bin/python"
-pyxis=()
+options=(--ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0)
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # srun does not inherit it
 case "${FT_CONTAINER:-}" in
   "") launch=("$python" entrypoint.py) ;;
   *.sif) launch=(apptainer exec --nv --bind "$PWD,$PWD/results:/work" --pwd "$PWD" "$FT_CONTAINER" python3 /app/entrypoint.py) ;;
-  *) launch=(python3 /app/entrypoint.py) && pyxis=(--container-image="$FT_CONTAINER" --container-mounts="$PWD:$PWD,$PWD/results:/work" --container-workdir="$PWD") ;;
+  *)
+    launch=(python3 /app/entrypoint.py)
+    options+=(--container-image="$FT_CONTAINER" --container-mounts="$PWD:$PWD,$PWD/results:/work" --container-workdir="$PWD")
+    ;;
 esac
 
 # Slurm tells only this shell of the time limit, and only the step of a preemption. A node that fails ends the others by
 # itself, in time to store a checkpoint, and those that are done early must not be waited for: so no kill, and no wait.
-srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 "${pyxis[@]}" "${launch[@]}" run &
+srun "${options[@]}" "${launch[@]}" run &
 step=$!
-trap 'interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM INT
+trap 'interrupted=1; scancel --signal=TERM "$job"' USR1 TERM INT
 while :; do # a trapped signal ends wait early, with a status that is not the step's
   interrupted=0
   wait "$step"
@@ -43,16 +51,25 @@ while :; do # a trapped signal ends wait early, with a status that is not the st
   [ "$interrupted" = 1 ] || break
 done
 
-unfit=$(cd "$FT_TERMINATION_LOG" && grep -l '"exit_code": 69' -- *.json 2>/dev/null | sed 's/\.json$//' | paste -sd,)
+# What fails on one node fails the job; else a node that is unfit is remembered; else the job was stopped.
+for wanted in 65 77 78 70; do
+  if grep -qs "\"exit_code\": $wanted," "$FT_TERMINATION_LOG"/*.json; then code=$wanted && break; fi
+done
+(cd "$FT_TERMINATION_LOG" && grep -ls '"exit_code": 69,' -- *.json) | sed 's/\.json$//' >>"$unfit_nodes"
 rm -rf "$FT_TERMINATION_LOG"
 # Cancelled or preempted, the job is Slurm's to end or to requeue.
-[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ] || exit "$code"
+[ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] || exit "$code"
 case "$code" in
-  75 | 69) # 75: stopped with a committed checkpoint. 69: a node is unfit, so come back on others
-    excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
+  75 | 69)
+    if [ "$(sort -u "$unfit_nodes" | wc -l)" -gt 3 ]; then
+      echo "Four nodes were unfit, so it may not be the nodes: not requeued." >&2
+      exit 69
+    fi
+    excluded=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
     trap '' TERM # which Slurm sends on a requeue; only from then on can the excluded nodes be changed
-    scontrol requeue "$SLURM_JOB_ID"
-    [ -z "$unfit" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${excluded:+$excluded,}$unfit"
+    scontrol requeue "$job"
+    [ ! -s "$unfit_nodes" ] || scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$(sort -u "$unfit_nodes" | paste -sd,)"
     ;;
+  *) rm -f "$unfit_nodes" ;;
 esac
 exit "$code"

@@ -150,13 +150,14 @@ def test_one_rank_killed_ends_the_job_in_time_with_75_and_the_next_start_goes_on
 
 
 def test_a_node_that_cannot_go_on_takes_its_reason_to_the_others(job: Job, tmp_path: Path) -> None:
-    """The second node has no such model: waiting for it would cost hours."""
+    """The second node was given other data: waiting for it would cost hours. Whether it comes before the first node has
+    begun the run, or after, decides which mistake it meets."""
     first = Node(job.start(FT_NNODES="2", FT_NODE_RANK="0"))
     second = Node(
         job.start(FT_NNODES="2", FT_NODE_RANK="1", FT_DATASET_TEXT_FIELD="text", FT_DATASET_NAME=str(broken(tmp_path)))
     )
     results: list[Result] = [first.end(120), second.end(120)]
-    assert [result.code for result in results] == [65, 65], results[0].stderr + results[1].stderr
+    assert [result.code for result in results] in ([65, 65], [78, 78]), results[0].stderr + results[1].stderr
     assert "Node 1" in results[0].error["message"]
 
 

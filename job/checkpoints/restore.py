@@ -53,7 +53,7 @@ def restore_newest(run: Run, lease: LeaseRecord, warn: Callable[[str], None]) ->
     cannot be trusted to be whole.
     """
     folder = run.paths.checkpoints_dir
-    _clear(folder, but="*.partial-*")
+    clear(folder, but="*.partial-*")
     rejected: set[Commit] = set()
     for commit in committed_checkpoints(run, lease):
         step = step_of(commit)
@@ -67,13 +67,14 @@ def restore_newest(run: Run, lease: LeaseRecord, warn: Callable[[str], None]) ->
             warn(f"Checkpoint of step {step} rejected: other settings made it.")
             rejected.add(commit)
             continue
-        _clear(folder, but=f"checkpoint-{step}")
+        clear(folder, but=f"checkpoint-{step}")
         return Restored(commit, frozenset(rejected))
-    _clear(folder, but="")
+    clear(folder, but="")
     return Restored(None, frozenset(rejected))
 
 
-def _clear(folder: Path, but: str) -> None:
+def clear(folder: Path, but: str) -> None:
+    """Remove everything in `folder` that the pattern `but` does not name."""
     kept = set(folder.glob(but)) if but else set()
     for path in folder.glob("*"):
         if path not in kept:

@@ -16,7 +16,7 @@ from datasets import Dataset, load_from_disk
 from peft.tuners.lora import Embedding as LoraEmbedding
 
 from job.data.templates import load_tokenizer
-from job.errors import InputError, NodeError, Stopped, is_lost_contact
+from job.errors import InputError, Stopped, is_lost_contact
 from job.hub.sources import public_name
 from job.model.adapters import keep_full_precision, lora_config
 from job.model.device import compute_dtype, device_of
@@ -31,6 +31,7 @@ from job.training.callbacks import (
     RefuseNonsense,
     ReportProgress,
 )
+from job.training.launcher import unreachable
 from job.training.pace import SavePace
 from job.training.sharding import weight_bytes
 from job.training.trainer import AdapterTrainer
@@ -64,14 +65,12 @@ def train(run: Run) -> None:
 
 def _train(trainer: AdapterTrainer, checkpoint: Path | None) -> Any:
     try:
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.accelerator.wait_for_everyone()
     except Exception as error:
-        if trainer.steps_taken or not is_lost_contact(error):
-            raise
-        raise NodeError(  # another try here would fail the same way, and cost the same
-            f"The training processes do not reach each other: {str(error).splitlines()[0]}",
-            "Check /dev/shm, the network between the nodes, FT_MASTER_ADDR and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO tells more.",
-        ) from error
+        if is_lost_contact(error):
+            raise unreachable(error) from error
+        raise
+    return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, DecideSaves]:

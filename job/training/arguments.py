@@ -56,7 +56,7 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
         "ddp_find_unused_parameters": False,
-        **sharding_arguments(settings, checkpointing=bool(checkpointing)),
+        **sharding_arguments(settings),
         **settings.extra_training_args,
     }
     known = {field.name for field in fields(SFTConfig)}

@@ -7,14 +7,16 @@ import signal
 import sys
 from pathlib import Path
 
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from job.errors import ExitCode, JobError, NodeError, TransientError
 from job.run import Run
 
 _SHUTDOWN_SECONDS = 5  # our processes ignore SIGTERM, with which the agent begins
-_MEET_SECONDS = 300  # every node has said that it is ready
+_MEET_SECONDS = 900  # every node has said that it is ready, and may still fetch the checkpoint
 
 
 def launch(run: Run, stage: str, processes: int) -> int:
@@ -41,19 +43,30 @@ def launch(run: Run, stage: str, processes: int) -> int:
     before = _oom_kills()
     try:
         elastic_launch(config, sys.executable)("-m", "job.stage", stage)
+    except (DistNetworkError, DistStoreError, RendezvousError) as error:
+        raise unreachable(error) from error
     except ChildFailedError as error:
         by_signal = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
         in_words = {failure.exitcode for failure in error.failures.values()} - {
             -number for number in by_signal.values()
         }
         if by_signal and in_words <= {ExitCode.TRY_AGAIN}:  # the fellows have lost contact with it
-            raise _killed(by_signal, before) from None
+            raise _killed(by_signal, before, others=run.node.count > 1) from None
         return max(in_words)
     return ExitCode.OK
 
 
-def _killed(by_signal: dict[int, int], oom_kills_before: int) -> JobError:
-    rank, number = min(by_signal.items())
+def unreachable(error: Exception) -> NodeError:
+    """Another try would fail the same way, and cost the same: so it is counted, or made on other machines."""
+    return NodeError(
+        f"The training processes do not reach each other: {str(error).splitlines()[0]}",
+        "Check /dev/shm, the network between the nodes, FT_MASTER_ADDR, FT_MASTER_PORT and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO tells more.",
+    )
+
+
+def _killed(by_signal: dict[int, int], oom_kills_before: int, *, others: bool) -> JobError:
+    # NCCL aborts the fellows of a process that is gone: what ended it came first.
+    rank, number = min(by_signal.items(), key=lambda item: (item[1] == signal.SIGABRT, item[0]))
     what = f"The training process of rank {rank} was ended by {signal.Signals(number).name}."
     if _oom_kills() > oom_kills_before:
         return NodeError(f"{what} The machine's memory, or the container's, ran out.", "Give the job more memory.")
@@ -63,6 +76,8 @@ def _killed(by_signal: dict[int, int], oom_kills_before: int) -> JobError:
         )
     if number in (signal.SIGKILL, signal.SIGTERM):
         return TransientError(what, "Start the job again: it goes on from the last checkpoint.")
+    if number == signal.SIGABRT and others:
+        return TransientError(f"{what} NCCL does this when a process on another node is gone.", "Start the job again.")
     return JobError(what, "A library crashed; its last words are in the stage's log file.")
 
 

@@ -18,8 +18,12 @@ from transformers import TrainingArguments
 from job.settings import Settings
 
 
-def sharding_arguments(settings: Settings, *, checkpointing: bool) -> dict[str, Any]:
-    """The arguments of transformers' trainer that FT_SHARDING stands for; each decoder layer is gathered when it is used."""
+def sharding_arguments(settings: Settings) -> dict[str, Any]:
+    """The arguments of transformers' trainer that FT_SHARDING stands for; each decoder layer is gathered when it is used.
+
+    Activations are recomputed by transformers' own checkpointing. accelerate's, which would gather a layer once less, does
+    not restore the generator (accelerate 1.15): dropout would differ between the two, and the gradients be wrong.
+    """
     if settings.sharding == "none":
         return {}
     return {
@@ -28,10 +32,8 @@ def sharding_arguments(settings: Settings, *, checkpointing: bool) -> dict[str, 
             "version": 2,
             "reshard_after_forward": True,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "activation_checkpointing": checkpointing,  # the trainer's own would gather each layer once more
             "cpu_ram_efficient_loading": False,
         },
-        "gradient_checkpointing": False,
     }
 
 

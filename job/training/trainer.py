@@ -44,7 +44,6 @@ class AdapterTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, pace: SavePace, best: KeepBest | None = None, **kwargs: Any) -> None:
         self.data_order, self.best, self._pace = DataOrder(), best, pace
-        self.steps_taken = 0  # by this process
         self._running_sums: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         if best is not None:
@@ -74,7 +73,6 @@ class AdapterTrainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.data_order.batch_trained()
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self.steps_taken += 1
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -176,8 +174,11 @@ class AdapterTrainer(SFTTrainer):
             found = set_peft_model_state_dict(self.model, load_file(file))
         except (FileNotFoundError, SafetensorError) as error:
             raise InputError(f"The checkpoint's {_ADAPTER} cannot be read: {error}", _MEND) from error
-        if found.unexpected_keys:
-            raise InputError(f"The checkpoint's adapter has other layers: {found.unexpected_keys[0]}, ….", _MEND)
+        missing = [name for name in found.missing_keys if ".lora_" in name]
+        if found.unexpected_keys or missing:
+            raise InputError(
+                f"The checkpoint's adapter has other layers: {[*found.unexpected_keys, *missing][0]}, ….", _MEND
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

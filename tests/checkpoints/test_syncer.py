@@ -181,7 +181,7 @@ def test_restore_takes_the_newest_whole_checkpoint_and_tells_what_it_rejected(ru
     run.store.put(f"{prefix(run, 4)}/state.json", b"5")
     warnings: list[str] = []
     restored = restore_newest(run, lease.record, warnings.append)
-    assert restored == Restored(2, frozenset({checkpoint_at(4, 1)}))
+    assert restored == Restored(checkpoint_at(2, 1), frozenset({checkpoint_at(4, 1)}))
     assert (run.paths.checkpoints_dir / "checkpoint-2" / "state.json").read_text(encoding="utf-8") == "2"
     assert "step 4 rejected" in warnings[0]
     assert [path.name for path in run.paths.checkpoints_dir.iterdir()] == ["checkpoint-2"]

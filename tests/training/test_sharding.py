@@ -1,4 +1,5 @@
-"""FT_SHARDING=full on two processes: 4-bit weights in slices, the same training, and checkpoints of whole tensors."""
+"""FT_SHARDING=full on two processes: 4-bit weights in slices, the same training with dropout and recomputation, and
+checkpoints of whole tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def test_sharded_4_bit_training_learns_what_whole_copies_learn_in_half_the_memor
 ) -> None:
     job.environment |= {
         "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_MAX_STEPS": "40", "FT_LEARNING_RATE": "1e-3", "FT_USE_NESTED_QUANT": "true",
-        "FT_LORA_TARGET_MODULES": "all-linear", "FT_SAVE_STEPS": "1000",
+        "FT_LORA_TARGET_MODULES": "all-linear", "FT_SAVE_STEPS": "1000", "FT_GRADIENT_CHECKPOINTING": "true",
     }  # fmt: skip
     folders = {name: tmp_path / name for name in ("whole", "straight", "stopped")}
     for name, sharding in (("whole", "none"), ("straight", "full")):
