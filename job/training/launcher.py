@@ -66,8 +66,9 @@ def unreachable(error: Exception) -> NodeError:
 
 def _killed(by_signal: dict[int, int], oom_kills_before: int, *, others: bool) -> JobError:
     # NCCL aborts the fellows of a process that is gone: what ended it came first.
-    rank, number = min(by_signal.items(), key=lambda item: (item[1] == signal.SIGABRT, item[0]))
-    what = f"The training process of rank {rank} was ended by {signal.Signals(number).name}."
+    number = min(by_signal.values(), key=lambda number: number == signal.SIGABRT)
+    ranks = ", ".join(str(rank) for rank, ended_by in sorted(by_signal.items()) if ended_by == number)
+    what = f"Training processes were ended by {signal.Signals(number).name} (ranks: {ranks})."
     if _oom_kills() > oom_kills_before:
         return NodeError(f"{what} The machine's memory, or the container's, ran out.", "Give the job more memory.")
     if number == signal.SIGBUS:

@@ -6,6 +6,7 @@ since only such a type can be a shard. Their quantisation constants stay whole o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ def allow_on_cpu(accelerator: Accelerator, arguments: TrainingArguments) -> None
     accelerator.state.fsdp_plugin = plugin
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def keep_loss_exact(accelerator: Accelerator) -> None:
+    """Cast weights for the products only: accelerate would give the loss three digits, as what a module returns, and sum
+    the processes' gradients in 16 bits."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 def whole(value: Any) -> Any:

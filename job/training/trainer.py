@@ -25,7 +25,7 @@ from job.errors import InputError, NodeError
 from job.training.best import KeepBest
 from job.training.data_order import DataOrder
 from job.training.pace import SavePace
-from job.training.sharding import allow_on_cpu, shard_optimizer_state, whole
+from job.training.sharding import allow_on_cpu, keep_loss_exact, shard_optimizer_state, whole
 from job.training.state import load_tree, save_tree
 
 _TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
@@ -52,6 +52,7 @@ class AdapterTrainer(SFTTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         allow_on_cpu(self.accelerator, self.args)
+        keep_loss_exact(self.accelerator)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:

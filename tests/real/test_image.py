@@ -70,7 +70,7 @@ def test_the_demos_job_runs_with_no_network_no_rights_and_a_read_only_root_and_g
         subprocess.run(["make", "results/demo-model/config.json"], cwd=ROOT, check=True, capture_output=True)
     settings = {name: str(value) for name, value in dotenv_values(ROOT / "examples" / "demo.env").items()}
     settings |= {
-        "FT_MODEL_NAME": "/inputs/model", "FT_DATASET_NAME": "/inputs/lighthouse.jsonl", "FT_MAX_STEPS": "8", "FT_RUN_ID": "demo",
+        "FT_MODEL_NAME": "/inputs/model", "FT_DATASET_NAME": "/inputs/lighthouse.jsonl", "FT_MAX_STEPS": "6", "FT_RUN_ID": "demo",
         "FT_DATASET_SPLIT": "train[:60]", "FT_SAVE_STEPS": "1000", "FT_STOP_GRACE_SECONDS": "40", "FT_SAMPLE_MAX_NEW_TOKENS": "8",
     }  # fmt: skip
     options = [*HARDENED, f"--volume={work}:/work", *inputs(tmp_path / "inputs", demo)]
