@@ -14,19 +14,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from job.checkpoints.lease import Commit, LeaseRecord
 from job.cluster import free_port, node_name, own_address
-from job.errors import ExitCode, JobError, TransientError, from_code, from_os_error
+from job.errors import ExitCode, JobError, TransientError, from_os_error
+from job.peers import DEAD_SECONDS, NodeRecord, Peer, parse
 from job.run import Run
 
 BEAT_SECONDS = 3.0
-DEAD_SECONDS = 30.0  # without a beat, while the store can be read
 _ABSENT_SECONDS = 900.0  # until a node that never came is given up
 _SKEW_SECONDS = 5.0  # between the clocks of two nodes that start together
 _LAST_WORDS_SECONDS = 3 * BEAT_SECONDS
-_CONTAGIOUS = (ExitCode.BAD_INPUT, ExitCode.BUG, ExitCode.PERMISSION, ExitCode.SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -35,53 +34,6 @@ class Rendezvous:
 
     endpoint: str  # host:port
     id: str
-
-
-@dataclass(frozen=True)
-class NodeRecord:
-    """What one node tells the others; the last three fields are the first node's, once the training may begin."""
-
-    node: int
-    name: str
-    holder: str  # one start of the job on that node
-    beat: int = 0
-    written: float = 0.0  # seconds since the epoch, by that node's clock
-    state: str = "preparing"  # → ready → training → ended
-    exit_code: int | None = None
-    message: str = ""
-    mend: str = ""
-    members: tuple[str, ...] = ()  # the holders, in the order of the nodes
-    endpoint: str = ""  # host:port where torchrun's agents meet
-    resume: str | None = None  # the commit to go on from, a folder of the run in the store
-
-
-class Peer:
-    """Another node, as far as its record in the store tells."""
-
-    def __init__(self) -> None:
-        self.record: NodeRecord | None = None
-        self._changed_at = time.monotonic()
-        self._changes = 0
-
-    @property
-    def alive(self) -> bool:
-        """Whether its record has been seen to change: a dead start's stays behind."""
-        return self._changes > 1 and self.silent_seconds < DEAD_SECONDS
-
-    @property
-    def silent_seconds(self) -> float:
-        return time.monotonic() - self._changed_at
-
-    def seen(self, record: NodeRecord | None) -> None:
-        if record is not None and record != self.record:
-            if self.record is None or record.holder != self.record.holder:
-                self._changes = 0
-            self.record, self._changed_at = record, time.monotonic()
-            self._changes += 1
-
-    def unseen(self, seconds: float) -> None:
-        """The store could not be read for so long: that tells nothing of the node."""
-        self._changed_at += seconds
 
 
 class Gang:
@@ -95,7 +47,7 @@ class Gang:
         self._run, self._wait, self._say = run, wait, say
         self._began = time.time()
         others = range(1, run.node.count) if run.node.leads else (0,)
-        self._peers = {index: Peer() for index in others}
+        self._peers = {index: Peer(index) for index in others}
         self._record = NodeRecord(run.node.index, node_name(), uuid.uuid4().hex)
         self._attempt = 0
         self._members: tuple[str, ...] = ()
@@ -117,7 +69,7 @@ class Gang:
     def gather(self) -> None:
         """Wait until every other node is ready; raises what ended one that is not coming."""
         began, told = time.monotonic(), 0.0
-        while missing := [index for index, peer in self._peers.items() if not _is_ready(peer)]:
+        while missing := [index for index, peer in self._peers.items() if not peer.is_ready]:
             for index in missing:
                 self._refuse_ended(index)
                 peer = self._peers[index]
@@ -185,11 +137,11 @@ class Gang:
         """Wait until the first node has stored what was trained; raises if it ended without."""
         while not trained():
             peer = self._peers[0]
-            if _has_ended(peer) and not trained():
-                raise self._ending(0)
+            if peer.has_ended and not trained():
+                raise peer.ending()
             if peer.silent_seconds > DEAD_SECONDS:
                 raise TransientError(
-                    f"{self._described(0)} fell silent before it had stored the adapter.", "Start the job again."
+                    f"{peer.described} fell silent before it had stored the adapter.", "Start the job again."
                 )
             self._wait()
 
@@ -217,9 +169,9 @@ class Gang:
             return own
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         while time.monotonic() < deadline:
-            for index, peer in self._peers.items():
-                if _has_ended(peer):
-                    return self._ending(index) if _failed(peer) else own
+            for peer in self._peers.values():
+                if peer.has_ended:
+                    return peer.ending() if peer.failed else own
             self._over.wait(BEAT_SECONDS / 3)
             self._look()
         return own
@@ -270,7 +222,7 @@ class Gang:
             self._attempt = attempt
             self._record = replace(self._record, state="preparing" if self._run.node.leads else self._record.state)
             for index in self._peers:
-                self._peers[index] = Peer()
+                self._peers[index] = Peer(index)
 
     def _tell(self, **news: object) -> None:
         with self._lock:
@@ -321,7 +273,7 @@ class Gang:
             peers = dict(self._peers)
         for index, peer in peers.items():
             try:
-                peer.seen(_parse(self._run.store.get(self._key(index))))
+                peer.seen(parse(self._run.store.get(self._key(index))))
             except FileNotFoundError:
                 peer.seen(None)
             except (JobError, OSError):
@@ -332,15 +284,15 @@ class Gang:
         if self._record.state != "training":
             return
         moves = time.monotonic() - self._moved_at < DEAD_SECONDS / 2
-        for index, peer in self._peers.items():
+        for peer in self._peers.values():
             if peer.record is not None and peer.record.holder not in self._members:
-                self._lose(TransientError(f"{self._described(index)} has started anew.", "Start the job again."))
-            elif _has_ended(peer) and peer.silent_seconds > _LAST_WORDS_SECONDS and not _succeeded(peer):
-                self._lose(self._ending(index))
-            elif not _has_ended(peer) and peer.silent_seconds > DEAD_SECONDS and not moves:
+                self._lose(TransientError(f"{peer.described} has started anew.", "Start the job again."))
+            elif peer.has_ended and peer.silent_seconds > _LAST_WORDS_SECONDS and not peer.succeeded:
+                self._lose(peer.ending())
+            elif not peer.has_ended and peer.silent_seconds > DEAD_SECONDS and not moves:
                 self._lose(
                     TransientError(
-                        f"{self._described(index)} has not been heard of for {DEAD_SECONDS:.0f} s.",
+                        f"{peer.described} has not been heard of for {DEAD_SECONDS:.0f} s.",
                         "Start the job again: it goes on from the last checkpoint.",
                     )
                 )
@@ -354,48 +306,9 @@ class Gang:
         """Raise for a node that ended while this one waits for it: under Slurm no new start of it would follow."""
         peer = self._peers[index]
         fresh = peer.record is not None and peer.record.written > self._began - _SKEW_SECONDS
-        if _has_ended(peer) and not _succeeded(peer) and fresh:  # else it is what an earlier start left behind
-            raise self._ending(index)
-
-    def _ending(self, index: int) -> JobError:
-        """Another node's end, as this one's: what would fail there again fails here; the rest is worth another try."""
-        record = self._peers[index].record
-        assert record is not None and record.exit_code is not None
-        code = record.exit_code if record.exit_code in _CONTAGIOUS else ExitCode.TRY_AGAIN
-        return from_code(
-            code, f"{self._described(index)} ended with exit code {record.exit_code}: {record.message}", record.mend
-        )
-
-    def _described(self, index: int) -> str:
-        record = self._peers[index].record
-        return f"Node {index} ({record.name})" if record is not None else f"Node {index}"
-
-
-def _is_ready(peer: Peer) -> bool:
-    return peer.alive and peer.record is not None and peer.record.state == "ready"
-
-
-def _has_ended(peer: Peer) -> bool:
-    return peer.record is not None and peer.record.state == "ended"
-
-
-def _succeeded(peer: Peer) -> bool:
-    return peer.record is not None and peer.record.exit_code == ExitCode.OK
-
-
-def _failed(peer: Peer) -> bool:
-    return _has_ended(peer) and peer.record is not None and peer.record.exit_code in _CONTAGIOUS
+        if peer.has_ended and not peer.succeeded and fresh:  # else it is what an earlier start left behind
+            raise peer.ending()
 
 
 def _nodes(indices: list[int]) -> str:
     return ("node " if len(indices) == 1 else "nodes ") + ", ".join(map(str, indices))
-
-
-def _parse(data: bytes) -> NodeRecord | None:
-    try:
-        raw = json.loads(data)
-        known = {field.name for field in fields(NodeRecord)}
-        found = {name: value for name, value in raw.items() if name in known}
-        return NodeRecord(**found | {"members": tuple(found.get("members", ()))})
-    except (ValueError, TypeError, AttributeError):
-        return None

@@ -22,7 +22,7 @@ LEVELS = (
     {"job.run"},
     {"job.storage"},
     {"job.environment"},
-    {"job.settings", "job.paths", "job.cluster"},
+    {"job.settings", "job.paths", "job.cluster", "job.peers"},
     {"job.errors", "job"},
 )
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors", "accelerate"}

@@ -1,0 +1,100 @@
+"""What one node tells the others, and what they make of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, fields
+
+from job.errors import ExitCode, JobError, from_code
+
+DEAD_SECONDS = 30.0  # without a beat, while the store can be read
+CONTAGIOUS = (ExitCode.BAD_INPUT, ExitCode.BUG, ExitCode.PERMISSION, ExitCode.SETTINGS)
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """What one node tells the others; the last three fields are the first node's, once the training may begin."""
+
+    node: int
+    name: str
+    holder: str  # one start of the job on that node
+    beat: int = 0
+    written: float = 0.0  # seconds since the epoch, by that node's clock
+    state: str = "preparing"  # → ready → training → ended
+    exit_code: int | None = None
+    message: str = ""
+    mend: str = ""
+    members: tuple[str, ...] = ()  # the holders, in the order of the nodes
+    endpoint: str = ""  # host:port where torchrun's agents meet
+    resume: str | None = None  # the commit to go on from, a folder of the run in the store
+
+
+class Peer:
+    """Another node, as far as its record in the store tells."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self.record: NodeRecord | None = None
+        self._changed_at = time.monotonic()
+        self._changes = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether its record has been seen to change: a dead start's stays behind."""
+        return self._changes > 1 and self.silent_seconds < DEAD_SECONDS
+
+    @property
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self._changed_at
+
+    @property
+    def is_ready(self) -> bool:
+        return self.alive and self.record is not None and self.record.state == "ready"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.record is not None and self.record.state == "ended"
+
+    @property
+    def succeeded(self) -> bool:
+        return self.record is not None and self.record.exit_code == ExitCode.OK
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with what would fail on every node."""
+        return self.has_ended and self.record is not None and self.record.exit_code in CONTAGIOUS
+
+    @property
+    def described(self) -> str:
+        """Its scheduler's name for people, once it is known."""
+        return f"Node {self._index} ({self.record.name})" if self.record is not None else f"Node {self._index}"
+
+    def ending(self) -> JobError:
+        """Its end, as another node's: what would fail there again fails here; the rest is worth another try."""
+        assert self.record is not None and self.record.exit_code is not None
+        code = self.record.exit_code if self.record.exit_code in CONTAGIOUS else ExitCode.TRY_AGAIN
+        message = f"{self.described} ended with exit code {self.record.exit_code}: {self.record.message}"
+        return from_code(code, message, self.record.mend)
+
+    def seen(self, record: NodeRecord | None) -> None:
+        if record is not None and record != self.record:
+            if self.record is None or record.holder != self.record.holder:
+                self._changes = 0
+            self.record, self._changed_at = record, time.monotonic()
+            self._changes += 1
+
+    def unseen(self, seconds: float) -> None:
+        """The store could not be read for so long: that tells nothing of the node."""
+        self._changed_at += seconds
+
+
+def parse(data: bytes) -> NodeRecord | None:
+    """A record as it is in the store; None for what is no record."""
+    try:
+        raw = json.loads(data)
+        known = {field.name for field in fields(NodeRecord)}
+        found = {name: value for name, value in raw.items() if name in known}
+        return NodeRecord(**found | {"members": tuple(found.get("members", ()))})
+    except (ValueError, TypeError, AttributeError):
+        return None
