@@ -8,7 +8,7 @@ DEMO_MODEL := results/demo-model
 
 .PHONY: help demo test torture check lock image image-test system-packages clean
 IMAGE := finetune-job:0.1.0
-SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables
+SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
 # where uv finds PyTorch's CPU build
 CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 KILLS := 20
