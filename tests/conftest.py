@@ -23,6 +23,8 @@ SHARED = ROOT.parent / "shared" / "data"
 SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
 
 sys.path.insert(0, str(ROOT))
+os.environ["FT_ENV_FILE"] = os.devnull  # a developer's .env is for the developer
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny, and several jobs share the cores
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +32,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting, secret or cache of the developer's reaches a test."""
     for name in list(os.environ):
         if (
-            name.upper().startswith(("FT_", "SLURM_"))
+            (name.upper().startswith(("FT_", "SLURM_")) and name != "FT_ENV_FILE")
             or name in SECRETS
             or name in ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "HF_HUB_OFFLINE")
         ):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("FT_ENV_FILE", os.devnull)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ def settings(tiny_model: Path) -> dict[str, str]:
         "FT_MODEL_NAME": str(tiny_model), "FT_DATASET_NAME": str(LIGHTHOUSE), "FT_DATASET_SPLIT": "train[:48]", "FT_EVAL_SPLIT": "0.2",
         "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": "6", "FT_SAVE_STEPS": "1000", "FT_LOGGING_STEPS": "1",
         "FT_LEARNING_RATE": "1e-3", "FT_STAGES": "train", "FT_LOG_FORMAT": "json", "FT_STOP_GRACE_SECONDS": "20", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
 
@@ -84,9 +85,9 @@ def test_a_job_preempted_three_times_in_a_row_ends_by_itself_with_the_adapter_of
 
 
 def test_a_job_whose_node_dies_goes_on_on_another_node(slurm: Slurm, settings: dict[str, str]) -> None:
-    settings |= {"FT_MAX_STEPS": "200", "FT_SAVE_STEPS": "5"}
+    settings |= {"FT_MAX_STEPS": "300", "FT_SAVE_STEPS": "5"}
     job = slurm.submit(*SMALL, settings=settings)
-    await_training(slurm, job, more_steps=8)
+    await_training(slurm, job, more_steps=40)
     died = slurm.facts(job)["NodeList"]
     slurm.kill_node(died)
     try:
@@ -144,8 +145,7 @@ def test_the_elements_of_an_array_are_runs_of_their_own_and_go_on_behind_their_t
     slurm: Slurm, settings: dict[str, str]
 ) -> None:
     """To Slurm's commands the id of the one element is that of the array: what one does must not touch the other."""
-    settings["OMP_NUM_THREADS"] = "1"
-    for steps in ("600", "6000"):  # on a machine that reaches the end of the first within the limit
+    for steps in ("400", "6000"):  # on a machine that reaches the end of the first within the limit
         options = ("--array=0-1", *SMALL, "--time=2", "--signal=B:USR1@75")
         array = slurm.submit(*options, settings=settings | {"FT_MAX_STEPS": steps})
         endings = [slurm.await_end(f"{array}_{index}", seconds=780) for index in range(2)]
