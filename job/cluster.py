@@ -53,6 +53,10 @@ def this_node(
     """
     in_step = "SLURM_STEP_NUM_NODES" in environ  # under srun; a batch script alone runs on one node of many
     count = nnodes if nnodes != "auto" else int(environ["SLURM_STEP_NUM_NODES"]) if in_step else 1
+    if nnodes == "auto" and not in_step and "JOB_COMPLETION_INDEX" in environ:
+        raise ValueError(
+            "FT_NNODES is not set, and this is a pod of an Indexed Job: set it to the Job's completions, or to 1 if each pod trains by itself."
+        )
     index = node_rank
     if index == "auto":
         told = environ.get("SLURM_NODEID") if in_step else environ.get("JOB_COMPLETION_INDEX")
@@ -62,7 +66,8 @@ def this_node(
             )
         index = int(told or 0) if count > 1 else 0
     if index >= count:
-        raise ValueError(f"FT_NODE_RANK={index}: must be less than FT_NNODES={count}, and the first node's is 0.")
+        hint = " Set FT_NNODES, the number of nodes, too." if nnodes == "auto" else ""
+        raise ValueError(f"FT_NODE_RANK={index}: must be less than FT_NNODES={count}, and the first node's is 0.{hint}")
     ends_at = environ.get("SLURM_JOB_END_TIME", "")
     return Node(
         index=index,

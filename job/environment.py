@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def load_settings() -> Settings:
     """Read FT_ENV_FILE (the real environment wins) and the environment; raise one SettingsError that lists every mistake."""
     named = os.environ.get("FT_ENV_FILE")
     env_file = Path(named or str(Settings.model_fields["env_file"].default)).expanduser()
-    problems = [] if env_file.exists() or not named else [f"FT_ENV_FILE={named!r}: there is no such file."]
+    readable = env_file.exists() and not env_file.is_dir()
+    problems = [] if readable or not named else [f"FT_ENV_FILE={named!r}: there is no such file."]
     if env_file.is_file():
         load_dotenv(env_file, override=False)
     problems += _unknown_names()
@@ -114,6 +116,10 @@ def _contradictions(settings: Settings) -> list[str]:
             problems.append(
                 "FT_DEVICE_MAP spreads the model over one machine's GPUs: with several nodes leave it at auto."
             )
+    if settings.master_addr != "auto" and not re.fullmatch(r"[\w.-]+", settings.master_addr):
+        problems.append(
+            f"FT_MASTER_ADDR={settings.master_addr!r}: must be a host name or an IPv4 address alone; the port is FT_MASTER_PORT."
+        )
     if settings.sharding == "full" and settings.device_map != "auto":
         problems.append("FT_SHARDING=full spreads the model itself: leave FT_DEVICE_MAP at auto.")
     if settings.sharding == "full" and settings.early_stopping_patience is not None:

@@ -76,7 +76,7 @@ class Gang:
                 if not peer.alive and min(time.monotonic() - began, peer.silent_seconds) > _ABSENT_SECONDS:
                     raise TransientError(
                         f"Node {index} of {self._run.node.count} did not come within {_ABSENT_SECONDS / 60:.0f} minutes.",
-                        "Start the job again once all nodes can start together.",
+                        self._how_to_meet(),
                     )
             if time.monotonic() - told > 60:
                 told = time.monotonic()
@@ -125,9 +125,7 @@ class Gang:
                 return None
             self._refuse_ended(0)
             if not first.alive and min(time.monotonic() - began, first.silent_seconds) > _ABSENT_SECONDS:
-                raise TransientError(
-                    "The first node did not come.", "Start the job again once all nodes can start together."
-                )
+                raise TransientError("The first node did not come.", self._how_to_meet())
             if time.monotonic() - told > 60:
                 told = time.monotonic()
                 self._say("Waiting for the first node to begin the training.")
@@ -213,6 +211,12 @@ class Gang:
             if self._attempt:
                 self._look()
             time.sleep(BEAT_SECONDS / 3)
+
+    def _how_to_meet(self) -> str:
+        return (
+            f"Check that every node runs, with FT_RUN_ID={self._run.id} and FT_NNODES={self._run.node.count}, and reaches the store "
+            f"{self._run.store.url}; then start the job again on all of them."
+        )
 
     def _rendezvous(self, record: NodeRecord) -> Rendezvous:
         return Rendezvous(record.endpoint, f"{self._run.id}-{self._attempt}")

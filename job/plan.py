@@ -19,6 +19,8 @@ def print_plan(run: Run) -> None:
     """Print sources and sizes, stages, steps and disk; nothing is written and nothing is downloaded."""
     settings = run.settings
     lines = [("run", run.id), ("store", run.store.url)]
+    if run.node.count > 1:
+        lines.append(("node", f"{run.node.index} of {run.node.count}; they meet in the store"))
     listings: dict[Source, Listing] = {}
     for name in ("model_name", "dataset_name", "eval_dataset_name"):
         text = getattr(settings, name)
@@ -58,7 +60,10 @@ def _steps(run: Run) -> str:
     if rows is None:
         return "known once the data is prepared"
     per_step = (
-        settings.per_device_train_batch_size * training_processes(settings) * settings.gradient_accumulation_steps
+        settings.per_device_train_batch_size
+        * training_processes(settings)
+        * run.node.count
+        * settings.gradient_accumulation_steps
     )
     return f"{math.ceil(math.ceil(rows / per_step) * settings.num_train_epochs):,} ({rows:,} rows, {per_step} a step, {settings.num_train_epochs:g} epochs)"
 

@@ -24,6 +24,7 @@ export FT_STOP_GRACE_SECONDS="${FT_STOP_GRACE_SECONDS:-90}"
 # How each node ended, one file a node: srun's exit code is one for all.
 export FT_TERMINATION_LOG="$PWD/finetune-$SLURM_JOB_ID.ends"
 unfit_nodes="$PWD/finetune-$SLURM_JOB_ID.unfit"
+export FT_OUTPUT_DIR="${FT_OUTPUT_DIR:-$PWD/results}"
 rm -rf "$FT_TERMINATION_LOG" && mkdir -p "$FT_TERMINATION_LOG" "$PWD/results" || exit 69
 
 python=python3
@@ -31,11 +32,17 @@ python=python3
 options=(--ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0)
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # srun does not inherit it
 case "${FT_CONTAINER:-}" in
-  "") launch=("$python" entrypoint.py) ;;
-  *.sif) launch=(apptainer exec --nv --bind "$PWD,$PWD/results:/work" --pwd "$PWD" "$FT_CONTAINER" python3 /app/entrypoint.py) ;;
+  "")
+    "$python" -c 'import pydantic_settings' || { echo "Make .venv from requirements.txt, or set FT_CONTAINER." >&2 && exit 78; }
+    launch=("$python" entrypoint.py)
+    ;;
+  *.sif)
+    [ -f "$FT_CONTAINER" ] || { echo "FT_CONTAINER=$FT_CONTAINER: there is no such file." >&2 && exit 78; }
+    launch=(apptainer exec --nv --bind "$PWD,$PWD/results:/work" --pwd "$PWD" --env "FT_OUTPUT_DIR=$FT_OUTPUT_DIR" "$FT_CONTAINER" python3 /app/entrypoint.py)
+    ;;
   *)
     launch=(python3 /app/entrypoint.py)
-    options+=(--container-image="$FT_CONTAINER" --container-mounts="$PWD:$PWD,$PWD/results:/work" --container-workdir="$PWD")
+    options+=(--container-image="$FT_CONTAINER" --container-mounts="$PWD:$PWD,$PWD/results:/work" --container-workdir="$PWD" --container-env=FT_OUTPUT_DIR)
     ;;
 esac
 

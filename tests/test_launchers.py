@@ -74,7 +74,7 @@ def test_the_pod_is_restricted_and_its_grace_is_longer_than_the_jobs(file: str) 
     }
     assert {"nvidia.com/gpu", "ephemeral-storage", "memory"} <= set(container["resources"]["limits"])
     environment = environment_of(objects)
-    assert float(environment["FT_STOP_GRACE_SECONDS"]["value"]) < pod["terminationGracePeriodSeconds"]
+    assert float(objects["ConfigMap"]["data"]["FT_STOP_GRACE_SECONDS"]) < pod["terminationGracePeriodSeconds"]
     assert "job-name" in environment["FT_RUN_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
     assert container["ports"][0]["containerPort"] == int(environment["FT_METRICS_PORT"]["value"])

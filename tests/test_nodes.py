@@ -173,6 +173,8 @@ def broken(folder: Path) -> Path:
     [
         ({"FT_NNODES": "2"}, "FT_NNODES=2 needs FT_NODE_RANK"),
         ({"FT_NNODES": "2", "FT_NODE_RANK": "2"}, "FT_NODE_RANK=2: must be less than FT_NNODES=2"),
+        ({"FT_NODE_RANK": "1"}, "Set FT_NNODES, the number of nodes, too"),
+        ({"FT_MASTER_ADDR": "http://a:29400"}, "the port is FT_MASTER_PORT"),
         ({"FT_SHARDING": "full", "FT_DEVICE_MAP": "balanced"}, "FT_SHARDING=full spreads the model itself"),
     ],
 )
@@ -191,7 +193,6 @@ def test_an_impossible_place_is_refused_at_once(job: Job, settings: dict[str, st
             (0, 1),
         ),  # a batch script without srun: one process on one of four nodes
         ({"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "3"}, (3, 4)),
-        ({"JOB_COMPLETION_INDEX": "5"}, (0, 1)),  # an Indexed Job whose pods work alone
     ],
 )
 def test_the_place_of_a_node_is_what_its_scheduler_tells(environ: dict[str, str], place: tuple[int, int]) -> None:
@@ -204,6 +205,9 @@ def test_the_place_of_a_node_is_what_its_scheduler_tells(environ: dict[str, str]
 def test_an_indexed_job_tells_the_place_and_a_setting_overrules_it() -> None:
     from job.cluster import this_node
 
+    with pytest.raises(ValueError, match="set it to the Job's completions"):
+        this_node(environ={"JOB_COMPLETION_INDEX": "0"})
+    assert this_node(nnodes=1, environ={"JOB_COMPLETION_INDEX": "5"}).index == 0  # its pods train each by itself
     assert this_node(nnodes=8, environ={"JOB_COMPLETION_INDEX": "5"}).index == 5
     assert this_node(nnodes=8, node_rank=2, environ={"JOB_COMPLETION_INDEX": "5"}).index == 2
 

@@ -212,7 +212,8 @@ def pod_of(job: dict[str, Any], index: int, work: Path, model: Path, *, shared_n
     for kind in ("requests", "limits"):  # this machine is smaller
         container["resources"][kind] = {"memory": "4Gi"}
     del container["livenessProbe"], container["ports"]  # podman probes by a curl in the image, and maps every port
-    container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
+    if job["spec"].get("completionMode") == "Indexed":
+        container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
     if shared_network:  # podman has no names for pods; on one host they also share the ports
         for item in container["env"]:
             if item["name"] == "FT_MASTER_ADDR":

@@ -175,6 +175,7 @@ def test_settings_come_from_the_file_that_is_named_and_a_container_from_its_imag
         encoding="utf-8",
     )
     tool.chmod(0o755)
+    (checkout / "image.sif").touch()
     job = slurm.submit(
         *SMALL,
         settings={
@@ -186,5 +187,5 @@ def test_settings_come_from_the_file_that_is_named_and_a_container_from_its_imag
     assert called is not None
     assert (
         called[1]
-        == f"exec --nv --bind {checkout},{checkout}/results:/work --pwd {checkout} image.sif python3 /app/entrypoint.py run"
+        == f"exec --nv --bind {checkout},{checkout}/results:/work --pwd {checkout} --env FT_OUTPUT_DIR={checkout}/results image.sif python3 /app/entrypoint.py run"
     )
