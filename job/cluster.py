@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pynvml
 
@@ -112,39 +113,35 @@ def scheduler_run_id(environ: Mapping[str, str] = os.environ) -> str | None:
     return f"slurm-{environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environ else None
 
 
-def gpu_memory_used() -> tuple[int, ...]:
-    """Bytes in use on each GPU of the machine that the driver shows us; empty where there is no driver."""
+@contextlib.contextmanager
+def _cards() -> Iterator[list[Any]]:
+    """The driver's handles of this machine's GPUs; none where there is no driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return ()
+        yield []
+        return
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
-    except pynvml.NVMLError:
-        return ()
+        yield [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
+
+
+def gpu_memory_used() -> tuple[int, ...]:
+    """Bytes in use on each GPU of the machine that the driver shows us; empty where there is no driver."""
+    with contextlib.suppress(pynvml.NVMLError), _cards() as cards:
+        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(card).used) for card in cards)
+    return ()
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     """The NVIDIA GPUs this job may use, without loading torch; empty where there is no driver."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    with _cards() as cards:
         gpus = [
-            Gpu(
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-            )
-            for handle in handles
+            Gpu(name=str(pynvml.nvmlDeviceGetName(card)), memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(card).total))
+            for card in cards
         ]
-        uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
+        uuids = [str(pynvml.nvmlDeviceGetUUID(card)) for card in cards]
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return tuple(gpus)

@@ -106,6 +106,7 @@ def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
     environment |= {
         "JOB_SUPERVISOR_PID": str(os.getpid()),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),
+        "PYTHONSAFEPATH": "1",  # a folder `job` where the user happens to be is not this package
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "warning"),
         "HF_HUB_DISABLE_TELEMETRY": "1",

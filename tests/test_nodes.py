@@ -107,12 +107,12 @@ def test_whoever_leaves_two_nodes_ends_both_in_time_and_together_they_end_as_two
 
 
 def test_two_ranks_learn_what_one_rank_with_twice_the_accumulation_learns(job: Job, tmp_path: Path) -> None:
-    """40 rows make five whole steps an epoch: of a last step with too few rows for all ranks, accelerate repeats some."""
+    """80 rows make ten whole steps an epoch: of a last step with too few rows for all ranks, accelerate repeats some."""
     job.environment |= {
         "FT_STAGES": "train",
         "FT_LORA_DROPOUT": "0",
         "FT_MAX_STEPS": "8",
-        "FT_DATASET_SPLIT": "train[:50]",
+        "FT_DATASET_SPLIT": "train[:100]",
         "FT_LEARNING_RATE": "1e-3",
     }
     two = job.run(FT_NPROC_PER_NODE="2")
@@ -251,12 +251,15 @@ def test_a_silent_node_is_missed_but_not_while_the_store_is_silent(
         with nodes[0].watched(lost.append):
             time.sleep(1)
             assert lost == []
-            real_get = first_run.store.get
-            monkeypatch.setattr(first_run.store, "get", _away)
-            nodes[1]._over.set()  # its thread ends as if its machine had
-            time.sleep(1.5)
+            with monkeypatch.context() as outage:
+                outage.setattr(second_run.store, "put", _away)
+                with monkeypatch.context() as ours:
+                    ours.setattr(first_run.store, "get", _away)
+                    time.sleep(1.5)
+                time.sleep(0.2)  # we can read again, and the other's last words are old
+            time.sleep(1)
             assert lost == []
-            monkeypatch.setattr(first_run.store, "get", real_get)
+            nodes[1]._over.set()  # its thread ends as if its machine had
             deadline = time.monotonic() + 10
             while not lost:
                 assert time.monotonic() < deadline
@@ -270,7 +273,7 @@ def _follow(node: Any) -> None:
     node.await_announcement(lambda: False)
 
 
-def _away(key: str) -> bytes:
+def _away(*_: object) -> bytes:
     from job.errors import TransientError
 
     raise TransientError("The store is away.")

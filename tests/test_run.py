@@ -231,3 +231,11 @@ def test_secrets_reach_neither_logs_nor_files_nor_the_model(job: Job) -> None:
         assert not [data for data in everything if canary.encode() in data]
     logged = [event for event in result.events if event["level"] == "debug"]
     assert logged  # otherwise nothing was searched at this level
+
+
+def test_a_folder_called_job_where_the_job_is_started_is_not_taken_for_its_code(job: Job, tmp_path: Path) -> None:
+    decoy = tmp_path / "elsewhere" / "job"
+    decoy.mkdir(parents=True)
+    (decoy / "__init__.py").write_text("raise SystemExit('not this one')\n", encoding="utf-8")
+    job.environment["JOB_TEST_CWD"] = str(decoy.parent)
+    assert job.run(FT_STAGES="preflight").code == 0

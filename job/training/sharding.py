@@ -43,6 +43,8 @@ def allow_on_cpu(accelerator: Accelerator, arguments: TrainingArguments) -> None
     if arguments.fsdp_plugin_args is None or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return
     plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP

@@ -55,3 +55,20 @@ def test_sharded_4_bit_training_learns_what_whole_copies_learn_in_half_the_memor
     assert 5 <= resumed_step(resumed.events) < 20
     stopped = adapter(folders["stopped"])
     assert all(torch.equal(stopped[name], values) for name, values in straight.items())
+
+
+def test_in_16_bits_the_loss_of_shards_is_that_of_whole_copies(job: Job, tmp_path: Path) -> None:
+    """accelerate would round what the model returns to bfloat16, and so the loss to three digits."""
+    job.environment |= {
+        "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_MAX_STEPS": "2", "FT_BNB_4BIT_COMPUTE_DTYPE": "bfloat16",
+        "FT_LORA_DROPOUT": "0",
+    }  # fmt: skip
+    losses = []
+    for sharding in ("none", "full"):
+        result = job.run(FT_SHARDING=sharding, FT_OUTPUT_DIR=str(tmp_path / sharding))
+        assert result.code == 0, result.stderr
+        losses.append(
+            [event["loss"] for event in result.events if event.get("event") == "progress" and "loss" in event]
+        )
+    assert len(losses[0]) == 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

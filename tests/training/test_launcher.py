@@ -1,0 +1,34 @@
+"""What the end of a training process by a signal means for the job."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from job.training import launcher
+
+
+@pytest.mark.parametrize(
+    ("by_signal", "oom_kills", "others", "code", "said"),
+    [
+        ({1: signal.SIGKILL}, 0, False, 75, "SIGKILL (ranks: 1)"),
+        ({0: signal.SIGABRT, 1: signal.SIGKILL}, 0, False, 75, "SIGKILL (ranks: 1)"),  # NCCL aborts who is left
+        ({1: signal.SIGKILL}, 1, False, 69, "memory"),
+        ({0: signal.SIGBUS}, 0, False, 69, "/dev/shm"),
+        ({0: signal.SIGABRT, 1: signal.SIGABRT}, 0, True, 75, "SIGABRT (ranks: 0, 1)"),
+        ({0: signal.SIGABRT}, 0, False, 70, "SIGABRT"),  # nobody else is there to be lost
+        ({0: signal.SIGSEGV}, 0, True, 70, "SIGSEGV"),
+    ],
+)
+def test_a_killed_process_is_tried_again_one_without_memory_elsewhere_and_a_crash_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, by_signal: dict[int, int], oom_kills: int, others: bool, code: int, said: str
+) -> None:
+    monkeypatch.setattr(launcher, "_oom_kills", lambda: oom_kills)
+    error = launcher._killed(by_signal, 0, others=others)
+    assert error.exit_code == code
+    assert said in error.message
+
+
+def test_processes_that_never_reach_each_other_are_not_tried_again_for_nothing() -> None:
+    assert launcher.unreachable(ConnectionError("timed out\nand more")).exit_code == 69
