@@ -166,6 +166,21 @@ class Settings(BaseSettings):
     gradient_checkpointing: Auto | bool = _setting(
         "auto", "Recompute activations in the backward pass to save memory; `auto` is on for a GPU.", since=None
     )
+    padding_free: Auto | bool = _setting(
+        "auto",
+        "Lay the rows of a batch one behind the other instead of padding them to the longest; `auto` is on for GPUs from Ampere on.",
+        since=None,
+    )
+    resident_weights: Auto | bool = _setting(
+        "auto",
+        "Hold the values of the 4-bit weights in 16 bits, as they are multiplied with, if they fit; `auto` decides by the GPU's memory.",
+        since=None,
+    )
+    compile: Auto | bool = _setting(
+        "auto",
+        "Compile the decoder layers (torch.compile); `auto` does where it saves more time than it takes.",
+        since=None,
+    )
     max_grad_norm: float = _setting(0.3, "Gradients are clipped to this norm.", since="train", gt=0)
     learning_rate: float = _setting(2e-4, "Highest learning rate.", since="train", gt=0, le=10)
     weight_decay: float = _setting(0.001, "AdamW weight decay.", since="train", ge=0, le=1)

@@ -33,17 +33,22 @@ def lora_config(settings: Settings) -> LoraConfig:
     )
 
 
-def keep_full_precision(model: PeftModel, dtype: torch.dtype, *, sharded: bool) -> None:
-    """Hold the adapter in float32 unless products are in bfloat16.
+def adapter_dtype(settings: Settings, products: torch.dtype) -> torch.dtype:
+    """The type in which the adapter is held and trained, beside products in another.
 
-    trl casts the adapter of a 4-bit model to bfloat16. Beside float32 activations (the CPU) that only loses digits, and
-    CPUs without bfloat16 instructions multiply it ten times slower; float16 mixed precision needs float32 to scale.
-    Shards are cast when they are gathered, and torch's AdamW keeps its moments in the type of what it is given.
+    bfloat16 for 4-bit models, as trl has it. Float32 beside float32 products (the CPU), where bfloat16 would only lose digits;
+    beside float16 ones, whose scaled gradients need it; and in shards, which are cast when they are gathered, while torch's
+    AdamW keeps its moments in the type of what it is given.
     """
-    if dtype != torch.bfloat16 or sharded:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    whole_bfloat16 = products == torch.bfloat16 and settings.use_4bit and settings.sharding == "none"
+    return torch.bfloat16 if whole_bfloat16 else torch.float32
+
+
+def hold_adapter_in(model: PeftModel, dtype: torch.dtype) -> None:
+    """Cast what is trained; peft and trl decide by whether the frozen layers look like 4-bit ones."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def with_adapter(run: Run, base: PreTrainedModel) -> PeftModel:

@@ -17,8 +17,9 @@ from job.run import Run
 from job.settings import Settings
 
 
-def load_base(run: Run, *, quantized: bool) -> PreTrainedModel:
-    """The base model on this process's device, its frozen layers in 4 bits if `quantized`.
+def load_base(run: Run, *, quantized: bool, attention: str | None = None) -> PreTrainedModel:
+    """The base model on this process's device, its frozen layers in 4 bits if `quantized`, with transformers' choice of
+    attention unless one is named.
 
     Only safetensors are read, only classes that transformers ships are built. InputError for a folder that is no model.
     """
@@ -31,6 +32,7 @@ def load_base(run: Run, *, quantized: bool) -> PreTrainedModel:
             dtype=dtype,
             device_map=device_map,
             quantization_config=four_bit_config(settings, dtype) if quantized else None,
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
         )

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from datasets import Dataset, load_from_disk
 from peft.tuners.lora import Embedding as LoraEmbedding
+from transformers import PreTrainedModel
 
 from job.data.templates import load_tokenizer
 from job.errors import InputError, Stopped, is_lost_contact
 from job.hub.sources import public_name
-from job.model.adapters import keep_full_precision, lora_config
+from job.model.adapters import adapter_dtype, hold_adapter_in, lora_config
+from job.model.attention import padding_free, register_varlen
+from job.model.compilation import compile_layers
 from job.model.device import compute_dtype, device_of
 from job.model.loading import load_base
+from job.model.quantization import make_resident
 from job.report.events import message, output
 from job.run import Run, read_json, write_json
 from job.training.arguments import peak_memory_bytes, training_arguments
@@ -82,7 +86,7 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
     stop = DecideSaves(run, pace)
     try:
         trainer = AdapterTrainer(
-            model=load_base(run, quantized=run.settings.use_4bit),
+            model=_load(run),
             args=training_arguments(
                 run, max_length=max_length, evaluates=eval_rows is not None, resumed=checkpoint is not None
             ),
@@ -101,9 +105,10 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
                 "Use auto, all-linear, or names of its linear layers.",
             ) from error
         raise
-    sharded = run.settings.sharding == "full"
-    keep_full_precision(trainer.model, compute_dtype(run.settings, device_of(run)), sharded=sharded)
-    if sharded and checkpoint is not None:
+    hold_adapter_in(trainer.model, adapter_dtype(run.settings, compute_dtype(run.settings, device_of(run))))
+    if run.settings.compile is True:
+        compile_layers(trainer.model)
+    if run.settings.sharding == "full" and checkpoint is not None:
         trainer.load_adapter(checkpoint)  # while it is whole
     others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
     if others:
@@ -112,6 +117,16 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
         trainable, everything = trainer.model.get_nb_trainable_parameters()
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
     return trainer, stop
+
+
+def _load(run: Run) -> PreTrainedModel:
+    """The base, as this training multiplies with it."""
+    settings, device = run.settings, device_of(run)
+    attention = register_varlen() if padding_free(settings, device) else None
+    model = load_base(run, quantized=settings.use_4bit, attention=attention)
+    if settings.use_4bit and settings.resident_weights is True:
+        make_resident(model)
+    return model
 
 
 def _restored_checkpoint(run: Run) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from job.model.attention import padding_free
 from job.model.device import compute_dtype, device_of, mixed_precision
 from job.run import Run
 from job.training.sharding import sharding_arguments
@@ -41,7 +42,8 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         **mixed_precision(settings, compute_dtype(settings, device)),
         # the data is ready
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": max_length,
+        "max_length": None if padding_free(settings, device) else max_length,
+        "padding_free": padding_free(settings, device),
         "packing": settings.packing,
         "eval_packing": False,
         # evaluation, checkpoints, logs

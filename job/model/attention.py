@@ -1,0 +1,98 @@
+"""Attention over rows that lie one behind the other in one sequence, without padding between them.
+
+`torch.nn.attention.varlen` is PyTorch's own FlashAttention-2 (Dao 2023, arXiv:2307.08691) for such sequences. It needs no
+further package and builds no mask, of which a dense one would take memory by the square of the batch's tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from job.settings import Settings
+
+VARLEN = "varlen"
+
+
+def padding_free(settings: Settings, device: torch.device) -> bool:
+    """Whether batches are one sequence without padding, which changes the time a step takes and nothing else."""
+    if settings.padding_free != "auto":
+        return bool(settings.padding_free) or settings.packing
+    return settings.packing or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def register_varlen() -> str:
+    """Make the attention known to transformers; returns the name to pass as `attn_implementation`."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, _no_mask)
+    return VARLEN
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row. `query` is (1, heads, tokens, head_dim), `key` and `value` may have fewer heads;
+    row i is the tokens from `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1]`. Returns (1, tokens, heads, head_dim)."""
+    assert cu_seq_lens_q is not None and max_length_q is not None, "varlen attention needs batches without padding"
+    assert dropout == 0.0, "this kernel has no dropout of attention weights"
+    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        rows = _flash(query, key, value, cu_seq_lens_q, int(max_length_q), scaling)
+    else:
+        rows = _row_by_row(query, key, value, cu_seq_lens_q.tolist(), scaling)
+    return rows, None
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+) -> torch.Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:  # torch 2.11's kernel wants as many heads of each
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scaling, **_CAUSAL)
+    assert isinstance(out, torch.Tensor)
+    return out.unsqueeze(0)
+
+
+def _row_by_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: list[int], scaling: float | None
+) -> torch.Tensor:
+    """The same by PyTorch's plain attention, for machines and types that the kernel does not serve."""
+    grouped = query.shape[1] != key.shape[1]
+    rows = []
+    for begin, end in itertools.pairwise(boundaries):
+        q, k, v = (states[:, :, begin:end] for states in (query, key, value))
+        rows.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped))
+    return torch.cat(rows, dim=2).transpose(1, 2)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The boundaries say it all."""
+
+
+def _causal_argument() -> dict[str, Any]:
+    """torch 2.11 calls it `is_causal`; later versions say how far a token looks back and ahead."""
+    return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+
+
+_CAUSAL = _causal_argument()
