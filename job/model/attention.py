@@ -50,14 +50,11 @@ def varlen_attention(
     row i is the tokens from `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1]`. Returns (1, tokens, heads, head_dim)."""
     assert cu_seq_lens_q is not None and max_length_q is not None, "varlen attention needs batches without padding"
     assert dropout == 0.0, "this kernel has no dropout of attention weights"
-    if query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
-        rows = _flash(query, key, value, cu_seq_lens_q, int(max_length_q), scaling)
-    else:
-        rows = _row_by_row(query, key, value, cu_seq_lens_q.tolist(), scaling)
-    return rows, None
+    by_token = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(*by_token, cu_seq_lens_q, int(max_length_q), scaling).unsqueeze(0), None
 
 
-def _flash(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -65,13 +62,16 @@ def _flash(
     longest: int,
     scaling: float | None,
 ) -> torch.Tensor:
+    """Causal attention within each row: (tokens, heads, head_dim) each, `key` and `value` with fewer heads if they like.
+    Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and `longest` the most of them."""
+    if not (query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)):
+        return _row_by_row(query, key, value, boundaries.tolist(), scaling)
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:  # torch 2.11's kernel wants as many heads of each
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, scale=scaling, **_CAUSAL)
+    out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scaling, **_CAUSAL)
     assert isinstance(out, torch.Tensor)
-    return out.unsqueeze(0)
+    return out
 
 
 def _row_by_row(
@@ -81,9 +81,9 @@ def _row_by_row(
     grouped = query.shape[1] != key.shape[1]
     rows = []
     for begin, end in itertools.pairwise(boundaries):
-        q, k, v = (states[:, :, begin:end] for states in (query, key, value))
-        rows.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped))
-    return torch.cat(rows, dim=2).transpose(1, 2)
+        q, k, v = (states[begin:end].transpose(0, 1).unsqueeze(0) for states in (query, key, value))
+        rows.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)[0])
+    return torch.cat(rows, dim=1).transpose(0, 1)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

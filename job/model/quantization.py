@@ -32,7 +32,7 @@ def keep_plain_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def make_resident(model: PreTrainedModel) -> None:
+def make_resident(model: torch.nn.Module) -> None:
     """Replace every 4-bit layer by a plain one that holds the values of its weight, in the type of the products.
 
     The very numbers that bitsandbytes makes anew for every product: QLoRA's mathematics, without the work. Four times the
@@ -41,16 +41,15 @@ def make_resident(model: PreTrainedModel) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
-                plain = torch.nn.Linear(
-                    child.in_features, child.out_features, bias=child.bias is not None, device="meta"
-                )
-                plain.weight = torch.nn.Parameter(full_weight(child).to(child.compute_dtype), requires_grad=False)
-                plain.bias = child.bias
-                setattr(parent, name, plain)
-    # what transformers, peft and trl ask to tell a quantised model from a plain one
-    model.is_loaded_in_4bit = model.is_quantized = False
-    model.hf_quantizer = model.quantization_method = None
-    del model.config.quantization_config
+                setattr(parent, name, plain_layer(child, full_weight(child).to(child.compute_dtype)))
+
+
+def plain_layer(layer: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Linear:
+    """A frozen linear layer with `weight` and the bias of `layer`."""
+    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+    plain.bias = layer.bias
+    return plain
 
 
 def full_weight(layer: torch.nn.Module) -> torch.Tensor:

@@ -1,0 +1,228 @@
+"""Llama's decoder layer with LoRA as one autograd operation (Touvron et al. 2023, arXiv:2307.09288).
+
+PyTorch's autograd would keep every intermediate result and pass over memory once for each small operation. Here the
+backward pass is written out: of a layer that is *kept*, it needs six tensors as wide as the model and the two halves of
+the gate; of one that is *recomputed*, its input alone, and of the forward pass it repeats what it needs, which the last
+product is not. Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from job.model.attention import attend
+from job.model.fused import pointwise
+from job.model.fused.products import Products
+from job.model.quantization import make_resident
+
+Weights = Literal["4-bit", "resident", "fp8"]
+
+_ATTENTION_INPUTS, _ATTENTION_OUTPUT = slice(0, 3), slice(3, 4)
+_GATES, _DOWN = slice(4, 6), slice(6, 7)
+_LINEAR_LAYERS = 7
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each token stands: cos and sin of its position (tokens, head_dim), and where in the batch rows begin and end."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    boundaries: torch.Tensor
+    longest: int
+
+
+@dataclass
+class _Kept:
+    """What the backward pass of one layer needs. `attended` hangs on the graph of the attention alone."""
+
+    narrow_inputs: list[torch.Tensor]
+    heads: tuple[torch.Tensor, ...]
+    attended: torch.Tensor
+    narrow_output: list[torch.Tensor]
+    middle: torch.Tensor
+    gate_up: torch.Tensor
+    narrow_gates: list[torch.Tensor]
+
+
+class FusedLayer:
+    """Computes what `layer` computes. `kept` may be changed between steps; the numbers stay the same."""
+
+    def __init__(self, layer: LlamaDecoderLayer, weights: Weights) -> None:
+        attention, gate = layer.self_attn, layer.mlp
+        if weights != "4-bit":
+            make_resident(layer)
+        options = {"eight_bit": weights == "fp8"}
+        self.kept = True
+        self._dim, self._scaling = attention.head_dim, attention.scaling
+        self._heads = attention.config.num_attention_heads
+        self._shared_heads = attention.config.num_key_value_heads
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.inputs = Products([attention.q_proj, attention.k_proj, attention.v_proj], **options)
+        self.output = Products([attention.o_proj], **options)
+        self.gates = Products([gate.gate_proj, gate.up_proj], **options)
+        self.down = Products([gate.down_proj], **options)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cu_seq_lens_q: torch.Tensor,
+        max_length_q: int,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Takes the place of the layer's `forward`: (1, tokens, width) → the same."""
+        cos, sin = (part[0].contiguous() for part in position_embeddings)
+        rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
+        trained = [p for products in self._products() for p in products.parameters()]
+        out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, _draw_seeds(), *trained)
+        return out.unsqueeze(0)
+
+    def _products(self) -> tuple[Products, ...]:
+        return self.inputs, self.output, self.gates, self.down
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, rows: Rows, seeds: Sequence[int]) -> tuple[torch.Tensor, _Kept]:
+        kept = self._middle(x, rows, seeds)
+        act = pointwise.gated(kept.gate_up)
+        y, _ = self.down.forward(act, seeds[_DOWN])
+        return y.add_(kept.middle), kept
+
+    def _middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[int]) -> _Kept:
+        """The layer without its last product, whose result no gradient needs."""
+        packed, narrow_inputs = self.inputs.forward(self._norm(0, x), seeds[_ATTENTION_INPUTS])
+        heads = self._split_heads(packed)
+        for part in heads[:2]:
+            pointwise.rotate(part, rows.cos, rows.sin, out=part)
+        with torch.enable_grad():
+            heads = tuple(part.detach().requires_grad_() for part in heads)
+            attended = attend(*heads, rows.boundaries, rows.longest, self._scaling)
+        middle, narrow_output = self.output.forward(attended.detach().flatten(1), seeds[_ATTENTION_OUTPUT])
+        middle += x
+        gate_up, narrow_gates = self.gates.forward(self._norm(1, middle), seeds[_GATES])
+        return _Kept(narrow_inputs, heads, attended, narrow_output, middle, gate_up, narrow_gates)
+
+    def _norm(self, which: int, x: torch.Tensor) -> torch.Tensor:
+        norm = self._norms[which]
+        return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+    def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        counts = [self._heads, self._shared_heads, self._shared_heads]
+        parts = packed.split([count * self._dim for count in counts], dim=1)
+        return tuple(part.unflatten(1, (-1, self._dim)) for part in parts)
+
+    # -- backward ---------------------------------------------------------------------------------------------------
+
+    def backward(
+        self, of_out: torch.Tensor, x: torch.Tensor, rows: Rows, seeds: Sequence[int], kept: _Kept, *, of_x: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
+        of_middle, *of_gate = self._gate_backward(of_out, seeds, kept)
+        packed, of_output = self._attention_backward(of_middle, rows, seeds, kept)
+        normed = self._norm(0, x)
+        of_normed, of_inputs = self.inputs.backward(
+            packed, normed, kept.narrow_inputs, seeds[_ATTENTION_INPUTS], of_x=of_x
+        )
+        of_x_too = self._norm_backward(0, of_normed, x, of_middle) if of_normed is not None else None
+        return of_x_too, [*of_inputs, *of_output, *of_gate[0], *of_gate[1]]
+
+    def _gate_backward(
+        self, of_out: torch.Tensor, seeds: Sequence[int], kept: _Kept
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        act = pointwise.gated(kept.gate_up)
+        of_act, of_down = self.down.backward(of_out, act, self.down.narrow(act, seeds[_DOWN]), seeds[_DOWN], of_x=True)
+        del act
+        assert of_act is not None
+        of_gate_up = pointwise.gated_backward_(of_act, kept.gate_up)
+        normed = self._norm(1, kept.middle)
+        of_normed, of_gates = self.gates.backward(of_gate_up, normed, kept.narrow_gates, seeds[_GATES], of_x=True)
+        assert of_normed is not None
+        return self._norm_backward(1, of_normed, kept.middle, of_out), of_gates, of_down
+
+    def _attention_backward(
+        self, of_middle: torch.Tensor, rows: Rows, seeds: Sequence[int], kept: _Kept
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        attended = kept.attended.detach().flatten(1)
+        of_attended, of_output = self.output.backward(
+            of_middle, attended, kept.narrow_output, seeds[_ATTENTION_OUTPUT], of_x=True
+        )
+        assert of_attended is not None
+        of_heads = torch.autograd.grad(kept.attended, kept.heads, of_attended.view_as(kept.attended))
+        packed = of_attended.new_empty(len(of_attended), sum(part[0].numel() for part in of_heads))
+        places = self._split_heads(packed)
+        for of_part, place in zip(of_heads[:2], places, strict=False):
+            pointwise.rotate(of_part, rows.cos, -rows.sin, out=place)
+        places[2].copy_(of_heads[2])
+        return packed, of_output
+
+    def _norm_backward(
+        self, which: int, gradient: torch.Tensor, x: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        norm = self._norms[which]
+        return pointwise.rms_norm_backward(gradient, x, norm.weight, norm.variance_epsilon, residual)
+
+
+class _Layer(torch.autograd.Function):
+    """Autograd's view of a `FusedLayer`: from its input and its adapters' weights to its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: FusedLayer, rows: Rows, seeds: Sequence[int], *trained: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            out, kept = layer.forward(x, rows, seeds)
+        ctx.layer, ctx.rows, ctx.seeds = layer, rows, seeds
+        ctx.save_for_backward(x)
+        # not by save_for_backward, which takes no results that hang on graphs of their own
+        ctx.kept = kept if layer.kept and any(ctx.needs_input_grad) else None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # the graph outlives this call, and its memory need not
+        with torch.autocast(x.device.type, enabled=False):
+            if kept is None:
+                kept = ctx.layer._middle(x, ctx.rows, ctx.seeds)
+            of_x, of_trained = ctx.layer.backward(
+                of_outputs[0].contiguous(), x, ctx.rows, ctx.seeds, kept, of_x=ctx.needs_input_grad[0]
+            )
+        return of_x, None, None, None, *of_trained
+
+
+def _draw_seeds() -> list[int]:
+    """One for each linear layer's dropout, from the generator whose state is in every checkpoint."""
+    seeds: list[int] = torch.randint(2**31 - 1, (_LINEAR_LAYERS,)).tolist()
+    return seeds
+
+
+def can_fuse(model: PeftModel) -> bool:
+    """Whether every decoder layer is Llama's, without biases and with plain LoRA."""
+    layers = getattr(model.get_base_model().base_model, "layers", [])
+    config = model.get_base_model().config
+    return (
+        bool(layers)
+        and all(type(layer) is LlamaDecoderLayer for layer in layers)
+        and config.hidden_act == "silu"
+        and not config.attention_bias
+        and not config.mlp_bias
+        and not config.attention_dropout
+    )
+
+
+def fuse_layers(model: PeftModel, weights: Weights) -> list[FusedLayer]:
+    """Let each decoder layer of a model that `can_fuse` be computed by its fused form; returns them, first to last."""
+    fused = []
+    for layer in model.get_base_model().base_model.layers:
+        one = FusedLayer(layer, weights)
+        layer.forward = one
+        fused.append(one)
+    return fused

@@ -1,0 +1,210 @@
+"""The kernels behind `pointwise`: products are PyTorch's, what lies between them is limited by memory, and passes over it
+once. All arithmetic is in float32; results are rounded where the plain versions round.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 2048
+_HEADS = 8  # rotated by one program
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, out, columns, epsilon, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < columns
+    values = tl.load(x + row * columns + offsets, mask=inside, other=0.0)
+    wide = values.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
+    scales = tl.load(weight + offsets, mask=inside, other=0.0)
+    normalised = (wide * inverse).to(values.dtype)
+    tl.store(out + row * columns + offsets, (normalised * scales).to(values.dtype), mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(gradient, x, weight, residual, out, columns, epsilon, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < columns
+    at = row * columns + offsets
+    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    scaled *= tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
+    normalised = wide * inverse
+    own = inverse * (scaled - normalised * (tl.sum(scaled * normalised, 0) / columns))
+    passed = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (own + passed).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate_kernel(
+    heads, cos, sin, out, count, half, heads_stride, out_stride, BLOCK: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    rows = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    angles = token * 2 * half + columns
+    known = columns < half
+    cos_first = tl.load(cos + angles, mask=known, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_first = tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    at = rows[:, None] * (2 * half) + columns[None, :]
+    inside = (rows < count)[:, None] & known[None, :]
+    first = tl.load(heads + token * heads_stride + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(heads + token * heads_stride + at + half, mask=inside, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    to = out + token * out_stride + at
+    tl.store(to, (first * cos_first - second * sin_first).to(kind), mask=inside)
+    tl.store(to + half, (second * cos_second + first * sin_second).to(kind), mask=inside)
+
+
+@triton.jit
+def _gated_kernel(gate_up, out, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < columns
+    gate = tl.load(gate_up + row * 2 * columns + offsets, mask=inside, other=0.0)
+    up = tl.load(gate_up + row * 2 * columns + columns + offsets, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    opened = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * columns + offsets, (opened * up.to(tl.float32)).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def _gated_backward_kernel(gradient, gate_up, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < columns
+    gates, ups = gate_up + row * 2 * columns + offsets, gate_up + row * 2 * columns + columns + offsets
+    gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(gradient + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    kind = gate_up.dtype.element_ty
+    tl.store(gates, (given * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind), mask=inside)
+    tl.store(ups, (given * gate * sigmoid).to(kind), mask=inside)
+
+
+@triton.jit
+def _dropout_kernel(x, out, count, probability, seed, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < count
+    kept = tl.rand(seed, offsets) >= probability
+    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offsets, tl.where(kept, values / (1 - probability), 0.0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize_kernel(x, out, scales, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < columns
+    wide = tl.load(x + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(out + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
+def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * columns
+    label = tl.load(labels + row)
+    labels_logit = tl.load(start + label).to(tl.float32)
+    highest = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)  # of exp(logit - highest)
+    weighted = tl.full((), 0.0, tl.float32)  # of exp(logit - highest) * logit
+    for begin in range(0, columns, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        inside = offsets < columns
+        values = tl.load(start + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(values, 0))
+        shrunk = tl.exp(highest - higher)
+        powers = tl.exp(values - higher)
+        total = total * shrunk + tl.sum(powers, 0)
+        weighted = weighted * shrunk + tl.sum(tl.where(inside, powers * values, 0.0), 0)
+        highest = higher
+    normaliser = highest + tl.log(total)
+    tl.store(log_probs + row, labels_logit - normaliser)
+    tl.store(entropies + row, normaliser - weighted / total)
+    tl.store(first + row, labels_logit >= highest)
+    for begin in range(0, columns, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        inside = offsets < columns
+        values = tl.load(start + offsets, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.where(offsets == label, 1.0, 0.0) - tl.exp(values - normaliser)
+        tl.store(start + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    rows, columns = x.shape
+    out = torch.empty_like(x)
+    _rms_norm_kernel[(rows,)](x, weight, out, columns, epsilon, **_one_row(columns))
+    return out
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor
+) -> torch.Tensor:
+    rows, columns = x.shape
+    out = torch.empty_like(x)
+    _rms_norm_backward_kernel[(rows,)](gradient, x, weight, residual, out, columns, epsilon, **_one_row(columns))
+    return out
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+    tokens, count, dim = heads.shape
+    grid, block = (tokens, triton.cdiv(count, _HEADS)), triton.next_power_of_2(dim // 2)
+    _rotate_kernel[grid](
+        heads, cos, sin, out, count, dim // 2, heads.stride(0), out.stride(0), BLOCK=block, HEADS=_HEADS
+    )
+
+
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, columns)
+    _gated_kernel[(rows, triton.cdiv(columns, _BLOCK))](gate_up, out, columns, BLOCK=_BLOCK)
+    return out
+
+
+def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    rows, columns = gradient.shape
+    _gated_backward_kernel[(rows, triton.cdiv(columns, _BLOCK))](gradient, gate_up, columns, BLOCK=_BLOCK)
+    return gate_up
+
+
+def dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+    out = torch.empty_like(x)
+    _dropout_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), probability, seed, BLOCK=_BLOCK)
+    return out
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.contiguous()
+    rows, columns = x.shape
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+    _quantize_kernel[(rows,)](x, out, scales, columns, **_one_row(columns))
+    return out, scales
+
+
+def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, columns = logits.shape
+    log_probs, entropies = (torch.empty(rows, device=logits.device, dtype=torch.float32) for _ in range(2))
+    first = torch.empty(rows, device=logits.device, dtype=torch.bool)
+    if rows:
+        _label_log_probs_kernel[(rows,)](
+            logits, labels, log_probs, entropies, first, columns, BLOCK=4096, num_warps=8
+        )
+    return log_probs, entropies, first
+
+
+def _one_row(columns: int) -> dict[str, int]:
+    block = triton.next_power_of_2(columns)
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}

@@ -1,0 +1,178 @@
+"""The fast forms of the training step give the numbers of the plain one: per token, and for every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from job.model.adapters import lora_config
+from job.model.attention import register_varlen
+from job.model.fused.head import _LabelLogProbs
+from job.model.fused.layer import Weights, can_fuse, fuse_layers
+from job.model.loading import load_base
+from job.model.quantization import make_resident
+
+TARGETS = ["all-linear", "q_proj, v_proj", "down_proj, k_proj"]
+LENGTHS = (7, 19, 1, 12)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward and backward pass gave."""
+
+    losses: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+Build = Callable[..., PeftModel]
+
+
+@pytest.fixture
+def build(make_run_with_model: Callable[..., Any]) -> Build:
+    """The tiny model with an adapter whose both matrices are at work; the same weights each time."""
+    made: list[Any] = []
+
+    def make(targets: str = "all-linear", *, quantized: bool = True, attention: str | None = None) -> PeftModel:
+        if not made:
+            made.append(make_run_with_model(LORA_R="4", LORA_DROPOUT="0", LORA_TARGET_MODULES=targets))
+        run = made[0]
+        model = get_peft_model(load_base(run, quantized=quantized, attention=attention), lora_config(run.settings))
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data = (noise * (0.1 if "lora_B" in name else 0.3)).float()
+        return model.train()
+
+    return make
+
+
+def padded(model: PeftModel) -> Step:
+    """The rows as a batch with padding, by transformers' and peft's own code."""
+    rows = _rows()
+    longest = max(LENGTHS)
+    ids = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+    mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long()
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return _step(model, [logits[index, : len(row)] for index, row in enumerate(rows)])
+
+
+def padding_free(model: PeftModel, lengths: tuple[int, ...] = LENGTHS) -> Step:
+    """The rows one behind the other."""
+    rows = _rows()
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    logits = model(
+        input_ids=torch.cat(rows).unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        cu_seq_lens_q=boundaries,
+        cu_seq_lens_k=boundaries,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+    ).logits[0]
+    return _step(model, list(logits.split(lengths)))
+
+
+def _rows() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, 512, (length,), generator=generator) for length in LENGTHS]
+
+
+def _step(model: PeftModel, logits: list[torch.Tensor]) -> Step:
+    pairs = zip(logits, _rows(), strict=True)
+    losses = torch.cat([torch.nn.functional.cross_entropy(l[:-1], row[1:], reduction="none") for l, row in pairs])
+    model.zero_grad()
+    losses.mean().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert gradients
+    return Step(losses.detach(), gradients)
+
+
+def assert_same(step: Step, other: Step, relative: float = 1e-5) -> None:
+    torch.testing.assert_close(step.losses, other.losses, rtol=relative, atol=1e-6)
+    assert step.gradients.keys() == other.gradients.keys()
+    for name, gradient in step.gradients.items():
+        difference = float((gradient - other.gradients[name]).norm() / gradient.norm())
+        assert difference < relative, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("weights", ["resident", "4-bit"])
+def test_a_fused_layer_gives_the_losses_and_gradients_of_the_padded_batch(
+    build: Build, targets: str, kept: bool, weights: Weights
+) -> None:
+    plain = padded(build(targets))
+    model = build(targets, attention=register_varlen())
+    assert can_fuse(model)
+    for layer in fuse_layers(model, weights):
+        layer.kept = kept
+    assert_same(padding_free(model), plain)
+
+
+def test_rows_without_padding_give_the_losses_and_gradients_of_the_padded_batch(build: Build) -> None:
+    assert_same(padding_free(build(attention=register_varlen())), padded(build()))
+
+
+def test_resident_weights_give_the_very_numbers_of_4_bit_ones(build: Build) -> None:
+    four_bit, resident = build(), build()
+    make_resident(resident)
+    assert not [m for m in resident.modules() if type(m).__name__ == "Params4bit"]
+    with torch.no_grad():
+        ids = _rows()[1].unsqueeze(0)
+        assert torch.equal(resident(input_ids=ids).logits, four_bit(input_ids=ids).logits)
+    fused = {}
+    kind: Weights
+    for kind in ("resident", "4-bit"):
+        model = build(attention=register_varlen())
+        fuse_layers(model, kind)
+        fused[kind] = padding_free(model)
+    assert torch.equal(fused["resident"].losses, fused["4-bit"].losses)
+    assert all(torch.equal(value, fused["4-bit"].gradients[name]) for name, value in fused["resident"].gradients.items())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_token_sees_another_row_nor_what_comes_behind_it(build: Build, fused: bool) -> None:
+    """By the gradient of each token's output with regard to every token's embedding."""
+    model = build(attention=register_varlen())
+    if fused:
+        fuse_layers(model, "4-bit")
+    rows, total = _rows(), sum(LENGTHS)
+    boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    embedded = model.get_input_embeddings()(torch.cat(rows)).detach().unsqueeze(0).requires_grad_()
+    out = model.get_base_model().base_model(
+        inputs_embeds=embedded,
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0),
+        cu_seq_lens_q=boundaries,
+        max_length_q=max(LENGTHS),
+    )
+    states = out.last_hidden_state[0]
+    row_of = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    for token in range(total):
+        (seen,) = torch.autograd.grad(states[token].square().sum(), embedded, retain_graph=True)
+        sees = seen[0].abs().sum(-1) > 0
+        may = (row_of == row_of[token]) & (torch.arange(total) <= token)
+        assert torch.equal(sees, may), token
+
+
+def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(9, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(40, 16, generator=generator)
+    labels = torch.randint(0, 40, (9,), generator=generator)
+    log_p = torch.log_softmax(states @ weight.T, -1)
+    chosen = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+    scales = torch.linspace(0.1, 2, 9)
+    (wanted,) = torch.autograd.grad((chosen * scales).sum(), states)
+
+    found, entropy, first = _LabelLogProbs.apply(states, weight, labels)
+    (gradient,) = torch.autograd.grad((found * scales).sum(), states)
+    torch.testing.assert_close(found, chosen, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(first, log_p.argmax(-1) == labels)
