@@ -47,8 +47,10 @@ class _Kept:
     attended: torch.Tensor
     narrow_output: list[torch.Tensor]
     middle: torch.Tensor
+    gate_up_whole: torch.Tensor
     gate_up: torch.Tensor
     narrow_gates: list[torch.Tensor]
+    narrow_down: list[torch.Tensor] | None = None
 
 
 class FusedLayer:
@@ -92,27 +94,30 @@ class FusedLayer:
 
     def forward(self, x: torch.Tensor, rows: Rows, seeds: Sequence[int]) -> tuple[torch.Tensor, _Kept]:
         kept = self._middle(x, rows, seeds)
-        act = pointwise.gated(kept.gate_up)
-        y, _ = self.down.forward(act, seeds[_DOWN])
+        act = pointwise.gated(kept.gate_up, out=self.down.new_input(x))
+        y, kept.narrow_down = self.down.forward(act, seeds[_DOWN])
         return y.add_(kept.middle), kept
 
     def _middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[int]) -> _Kept:
         """The layer without its last product, whose result no gradient needs."""
-        packed, narrow_inputs = self.inputs.forward(self._norm(0, x), seeds[_ATTENTION_INPUTS])
+        packed, narrow_inputs = self.inputs.forward(self._norm(0, x, self.inputs), seeds[_ATTENTION_INPUTS])
         heads = self._split_heads(packed)
         for part in heads[:2]:
             pointwise.rotate(part, rows.cos, rows.sin, out=part)
         with torch.enable_grad():
             heads = tuple(part.detach().requires_grad_() for part in heads)
             attended = attend(*heads, rows.boundaries, rows.longest, self._scaling)
-        middle, narrow_output = self.output.forward(attended.detach().flatten(1), seeds[_ATTENTION_OUTPUT])
+        flat = _first_columns(self.output.new_input(x), attended.detach().flatten(1))
+        middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
         middle += x
-        gate_up, narrow_gates = self.gates.forward(self._norm(1, middle), seeds[_GATES])
-        return _Kept(narrow_inputs, heads, attended, narrow_output, middle, gate_up, narrow_gates)
+        whole = self.gates.new_output(x)
+        normed = self._norm(1, middle, self.gates)
+        gate_up, narrow_gates = self.gates.forward(normed, seeds[_GATES], out=whole)
+        return _Kept(narrow_inputs, heads, attended, narrow_output, middle, whole, gate_up, narrow_gates)
 
-    def _norm(self, which: int, x: torch.Tensor) -> torch.Tensor:
+    def _norm(self, which: int, x: torch.Tensor, then: Products) -> torch.Tensor:
         norm = self._norms[which]
-        return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon)
+        return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, out=then.new_input(x))
 
     def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         counts = [self._heads, self._shared_heads, self._shared_heads]
@@ -125,49 +130,62 @@ class FusedLayer:
         self, of_out: torch.Tensor, x: torch.Tensor, rows: Rows, seeds: Sequence[int], kept: _Kept, *, of_x: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
-        of_middle, *of_gate = self._gate_backward(of_out, seeds, kept)
+        of_middle, of_gates, of_down = self._gate_backward(of_out, seeds, kept)
         packed, of_output = self._attention_backward(of_middle, rows, seeds, kept)
-        normed = self._norm(0, x)
-        of_normed, of_inputs = self.inputs.backward(
-            packed, normed, kept.narrow_inputs, seeds[_ATTENTION_INPUTS], of_x=of_x
+        of_normed, of_narrow = self.inputs.input_gradient(packed, seeds[_ATTENTION_INPUTS], wanted=of_x)
+        of_inputs = self.inputs.parameter_gradients(
+            packed, of_narrow, self._norm(0, x, self.inputs), kept.narrow_inputs, seeds[_ATTENTION_INPUTS]
         )
-        of_x_too = self._norm_backward(0, of_normed, x, of_middle) if of_normed is not None else None
-        return of_x_too, [*of_inputs, *of_output, *of_gate[0], *of_gate[1]]
+        gradient = self._norm_backward(0, of_normed, x, of_middle, torch.empty_like(x)) if of_x else None
+        return gradient, [*of_inputs, *of_output, *of_gates, *of_down]
 
     def _gate_backward(
         self, of_out: torch.Tensor, seeds: Sequence[int], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        act = pointwise.gated(kept.gate_up)
-        of_act, of_down = self.down.backward(of_out, act, self.down.narrow(act, seeds[_DOWN]), seeds[_DOWN], of_x=True)
-        del act
-        assert of_act is not None
-        of_gate_up = pointwise.gated_backward_(of_act, kept.gate_up)
-        normed = self._norm(1, kept.middle)
-        of_normed, of_gates = self.gates.backward(of_gate_up, normed, kept.narrow_gates, seeds[_GATES], of_x=True)
-        assert of_normed is not None
-        return self._norm_backward(1, of_normed, kept.middle, of_out), of_gates, of_down
+        """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
+        of_down_out = _first_columns(self.down.new_output(of_out), of_out)
+        of_act, of_narrow = self.down.input_gradient(of_down_out, seeds[_DOWN])
+        act = pointwise.gated_backward_(of_act, kept.gate_up)  # from here on gate_up is its gradient
+        narrow = self.down.narrow(act, seeds[_DOWN]) if kept.narrow_down is None else kept.narrow_down
+        of_down = self.down.parameter_gradients(of_out, of_narrow, act, narrow, seeds[_DOWN])
+        del act, of_act, of_down_out
+        of_normed, of_narrow = self.gates.input_gradient(kept.gate_up_whole, seeds[_GATES])
+        of_gates = self.gates.parameter_gradients(
+            kept.gate_up, of_narrow, self._norm(1, kept.middle, self.gates), kept.narrow_gates, seeds[_GATES]
+        )
+        of_middle = self._norm_backward(1, of_normed, kept.middle, of_out, self.output.new_output(of_out))
+        return of_middle, of_gates, of_down
 
     def _attention_backward(
         self, of_middle: torch.Tensor, rows: Rows, seeds: Sequence[int], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
+        of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT])
         attended = kept.attended.detach().flatten(1)
-        of_attended, of_output = self.output.backward(
-            of_middle, attended, kept.narrow_output, seeds[_ATTENTION_OUTPUT], of_x=True
+        of_output = self.output.parameter_gradients(
+            of_middle, of_narrow, attended, kept.narrow_output, seeds[_ATTENTION_OUTPUT]
         )
-        assert of_attended is not None
         of_heads = torch.autograd.grad(kept.attended, kept.heads, of_attended.view_as(kept.attended))
-        packed = of_attended.new_empty(len(of_attended), sum(part[0].numel() for part in of_heads))
-        places = self._split_heads(packed)
+        packed = self.inputs.new_output(of_attended)
+        places = self._split_heads(packed[:, : sum(part[0].numel() for part in of_heads)])
         for of_part, place in zip(of_heads[:2], places, strict=False):
             pointwise.rotate(of_part, rows.cos, -rows.sin, out=place)
         places[2].copy_(of_heads[2])
         return packed, of_output
 
     def _norm_backward(
-        self, which: int, gradient: torch.Tensor, x: torch.Tensor, residual: torch.Tensor
+        self, which: int, gradient: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor
     ) -> torch.Tensor:
         norm = self._norms[which]
-        return pointwise.rms_norm_backward(gradient, x, norm.weight, norm.variance_epsilon, residual)
+        return pointwise.rms_norm_backward(gradient, x, norm.weight, norm.variance_epsilon, residual, out)
+
+
+def _first_columns(of: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, in the first columns of a wider tensor, unless it is no wider."""
+    if of.shape == values.shape:
+        return values
+    of[:, : values.shape[1]] = values
+    return of
 
 
 class _Layer(torch.autograd.Function):

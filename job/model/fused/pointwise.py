@@ -6,30 +6,40 @@ the same results: those lines say what the kernels must do. Tokens are rows: `x`
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import torch
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) in float32, rounded before the weight as Llama has it."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) in float32, rounded before the weight as Llama has
+    it, into the first columns of `out`, which is returned."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rms_norm(x, weight, epsilon)
-    return (_normalised(x, epsilon)[0]).to(x.dtype) * weight
+        return triton_kernels.rms_norm(x, weight, epsilon, out)
+    out[:, : x.shape[1]] = _normalised(x, epsilon)[0].to(x.dtype) * weight
+    return out
 
 
 def rms_norm_backward(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    residual: torch.Tensor,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient of `x` behind a norm whose result's gradient is `gradient`, plus `residual`, the one that came past it."""
+    """The gradient of `x` behind a norm whose result's gradient is `gradient`, plus the first columns of `residual`, what
+    came past it; into the first columns of `out`, which is returned."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rms_norm_backward(gradient, x, weight, epsilon, residual)
+        return triton_kernels.rms_norm_backward(gradient, x, weight, epsilon, residual, out)
     normalised, inverse = _normalised(x, epsilon)
     scaled = gradient.float() * weight.float()
     own = inverse * (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True))
-    return (own + residual.float()).to(x.dtype)
+    out[:, : x.shape[1]] = (own + residual[:, : x.shape[1]].float()).to(x.dtype)
+    return out
 
 
 def _normalised(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,26 +61,30 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch
     return None
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202), of gates and values side by side: (tokens, 2 n) → (tokens, n)."""
+def gated(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202) of gates and values side by side, (tokens, 2 n), into the first
+    n columns of `out`, which is returned."""
     if gate_up.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.gated(gate_up)
+        return triton_kernels.gated(gate_up, out)
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
+    out[:, : gate.shape[1]] = (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
+    return out
 
 
 def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """The gradient of `gate_up`, written over it."""
+    """silu(gate) · up once more, (tokens, n); `gate_up` is overwritten by its gradient."""
     if gate_up.is_cuda:
         from job.model.fused import triton_kernels
 
         return triton_kernels.gated_backward_(gradient, gate_up)
     gate, up = gate_up.float().chunk(2, dim=-1)
     sigmoid, wide = torch.sigmoid(gate), gradient.float()
+    out = gated(gate_up, torch.empty_like(gradient))
     of_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return gate_up.copy_(torch.cat([of_gate, wide * gate * sigmoid], dim=-1))
+    gate_up.copy_(torch.cat([of_gate, wide * gate * sigmoid], dim=-1))
+    return out
 
 
 def dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
@@ -108,3 +122,13 @@ def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
     entropy, first = -(log_p.exp() * log_p).sum(-1), chosen.squeeze(1) >= log_p.amax(-1)
     logits.copy_(-log_p.exp()).scatter_add_(1, labels.unsqueeze(1), torch.ones_like(chosen, dtype=logits.dtype))
     return chosen.squeeze(1), entropy, first
+
+
+def dequantize(weight: bnb.nn.Params4bit, out: torch.Tensor) -> None:
+    """The values of a 4-bit weight, as bitsandbytes makes them, into `out` (outputs, inputs), whose rows may lie apart."""
+    if out.is_cuda:
+        from job.model.fused import triton_kernels
+
+        return triton_kernels.dequantize(weight, out)
+    out.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+    return None

@@ -4,6 +4,7 @@ once. All arithmetic is in float32; results are rounded where the plain versions
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +14,7 @@ _HEADS = 8  # rotated by one program
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, columns, epsilon, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x, weight, out, columns, out_stride, epsilon, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
@@ -22,11 +23,13 @@ def _rms_norm_kernel(x, weight, out, columns, epsilon, BLOCK: tl.constexpr):
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
     scales = tl.load(weight + offsets, mask=inside, other=0.0)
     normalised = (wide * inverse).to(values.dtype)
-    tl.store(out + row * columns + offsets, (normalised * scales).to(values.dtype), mask=inside)
+    tl.store(out + row * out_stride + offsets, (normalised * scales).to(values.dtype), mask=inside)
 
 
 @triton.jit
-def _rms_norm_backward_kernel(gradient, x, weight, residual, out, columns, epsilon, BLOCK: tl.constexpr):
+def _rms_norm_backward_kernel(
+    gradient, x, weight, residual, out, columns, residual_stride, out_stride, epsilon, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
@@ -37,8 +40,8 @@ def _rms_norm_backward_kernel(gradient, x, weight, residual, out, columns, epsil
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
     normalised = wide * inverse
     own = inverse * (scaled - normalised * (tl.sum(scaled * normalised, 0) / columns))
-    passed = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (own + passed).to(out.dtype.element_ty), mask=inside)
+    passed = tl.load(residual + row * residual_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + offsets, (own + passed).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -65,28 +68,30 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _gated_kernel(gate_up, out, columns, BLOCK: tl.constexpr):
+def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
-    gate = tl.load(gate_up + row * 2 * columns + offsets, mask=inside, other=0.0)
-    up = tl.load(gate_up + row * 2 * columns + columns + offsets, mask=inside, other=0.0)
+    gate = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0)
+    up = tl.load(gate_up + row * gate_stride + columns + offsets, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
     opened = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
-    tl.store(out + row * columns + offsets, (opened * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    tl.store(out + row * out_stride + offsets, (opened * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
 @triton.jit
-def _gated_backward_kernel(gradient, gate_up, columns, BLOCK: tl.constexpr):
+def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
-    gates, ups = gate_up + row * 2 * columns + offsets, gate_up + row * 2 * columns + columns + offsets
+    gates, ups = gate_up + row * gate_stride + offsets, gate_up + row * gate_stride + columns + offsets
     gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
     given = tl.load(gradient + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     kind = gate_up.dtype.element_ty
+    opened = (gate * sigmoid).to(kind).to(tl.float32)
+    tl.store(out + row * columns + offsets, (opened * up).to(kind), mask=inside)
     tl.store(gates, (given * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind), mask=inside)
     tl.store(ups, (given * gate * sigmoid).to(kind), mask=inside)
 
@@ -142,19 +147,39 @@ def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns
         tl.store(start + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+@triton.jit
+def _dequantize_kernel(packed, scales, codes, out, columns, out_stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    pairs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = pairs < columns // 2
+    place = row * (columns // 2) + pairs
+    both = tl.load(packed + place, mask=inside, other=0)
+    scale = tl.load(scales + place * 2 // GROUP, mask=inside, other=0.0)
+    first = tl.load(codes + (both >> 4).to(tl.int32)) * scale
+    second = tl.load(codes + (both & 15).to(tl.int32)) * scale
+    columns_of = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    values = tl.interleave(first, second).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + columns_of, values, mask=columns_of < columns)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
     rows, columns = x.shape
-    out = torch.empty_like(x)
-    _rms_norm_kernel[(rows,)](x, weight, out, columns, epsilon, **_one_row(columns))
+    _rms_norm_kernel[(rows,)](x, weight, out, columns, out.stride(0), epsilon, **_one_row(columns))
     return out
 
 
 def rms_norm_backward(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    residual: torch.Tensor,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     rows, columns = x.shape
-    out = torch.empty_like(x)
-    _rms_norm_backward_kernel[(rows,)](gradient, x, weight, residual, out, columns, epsilon, **_one_row(columns))
+    _rms_norm_backward_kernel[(rows,)](
+        gradient, x, weight, residual, out, columns, residual.stride(0), out.stride(0), epsilon, **_one_row(columns)
+    )
     return out
 
 
@@ -166,17 +191,19 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch
     )
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
+def gated(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, columns)
-    _gated_kernel[(rows, triton.cdiv(columns, _BLOCK))](gate_up, out, columns, BLOCK=_BLOCK)
+    grid = (rows, triton.cdiv(columns, _BLOCK))
+    _gated_kernel[grid](gate_up, out, columns, gate_up.stride(0), out.stride(0), BLOCK=_BLOCK)
     return out
 
 
 def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     rows, columns = gradient.shape
-    _gated_backward_kernel[(rows, triton.cdiv(columns, _BLOCK))](gradient, gate_up, columns, BLOCK=_BLOCK)
-    return gate_up
+    out = torch.empty_like(gradient)
+    grid = (rows, triton.cdiv(columns, _BLOCK))
+    _gated_backward_kernel[grid](gradient, gate_up, out, columns, gate_up.stride(0), BLOCK=_BLOCK)
+    return out
 
 
 def dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
@@ -203,6 +230,18 @@ def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
             logits, labels, log_probs, entropies, first, columns, BLOCK=4096, num_warps=8
         )
     return log_probs, entropies, first
+
+
+def dequantize(weight: bnb.nn.Params4bit, out: torch.Tensor) -> None:
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    rows, columns = out.shape
+    grid = (rows, triton.cdiv(columns, _BLOCK))
+    _dequantize_kernel[grid](
+        weight.data.view(torch.uint8), scales, state.code, out, columns, out.stride(0), GROUP=state.blocksize, BLOCK=_BLOCK // 2
+    )
 
 
 def _one_row(columns: int) -> dict[str, int]:
