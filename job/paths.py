@@ -123,6 +123,11 @@ class Paths:
         return self.run_dir / "stop-request"
 
     @property
+    def card_file(self) -> Path:
+        """This machine's GPU, and what its products reached at preflight."""
+        return self.run_dir / "card.json"
+
+    @property
     def upload_timing_file(self) -> Path:
         """How long the last upload of a checkpoint took."""
         return self.run_dir / "upload-timing.json"

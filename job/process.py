@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,7 @@ def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
         environment |= {"JOB_RDZV_ENDPOINT": rendezvous.endpoint, "JOB_RDZV_ID": rendezvous.id}
     environment |= {
         "JOB_SUPERVISOR_PID": str(os.getpid()),
+        "JOB_STAGE_BEGAN": str(time.time()),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",  # a folder `job` where the user happens to be is not this package
         "PYTHONUNBUFFERED": "1",
@@ -115,6 +117,8 @@ def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
             "TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"
         ),
     }
+    if stage.per_gpu:  # batches differ in length, and what is left between blocks of fixed size would be lost
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not stage.online:  # a stage that has its files must not find itself asking the network for more
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return environment

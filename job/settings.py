@@ -164,22 +164,45 @@ class Settings(BaseSettings):
         1, "Batches that make one optimizer step.", since="train", ge=1, le=65536
     )
     gradient_checkpointing: Auto | bool = _setting(
-        "auto", "Recompute activations in the backward pass to save memory; `auto` is on for a GPU.", since=None
+        "auto",
+        "Recompute activations in the backward pass to save memory: all layers, none, or (`auto`) as many as memory asks for.",
+        since=None,
+    )
+    recomputed_layers: Auto | Annotated[int, Field(ge=0)] = _setting(
+        "auto",
+        "How many layers recompute their activations, where `FT_GRADIENT_CHECKPOINTING` is `auto`; `auto` is what memory asks for.",
+        since=None,
     )
     padding_free: Auto | bool = _setting(
         "auto",
-        "Lay the rows of a batch one behind the other instead of padding them to the longest; `auto` is on for GPUs from Ampere on.",
+        "Lay the rows of a batch one behind the other instead of padding them to the longest; `auto` does on GPUs from Ampere on.",
+        since=None,
+    )
+    decoder_layers: Literal["auto", "fused", "compiled", "plain"] = _setting(
+        "auto",
+        "How layers are computed: `fused` (our own, for Llama), `compiled` (torch.compile), or `plain`; `auto` is fused where it can be.",
         since=None,
     )
     resident_weights: Auto | bool = _setting(
         "auto",
-        "Hold the values of the 4-bit weights in 16 bits, as they are multiplied with, if they fit; `auto` decides by the GPU's memory.",
+        "Hold the values of 4-bit weights in 16 bits, as they are multiplied with; `auto` does if memory allows.",
         since=None,
     )
-    compile: Auto | bool = _setting(
+    micro_batch_tokens: Auto | Annotated[int, Field(ge=1)] = _setting(
         "auto",
-        "Compile the decoder layers (torch.compile); `auto` does where it saves more time than it takes.",
+        "Most tokens computed at once; a batch with more is computed in parts, between rows. `auto` is what memory allows.",
         since=None,
+    )
+    frozen_precision: Literal["bf16", "fp8"] = _setting(
+        "bf16",
+        "`fp8` rounds the frozen layers' products to 8-bit floats (Hopper, Ada and later): faster, and not quite the same numbers.",
+        since="train",
+    )
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = _setting(
+        None, "Most GPU memory that training may take, in GiB; unset, all that is free.", since=None
+    )
+    plan_gpu: NonEmpty | None = _setting(
+        None, "For `entrypoint.py plan`: a card to plan for, such as `A100-40GB`; unset, this machine's.", since=None
     )
     max_grad_norm: float = _setting(0.3, "Gradients are clipped to this norm.", since="train", gt=0)
     learning_rate: float = _setting(2e-4, "Highest learning rate.", since="train", gt=0, le=10)

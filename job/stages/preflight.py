@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 import uuid
 
 import torch
@@ -15,7 +16,7 @@ from job.hub.publish import check_destination
 from job.hub.sources import disk_needed, look_up
 from job.model.device import compute_dtype, device_of
 from job.report.events import message
-from job.run import Run
+from job.run import Run, write_json
 from job.stages.download import recorded_commits, wanted_sources
 from job.storage import Conflict
 
@@ -53,8 +54,12 @@ def _check_device(run: Run) -> None:
         )
     properties = torch.cuda.get_device_properties(device)
     count = torch.cuda.device_count()
+    dtype = compute_dtype(run.settings, device)
+    rate = _matmul_flops(device, dtype)
+    write_json(run.paths.card_file, {"name": properties.name, "matmul_flops": rate})
     message(
-        f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each, computing in {compute_dtype(run.settings, device)}."
+        f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each, computing in {dtype}: "
+        f"{rate / 1e12:.0f} TFLOP/s in large products."
     )
 
 
@@ -64,6 +69,20 @@ def _acceptance_test(device: torch.device) -> None:
     total = float((ones @ ones).double().sum())
     if total != 1024.0**3:
         raise RuntimeError(f"a matrix product gave {total} instead of {1024.0**3}")
+
+
+def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of 8192³ products of random values, over a second: what the card sustains, not what its data sheet says."""
+    a = torch.randn(8192, 8192, device=device, dtype=dtype)
+    out, products = a @ a, 0
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    while (seconds := time.perf_counter() - began) < 1:
+        for _ in range(8):
+            torch.mm(a, a, out=out)
+        torch.cuda.synchronize(device)
+        products += 8
+    return products * 2 * 8192**3 / seconds
 
 
 def _check_store(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def _prepare_rows(run: Run, name: str, rows: Dataset, target: Path, tokenizer: A
             f"No {name} row is left that teaches anything.", "Raise FT_MAX_SEQ_LENGTH: the prompts alone fill it."
         )
     report = {
+        "lengths": dict(sorted(Counter(map(len, kept["input_ids"])).items())),
         "format": row_format.name,
         "rows": len(kept),
         "malformed_rows": len(reasons),

@@ -21,11 +21,10 @@ from job.errors import InputError, Stopped, is_lost_contact
 from job.hub.sources import public_name
 from job.model.adapters import adapter_dtype, hold_adapter_in, lora_config
 from job.model.attention import padding_free, register_varlen
-from job.model.compilation import compile_layers
 from job.model.device import compute_dtype, device_of
 from job.model.loading import load_base
-from job.model.quantization import make_resident
 from job.report.events import message, output
+from job.report.goodput import speed_text, time_text
 from job.run import Run, read_json, write_json
 from job.training.arguments import peak_memory_bytes, training_arguments
 from job.training.best import KeepBest
@@ -35,6 +34,7 @@ from job.training.callbacks import (
     RefuseNonsense,
     ReportProgress,
 )
+from job.training.execution import Execution
 from job.training.launcher import unreachable
 from job.training.pace import SavePace
 from job.training.sharding import weight_bytes
@@ -82,13 +82,19 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
     eval_rows = load_from_disk(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
     assert isinstance(train_rows, Dataset)
     max_length = int(read_json(run.paths.data_report_file)["max_length"])
+    execution = Execution(run)
     pace = SavePace(run)
     stop = DecideSaves(run, pace)
     try:
         trainer = AdapterTrainer(
             model=_load(run),
+            execution=execution,
             args=training_arguments(
-                run, max_length=max_length, evaluates=eval_rows is not None, resumed=checkpoint is not None
+                run,
+                max_length=max_length,
+                evaluates=eval_rows is not None,
+                resumed=checkpoint is not None,
+                recomputes=execution.recomputes_by_library,
             ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
@@ -106,8 +112,7 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
             ) from error
         raise
     hold_adapter_in(trainer.model, adapter_dtype(run.settings, compute_dtype(run.settings, device_of(run))))
-    if run.settings.compile is True:
-        compile_layers(trainer.model)
+    execution.prepare(trainer.model)
     if run.settings.sharding == "full" and checkpoint is not None:
         trainer.load_adapter(checkpoint)  # while it is whole
     others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
@@ -123,10 +128,7 @@ def _load(run: Run) -> PreTrainedModel:
     """The base, as this training multiplies with it."""
     settings, device = run.settings, device_of(run)
     attention = register_varlen() if padding_free(settings, device) else None
-    model = load_base(run, quantized=settings.use_4bit, attention=attention)
-    if settings.use_4bit and settings.resident_weights is True:
-        make_resident(model)
-    return model
+    return load_base(run, quantized=settings.use_4bit, attention=attention)
 
 
 def _restored_checkpoint(run: Run) -> Path | None:
@@ -158,8 +160,16 @@ def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: 
     losses = [entry["loss"] for entry in history if "loss" in entry]
     output("adapter", str(paths.adapter_dir))
     output("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "no step was logged")
+    if (speed := speed_text(metrics["goodput"])) is not None:
+        output("speed", speed)
+    output("time", time_text(metrics["goodput"]))
     if metrics["eval_loss_last"] is not None:
         output("evaluation loss", f"{metrics['eval_loss_first']:.4f} → {metrics['eval_loss_last']:.4f} nats a token")
+
+
+def _matmul_flops(run: Run) -> float | None:
+    """What preflight measured, if it did so on this machine."""
+    return float(read_json(run.paths.card_file)["matmul_flops"]) if run.paths.card_file.is_file() else None
 
 
 def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
@@ -182,4 +192,6 @@ def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "weight_bytes": weight_bytes(trainer.model),
         "peak_memory_bytes": peak_memory_bytes(device),
+        "plan": trainer.execution.described(),
+        "goodput": trainer.goodput.report(_matmul_flops(run)),
     }

@@ -17,11 +17,10 @@ from job.training.sharding import sharding_arguments
 _NEVER = 2**31 - 1
 
 
-def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: bool) -> SFTConfig:
+def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: bool, recomputes: bool) -> SFTConfig:
     """Arguments for a training on prepared data: rows are tokenised, labelled, cut and packed already."""
     settings, device = run.settings, device_of(run)
     on_gpu = device.type == "cuda"
-    checkpointing = on_gpu if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing
     arguments: dict[str, Any] = {
         "output_dir": str(run.paths.checkpoints_dir),
         "run_name": run.id,
@@ -30,7 +29,7 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         "per_device_train_batch_size": settings.per_device_train_batch_size,
         "per_device_eval_batch_size": settings.per_device_eval_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing": recomputes,
         "max_grad_norm": settings.max_grad_norm,
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,

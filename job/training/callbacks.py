@@ -114,9 +114,10 @@ class DecideSaves(TrainerCallback):
 
 def _largest(args: TrainingArguments, *values: float) -> list[float]:
     """The largest of each value over all processes, the same in every one of them."""
+    if not torch.distributed.is_initialized():
+        return list(values)  # a question to the GPU would wait for its work
     votes = torch.tensor(values, device=args.device, dtype=torch.float64)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
     return [float(vote) for vote in votes]
 
 

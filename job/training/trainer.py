@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -24,6 +25,8 @@ from trl import SFTTrainer
 from job.errors import InputError, NodeError
 from job.training.best import KeepBest
 from job.training.data_order import DataOrder
+from job.training.execution import Attempt, Execution, with_less_memory
+from job.training.goodput import Goodput
 from job.training.pace import SavePace
 from job.training.sharding import allow_on_cpu, keep_loss_exact, shard_optimizer_state, whole
 from job.training.state import load_tree, save_tree
@@ -42,10 +45,15 @@ class AdapterTrainer(SFTTrainer):
     pickles.
     """
 
-    def __init__(self, *args: Any, pace: SavePace, best: KeepBest | None = None, **kwargs: Any) -> None:
-        self.data_order, self.best, self._pace = DataOrder(), best, pace
+    def __init__(
+        self, *args: Any, pace: SavePace, execution: Execution, best: KeepBest | None = None, **kwargs: Any
+    ) -> None:
+        self.data_order, self.best, self._pace, self.execution = DataOrder(), best, pace, execution
         self._running_sums: dict[str, Any] | None = None
+        self._step_begun = self._batches_of_step = -1
         super().__init__(*args, **kwargs)
+        self.goodput = Goodput(lambda: self._total_train_tokens / self.args.world_size)
+        self.add_callback(self.goodput)
         if best is not None:
             self.add_callback(best)
 
@@ -71,10 +79,38 @@ class AdapterTrainer(SFTTrainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
         return _deaf_to_stop_signals(super().get_eval_dataloader(*args, **kwargs))
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         self.data_order.batch_trained()
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        return loss
+        self._batches_of_step = self._batches_of_step + 1 if self.state.global_step == self._step_begun else 0
+        self._step_begun = self.state.global_step
+        if self.execution.plan is None:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        if self.args.world_size > 1:  # the others would wait for gradients that have been summed up already
+            return self._in_parts(model, inputs, num_items_in_batch)
+        tokens, accumulates = self._total_train_tokens, self.args.gradient_accumulation_steps > 1
+        before = Attempt(model, self._metrics["train"], accumulates=accumulates)
+
+        def undo() -> None:
+            before.undo()
+            self._total_train_tokens = tokens
+
+        return with_less_memory(lambda: self._in_parts(model, inputs, num_items_in_batch), self.execution, undo)
+
+    def _in_parts(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
+        """Forward and backward pass of the batch, as many tokens at once as planned. Each part's loss is the sum over its
+        tokens by the number of all tokens of the step, so that the parts' gradients add up to those of the whole."""
+        parts = list(self.execution.batches(inputs))
+        assert num_items_in_batch is not None or len(parts) == 1
+        total = torch.zeros((), device=self.args.device)
+        for index, part in enumerate(parts):
+            last = index + 1 == len(parts)
+            self.execution.seed_dropout(self.state.global_step, self._batches_of_step, index)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, num_items_in_batch)
+        return total
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         ended = self.best is not None and self.best.exhausted
@@ -91,7 +127,16 @@ class AdapterTrainer(SFTTrainer):
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.goodput.spending("evaluation"):
+            figures: dict[str, float] = super().evaluate(*args, **kwargs)
+            return figures
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.goodput.spending("save"):
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         """Write a checkpoint beside its name, and give it its name when every process has written its part."""
         began = time.monotonic()
         self.store_flos()

@@ -133,7 +133,9 @@ def test_resident_weights_give_the_very_numbers_of_4_bit_ones(build: Build) -> N
         fuse_layers(model, kind)
         fused[kind] = padding_free(model)
     assert torch.equal(fused["resident"].losses, fused["4-bit"].losses)
-    assert all(torch.equal(value, fused["4-bit"].gradients[name]) for name, value in fused["resident"].gradients.items())
+    assert all(
+        torch.equal(value, fused["4-bit"].gradients[name]) for name, value in fused["resident"].gradients.items()
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -71,7 +71,7 @@ def fuse_head(model: PeftModel) -> None:
             return forward(**inputs)
         labels = inputs.pop("labels")[:, 1:]
         inputs.pop("num_items_in_batch", None)
-        states = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state[:, :-1]
         mask = labels != IGNORED
         found = _LabelLogProbs.apply(states[mask], base.get_output_embeddings().weight, labels[mask])
         log_probs, entropy, first = (part.new_zeros(mask.shape).masked_scatter(mask, part) for part in found)

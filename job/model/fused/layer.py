@@ -25,7 +25,7 @@ Weights = Literal["4-bit", "resident", "fp8"]
 
 _ATTENTION_INPUTS, _ATTENTION_OUTPUT = slice(0, 3), slice(3, 4)
 _GATES, _DOWN = slice(4, 6), slice(6, 7)
-_LINEAR_LAYERS = 7
+LINEAR_LAYERS = 7
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,15 @@ class _Kept:
 
 
 class FusedLayer:
-    """Computes what `layer` computes. `kept` may be changed between steps; the numbers stay the same."""
+    """Computes what `layer` computes. `kept` may be changed between steps; the numbers stay the same. `dropout_seed` is
+    the first of the `LINEAR_LAYERS` that it uses."""
 
     def __init__(self, layer: LlamaDecoderLayer, weights: Weights) -> None:
         attention, gate = layer.self_attn, layer.mlp
         if weights != "4-bit":
             make_resident(layer)
         options = {"eight_bit": weights == "fp8"}
-        self.kept = True
+        self.kept, self.dropout_seed = True, 0
         self._dim, self._scaling = attention.head_dim, attention.scaling
         self._heads = attention.config.num_attention_heads
         self._shared_heads = attention.config.num_key_value_heads
@@ -84,7 +85,8 @@ class FusedLayer:
         cos, sin = (part[0].contiguous() for part in position_embeddings)
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
         trained = [p for products in self._products() for p in products.parameters()]
-        out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, _draw_seeds(), *trained)
+        seeds = [self.dropout_seed + place for place in range(LINEAR_LAYERS)]
+        out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, seeds, *trained)
         return out.unsqueeze(0)
 
     def _products(self) -> tuple[Products, ...]:
@@ -131,6 +133,7 @@ class FusedLayer:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
         of_middle, of_gates, of_down = self._gate_backward(of_out, seeds, kept)
+        del kept.gate_up, kept.gate_up_whole, kept.middle
         packed, of_output = self._attention_backward(of_middle, rows, seeds, kept)
         of_normed, of_narrow = self.inputs.input_gradient(packed, seeds[_ATTENTION_INPUTS], wanted=of_x)
         of_inputs = self.inputs.parameter_gradients(
@@ -214,12 +217,6 @@ class _Layer(torch.autograd.Function):
                 of_outputs[0].contiguous(), x, ctx.rows, ctx.seeds, kept, of_x=ctx.needs_input_grad[0]
             )
         return of_x, None, None, None, *of_trained
-
-
-def _draw_seeds() -> list[int]:
-    """One for each linear layer's dropout, from the generator whose state is in every checkpoint."""
-    seeds: list[int] = torch.randint(2**31 - 1, (_LINEAR_LAYERS,)).tolist()
-    return seeds
 
 
 def can_fuse(model: PeftModel) -> bool:

@@ -132,3 +132,13 @@ def dequantize(weight: bnb.nn.Params4bit, out: torch.Tensor) -> None:
         return triton_kernels.dequantize(weight, out)
     out.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
     return None
+
+
+def place(values: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> None:
+    """`values`, (rows, columns), times `scale` into `out`, whose rows may lie apart and whose type may be another."""
+    if out.is_cuda:
+        from job.model.fused import triton_kernels
+
+        return triton_kernels.place(values, out, scale)
+    torch.mul(values, scale, out=out)
+    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import torch
@@ -28,6 +28,8 @@ class Bordered:
     part, rounded once; adding that part by itself would read and write the whole result again.
     """
 
+    _shares_matrix = False
+
     def __init__(self, layers: Sequence[torch.nn.Linear], border: int) -> None:
         self.border, self._layers = border, layers
         self._widths, self._inputs = [layer.out_features for layer in layers], layers[0].in_features
@@ -35,24 +37,29 @@ class Bordered:
 
     def product(self, x: torch.Tensor, adapters: Sequence[Placed], out: torch.Tensor | None) -> torch.Tensor:
         """Of x with x Aᵀ beside it, the sum with the adapters' part: (tokens, all outputs)."""
-        matrix = self._filled(adapters)
+        matrix = self._inner()
+        self._surround(matrix, adapters)
         return torch.mm(x, matrix[: self._outputs].T, out=out)
 
     def gradient(self, of_y: torch.Tensor, adapters: Sequence[Placed]) -> torch.Tensor:
-        """Of the gradient of y with that of x Aᵀ beside it, that of x; without it, the frozen part's alone."""
-        return of_y @ self._filled(adapters)[: of_y.shape[1], : self._inputs]
-
-    def _filled(self, adapters: Sequence[Placed]) -> torch.Tensor:
-        """The whole matrix with the adapters as they are now."""
+        """Of the gradient of y with that of x Aᵀ beside it, that of x; without it, the frozen part's alone. It belongs to
+        the last `product`, whose adapters are the same."""
         matrix = self._inner()
+        if self._shares_matrix:
+            self._surround(matrix, adapters)
+        return of_y @ matrix[: of_y.shape[1], : self._inputs]
+
+    def _surround(self, matrix: torch.Tensor, adapters: Sequence[Placed]) -> None:
+        """Write the adapters, as they are now, around W."""
         column = 0
         for layer, a, b, scale in adapters:
             begin, rank = sum(self._widths[:layer]), len(a)
             outputs = slice(begin, begin + self._widths[layer])
-            torch.mul(b, scale, out=matrix[outputs, self._inputs + column : self._inputs + column + rank])
-            matrix[self._outputs + column : self._outputs + column + rank, : self._inputs].copy_(a)
+            inputs = slice(self._inputs + column, self._inputs + column + rank)
+            pointwise.place(b, matrix[outputs, inputs], scale)
+            below = slice(self._outputs + column, self._outputs + column + rank)
+            pointwise.place(a, matrix[below, : self._inputs])
             column += rank
-        return matrix
 
     def _inner(self) -> torch.Tensor:
         """The matrix, W in place."""
@@ -84,7 +91,8 @@ class Resident(Bordered):
 class FourBit(Bordered):
     """4-bit weights, dequantised for each product into a matrix that all products of one shape share."""
 
-    _matrices: dict[Any, torch.Tensor] = {}
+    _matrices: ClassVar[dict[Any, torch.Tensor]] = {}
+    _shares_matrix = True
 
     def __init__(self, layers: Sequence[bnb.nn.Linear4bit], border: int, ranks: Sequence[int]) -> None:
         super().__init__(layers, border)
@@ -109,7 +117,10 @@ class EightBit:
 
     def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
         matrix = torch.cat([layer.weight.data for layer in layers])
-        self._by_output, self._by_input = pointwise.quantize_rows(matrix), pointwise.quantize_rows(matrix.T.contiguous())
+        self._by_output, self._by_input = (
+            pointwise.quantize_rows(matrix),
+            pointwise.quantize_rows(matrix.T.contiguous()),
+        )
         for layer in layers:
             layer.weight = torch.nn.Parameter(layer.weight.to("meta"), requires_grad=False)  # nobody multiplies with it
 
@@ -180,8 +191,10 @@ class Products:
         narrow = self.narrow(x, seeds)
         out = None if out is None else out[:, : self._outputs]
         if isinstance(self._frozen, Bordered):
-            if narrow:
-                torch.cat(narrow, dim=1, out=x[:, self._inputs :])
+            column = self._inputs
+            for of_group in narrow:
+                pointwise.place(of_group, x[:, column : column + of_group.shape[1]])
+                column += of_group.shape[1]
             return self._frozen.product(x, self._placed(seeds), out), narrow
         y = self._frozen.product(x, out)
         parts = y.split(self._widths, dim=1)
@@ -210,7 +223,7 @@ class Products:
         if isinstance(self._frozen, EightBit):
             gradient = self._frozen.gradient(own)
         elif len(groups) == 1 and not groups[0][0].adapter.dropout:
-            of_y[:, self._outputs :].copy_(narrow[0])
+            pointwise.place(narrow[0], of_y[:, self._outputs :])
             return self._frozen.gradient(of_y, self._placed(seeds)), narrow
         else:
             gradient = self._frozen.gradient(own, ())

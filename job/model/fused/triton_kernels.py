@@ -96,7 +96,7 @@ def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: 
     tl.store(ups, (given * gate * sigmoid).to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _dropout_kernel(x, out, count, probability, seed, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
@@ -160,6 +160,15 @@ def _dequantize_kernel(packed, scales, codes, out, columns, out_stride, GROUP: t
     columns_of = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
     values = tl.interleave(first, second).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns_of, values, mask=columns_of < columns)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def _place_kernel(values, out, rows, columns, stride, out_stride, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (offsets < columns)
+    found = tl.load(values + row * stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + offsets, (found * scale).to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
@@ -226,9 +235,7 @@ def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
     log_probs, entropies = (torch.empty(rows, device=logits.device, dtype=torch.float32) for _ in range(2))
     first = torch.empty(rows, device=logits.device, dtype=torch.bool)
     if rows:
-        _label_log_probs_kernel[(rows,)](
-            logits, labels, log_probs, entropies, first, columns, BLOCK=4096, num_warps=8
-        )
+        _label_log_probs_kernel[(rows,)](logits, labels, log_probs, entropies, first, columns, BLOCK=4096, num_warps=8)
     return log_probs, entropies, first
 
 
@@ -240,7 +247,24 @@ def dequantize(weight: bnb.nn.Params4bit, out: torch.Tensor) -> None:
     rows, columns = out.shape
     grid = (rows, triton.cdiv(columns, _BLOCK))
     _dequantize_kernel[grid](
-        weight.data.view(torch.uint8), scales, state.code, out, columns, out.stride(0), GROUP=state.blocksize, BLOCK=_BLOCK // 2
+        weight.data.view(torch.uint8),
+        scales,
+        state.code,
+        out,
+        columns,
+        out.stride(0),
+        GROUP=state.blocksize,
+        BLOCK=_BLOCK // 2,
+    )
+
+
+def place(values: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    rows, columns = values.shape
+    block = min(1024, triton.next_power_of_2(columns))
+    height = max(1, 4096 // block)
+    grid = (triton.cdiv(rows, height), triton.cdiv(columns, block))
+    _place_kernel[grid](
+        values, out, rows, columns, values.stride(0), out.stride(0), scale, ROWS=height, BLOCK=block
     )
 
 

@@ -1,0 +1,27 @@
+"""A training's goodput in words: how fast it was, and where its time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_NAMES = {
+    "compute": "training", "start": "start", "first_step": "first step", "data": "waiting for data", "save": "saving",
+    "evaluation": "evaluation", "idle": "other",
+}  # fmt: skip
+
+
+def speed_text(goodput: Mapping[str, Any]) -> str | None:
+    """Tokens a second and what part of the card they use; None where no step was measured."""
+    if "tokens_per_second" not in goodput:
+        return None
+    text = f"{goodput['tokens_per_second']:,.0f} tokens/s a process, {goodput['useful_flops_per_second'] / 1e12:,.3g} useful TFLOP/s"
+    part = goodput.get("part_of_matmul_rate")
+    return text if part is None else f"{text} ({part:.0%} of what large products reach on this card)"
+
+
+def time_text(goodput: Mapping[str, Any]) -> str:
+    """The parts of the time, the largest first; those under half a second are left out."""
+    seconds: dict[str, float] = {name: goodput["seconds"].get(name, 0.0) for name in _NAMES}
+    named = sorted(((spent, _NAMES[name]) for name, spent in seconds.items() if spent >= 0.5), reverse=True)
+    return ", ".join(f"{name} {spent:,.0f} s" for spent, name in named) or "under a second"

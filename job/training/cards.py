@@ -1,0 +1,70 @@
+"""The GPUs that people rent, by their data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU: bytes of memory, dense 16-bit tensor FLOP/s, bytes/s of memory traffic, and what part of the FLOP/s large
+    products reach for minutes, where power is the limit."""
+
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    bandwidth: float
+    sustained: float = 0.75
+    bfloat16: bool = True
+    fp8: bool = False
+
+    @property
+    def matmul_flops(self) -> float:
+        return self.sustained * self.peak_flops
+
+
+def _card(name: str, gib: float, teraflops: float, gigabytes_per_second: float, **more: float | bool) -> Card:
+    return Card(name, int(gib * GIB), teraflops * 1e12, gigabytes_per_second * 1e9, **more)  # type: ignore[arg-type]
+
+
+# Memory as the driver reports it. A name that is part of another's comes behind it.
+CARDS = (
+    _card("B200", 178, 2250, 8000, fp8=True),
+    _card("GH200", 94, 989, 4000, fp8=True, sustained=0.7),
+    _card("H200", 139, 989, 4800, fp8=True, sustained=0.7),
+    _card("H100 PCIe", 79, 756, 2000, fp8=True, sustained=0.6),
+    _card("H100 NVL", 93, 835, 3900, fp8=True, sustained=0.6),
+    _card("H100", 79, 989, 3350, fp8=True, sustained=0.7),
+    _card("A100-40GB", 39.4, 312, 1555, sustained=0.8),
+    _card("A100", 79, 312, 2039, sustained=0.8),
+    _card("L40S", 44.4, 362, 864, fp8=True, sustained=0.6),
+    _card("L40", 44.4, 181, 864, fp8=True),
+    _card("L4", 22.2, 121, 300, fp8=True, sustained=0.5),
+    _card("A10G", 22, 70, 600),
+    _card("A10", 22, 125, 600, sustained=0.6),
+    _card("A6000", 47.4, 155, 768),
+    _card("RTX 4090", 23.5, 165, 1008, fp8=True, sustained=0.9),
+    _card("RTX 3090", 23.6, 71, 936, sustained=0.9),
+    _card("V100", 15.8, 125, 900, bfloat16=False),
+    _card("T4", 14.6, 65, 320, bfloat16=False, sustained=0.4),
+)
+
+
+def card_named(name: str, memory_bytes: int | None = None) -> Card | None:
+    """The card that a driver's or a user's name means; of several sizes the one nearest to `memory_bytes`."""
+    plain = _plain(name)
+    if (exact := next((card for card in CARDS if _plain(card.name) == plain), None)) is not None:
+        return exact
+    found = [card for card in CARDS if _plain(card.name) in plain or _plain(card.name.split("-")[0]) in plain]
+    if not found:
+        return None
+    family = [card for card in found if card.name.split("-")[0] == found[0].name.split("-")[0]]
+    if memory_bytes is None:
+        return family[-1]
+    return min(family, key=lambda card: abs(card.memory_bytes - memory_bytes))
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "").replace("-", "").replace("_", "")

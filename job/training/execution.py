@@ -1,0 +1,212 @@
+"""How the steps of this process are computed: the plan in force, the layers that follow it, and what happens if memory ends."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from job.errors import InputError, NodeError
+from job.model.attention import padding_free
+from job.model.compilation import compile_layers
+from job.model.device import compute_dtype, device_of
+from job.model.fused.head import can_fuse_head, fuse_head
+from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
+from job.model.quantization import make_resident
+from job.report.events import message
+from job.run import Run, read_json
+from job.settings import Settings
+from job.training.cards import GIB, Card, card_named
+from job.training.planner import Load, Plan, Shape, choose, plans
+
+_UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
+
+
+class Execution:
+    """`plan` is None where transformers and peft compute the layers, and memory is what FT_GRADIENT_CHECKPOINTING says."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.shape, self.plan = _decide(run)
+        self._layers: list[FusedLayer] = []
+
+    @property
+    def recomputes_by_library(self) -> bool:
+        """Whether transformers' own gradient checkpointing is wanted: for a GPU, unless it is switched off."""
+        wanted = self._run.settings.gradient_checkpointing
+        return self.plan is None and (device_of(self._run).type == "cuda" if wanted == "auto" else bool(wanted))
+
+    def described(self) -> dict[str, Any] | None:
+        """The plan in force, for `metrics.json`."""
+        return asdict(self.plan) if self.plan is not None else None
+
+    def prepare(self, model: PeftModel) -> None:
+        """Let the model's layers be computed as planned; call it once, with the adapter in its final type."""
+        settings = self._run.settings
+        if self.plan is None:
+            if settings.use_4bit and settings.resident_weights is True:
+                make_resident(model)
+            if settings.decoder_layers == "compiled":
+                compile_layers(model)
+            return
+        if not can_fuse(model):  # the shape said yes, by the same rules
+            raise InputError("The model's layers are not those that its config.json names.", _PLAIN)
+        self._layers = fuse_layers(model, self.plan.weights)
+        if can_fuse_head(model):
+            fuse_head(model)
+        self._apply(self.plan)
+
+    def batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The batch in parts of no more tokens than planned, but for rows that are longer: rows are never cut."""
+        if self.plan is None or inputs["input_ids"].shape[1] <= self.plan.micro_batch_tokens:
+            yield dict(inputs)
+            return
+        boundaries: list[int] = inputs["cu_seq_lens_q"].tolist()
+        for begin, end in _parts(boundaries, self.plan.micro_batch_tokens):
+            columns = slice(boundaries[begin], boundaries[end])
+            part = {name: inputs[name][:, columns] for name in ("input_ids", "labels", "position_ids")}
+            part["cu_seq_lens_q"] = part["cu_seq_lens_k"] = inputs["cu_seq_lens_q"][begin : end + 1] - boundaries[begin]
+            longest = max(b - a for a, b in itertools.pairwise(boundaries[begin : end + 1]))
+            part["max_length_q"] = part["max_length_k"] = longest
+            yield part
+
+    def seed_dropout(self, *moment: int) -> None:
+        """Give every linear layer a seed of its own for the coming part of a batch. It follows from `moment` and FT_SEED
+        alone: a resumed step drops what the lost one dropped, and no generator is asked that others depend on."""
+        named = repr((self._run.settings.seed, self._run.node.rank, *moment)).encode()
+        first = int.from_bytes(hashlib.blake2b(named, digest_size=4).digest()) >> 2
+        for index, layer in enumerate(self._layers):
+            layer.dropout_seed = first + index * LINEAR_LAYERS
+
+    def step_down(self) -> bool:
+        """Take up the next plan that needs less memory; False if there is none."""
+        smaller = self.plan.smaller(len(self._layers)) if self.plan is not None else None
+        if smaller is None:
+            return False
+        self._apply(smaller)
+        message(f"The GPU's memory is full: going on with {smaller.described(len(self._layers))}.", "warning")
+        return True
+
+    def _apply(self, plan: Plan) -> None:
+        self.plan = plan
+        for index, layer in enumerate(self._layers):
+            layer.kept = index >= plan.recomputed  # the last are the first to be freed
+
+
+_PLAIN = "Set FT_DECODER_LAYERS=plain."
+
+
+def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows (first, behind the last) with no more than `most` tokens, or one row."""
+    begin = 0
+    for end in range(1, len(boundaries)):
+        if end + 1 == len(boundaries) or boundaries[end + 1] - boundaries[begin] > most:
+            yield begin, end
+            begin = end
+
+
+def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
+    settings, device = run.settings, device_of(run)
+    asked = settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
+    if settings.decoder_layers in ("plain", "compiled") or (device.type == "cpu" and not asked):
+        return None, None
+    shape = Shape.of(read_json(run.paths.model_dir / "config.json"), settings)
+    obstacle = _obstacle(settings, device, shape)
+    if obstacle is not None:
+        if asked:
+            named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
+            raise InputError(f"{named} cannot be: {obstacle}.", "Leave it at its default.")
+        return None, None
+    assert shape is not None
+    if settings.frozen_precision == "fp8" and (
+        device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        raise NodeError(
+            "FT_FROZEN_PRECISION=fp8 needs a GPU with 8-bit floats (L4, L40S, H100, H200, B200).",
+            "Rent one of these, or unset it.",
+        )
+    card, free = _UNKNOWN_CARD, float("inf")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        card = card_named(properties.name, properties.total_memory) or card
+        free = _free_bytes(settings, device)
+    report = read_json(run.paths.data_report_file)
+    load = load_of(report, settings)
+    plan = choose(list(plans(shape, load, card, settings)), free)
+    if run.node.is_first:
+        told = f"Plan: {plan.described(shape.layers)}"
+        if device.type == "cuda":
+            told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB, {load.mean_batch / plan.seconds:,.0f} tokens/s"
+        message(f"{told}.")
+    return shape, plan
+
+
+def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
+    """What the prepared data means for one batch."""
+    train = data_report["train"]
+    lengths = {int(length): count for length, count in train["lengths"].items()}
+    batch_size = settings.per_device_train_batch_size
+    return Load.of(lengths, batch_size, train.get("packed_rows"), int(data_report["max_length"]))
+
+
+def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> str | None:
+    """What the fused layers do not know."""
+    if shape is None:
+        return "the model is no Llama without biases"
+    if not padding_free(settings, device):
+        return "they need rows without padding (FT_PADDING_FREE)"
+    if settings.sharding != "none":
+        return "they know no shards (FT_SHARDING)"
+    if settings.device_map != "auto":
+        return "they need the whole model on one GPU (FT_DEVICE_MAP)"
+    if device.type == "cuda" and compute_dtype(settings, device) == torch.float32:
+        return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
+    return None
+
+
+def _free_bytes(settings: Settings, device: torch.device) -> float:
+    free, total = torch.cuda.mem_get_info(device)
+    if settings.gpu_memory_gib is None:
+        return float(free)
+    limit = settings.gpu_memory_gib * GIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    return min(float(free), limit)
+
+
+class Attempt:
+    """What a training step changes before its gradients are whole, to undo it: gradients and running figures."""
+
+    def __init__(self, model: torch.nn.Module, metrics: dict[str, list[Any]], *, accumulates: bool) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._gradients = [
+            parameter.grad.clone() if accumulates and parameter.grad is not None else None
+            for parameter in self._parameters
+        ]
+        self._metrics, self._figures = metrics, {name: list(values) for name, values in metrics.items()}
+
+    def undo(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._metrics.clear()
+        self._metrics.update(self._figures)
+
+
+def with_less_memory(
+    compute: Callable[[], torch.Tensor], execution: Execution, undo: Callable[[], None]
+) -> torch.Tensor:
+    """`compute()`, tried again with ever smaller plans while memory does not suffice."""
+    while True:
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            undo()
+            trace = error.__traceback__
+            if not execution.step_down():
+                raise
+            del trace, error
+        torch.cuda.empty_cache()

@@ -1,0 +1,81 @@
+"""Where the time of a training went, and how much of the card's arithmetic the rest of it used."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from job.training.utilization import useful_flops_per_token
+
+
+class Goodput(TrainerCallback):
+    """Seconds by what they were spent on, of this start of the training on this process.
+
+    `start` is all up to the first step (imports, model, data), `first_step` that one, with whatever is compiled or tuned in
+    it, `compute` the others; `data` is time in which the GPU waited for rows. What remains is `idle`.
+    """
+
+    def __init__(self, tokens: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
+        self._clock, self._tokens = clock, tokens
+        self._began = float(os.environ.get("JOB_STAGE_BEGAN") or clock())
+        self._spent: Counter[str] = Counter()
+        self._trained = self._flops_per_token = 0.0
+        self._tokens_before = self._since = 0.0
+        self._end_of_work: torch.cuda.Event | None = None
+
+    @contextlib.contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._spent[name] += self._clock() - began
+            self._since = self._clock()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._flops_per_token = useful_flops_per_token(kwargs["model"])
+        self._spent["start"] = self._clock() - self._began
+        self._since = self._clock()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._end_of_work is None or self._end_of_work.query():  # else the rows came while the GPU worked
+            self._spent["data"] += self._clock() - self._since
+            self._since = self._clock()
+        self._tokens_before = self._tokens()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            self._end_of_work = torch.cuda.Event()
+            self._end_of_work.record()
+        first = "first_step" not in self._spent
+        self._spent["first_step" if first else "compute"] += self._clock() - self._since
+        self._since = self._clock()
+        if not first:
+            self._trained += self._tokens() - self._tokens_before
+
+    def report(self, matmul_flops: float | None) -> dict[str, Any]:
+        """For people and for `metrics.json`; rates are those of the steps behind the first."""
+        total = self._clock() - self._began
+        seconds = {name: round(value, 2) for name, value in self._spent.items()}
+        seconds["idle"] = round(max(0.0, total - sum(self._spent.values())), 2)
+        figures: dict[str, Any] = {"seconds": seconds}
+        if self._trained and self._spent["compute"] > 0:
+            rate = self._trained / self._spent["compute"]
+            figures |= {
+                "tokens_per_second": round(rate, 1),
+                "useful_flops_per_second": round(rate * self._flops_per_token),
+            }
+            if matmul_flops:
+                figures["part_of_matmul_rate"] = round(rate * self._flops_per_token / matmul_flops, 4)
+        return figures

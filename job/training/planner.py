@@ -1,0 +1,275 @@
+"""How to compute a training step on a card: predicted memory and time of each plan, and the fastest that fits.
+
+A plan changes where numbers are kept and how many tokens are computed at once, never what a step computes: the batch, the
+loss and the gradients are those of the settings. The predictions are for the fused layers of `model/fused`, and count
+what those keep; what they leave out (fragments, libraries) is in `_RESERVE`. It imports no torch, so that `entrypoint.py plan`
+answers at once and without a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from job.settings import Settings
+from job.training.cards import GIB, Card
+
+Weights = Literal["4-bit", "resident", "fp8"]
+
+_RESERVE = 0.75 * GIB  # CUDA's own context, and blocks of the allocator that no tensor fits
+_FRAGMENTS = 1.03
+_HEAD_TOKENS = 4096  # whose logits exist at once
+_ELEMENT = 2  # bytes of a 16-bit number
+_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama with LoRA, as far as memory and time depend on it."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    shared_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    rank: int
+    targets: frozenset[str]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], settings: Settings) -> Shape | None:
+        """The shape in a model's config.json; None for a model that has no fused layers."""
+        if config.get("architectures") != ["LlamaForCausalLM"] or config.get("hidden_act", "silu") != "silu":
+            return None
+        if config.get("attention_bias") or config.get("mlp_bias") or config.get("attention_dropout"):
+            return None
+        heads = int(config["num_attention_heads"])
+        wanted: tuple[str, ...] = ("q_proj", "v_proj")  # peft's choice for Llama
+        if settings.lora_target_modules == "all-linear":
+            wanted = _LLAMA_TARGETS
+        elif settings.lora_target_modules != "auto":
+            wanted = tuple(settings.lora_target_modules)
+        return cls(
+            hidden=int(config["hidden_size"]),
+            intermediate=int(config["intermediate_size"]),
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            shared_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            vocabulary=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            rank=settings.lora_r,
+            targets=frozenset(wanted),
+        )
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def packed(self) -> int:
+        """Queries, keys and values of a token."""
+        return self.query + 2 * self.shared_heads * self.head_dim
+
+    @property
+    def groups(self) -> tuple[tuple[int, int, int], ...]:
+        """Inputs, outputs and adapters' ranks of a layer's four products."""
+        hidden, rank = self.hidden, {name: self.rank if name in self.targets else 0 for name in _LLAMA_TARGETS}
+        return (
+            (hidden, self.packed, rank["q_proj"] + rank["k_proj"] + rank["v_proj"]),
+            (self.query, hidden, rank["o_proj"]),
+            (hidden, 2 * self.intermediate, rank["gate_proj"] + rank["up_proj"]),
+            (self.intermediate, hidden, rank["down_proj"]),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Frozen weights of a layer's products."""
+        return sum(inputs * outputs for inputs, outputs, _ in self.groups)
+
+    @property
+    def layer_adapter(self) -> int:
+        """Trained weights of a layer."""
+        shared = self.shared_heads * self.head_dim
+        outputs = {"q_proj": self.query, "k_proj": shared, "v_proj": shared, "o_proj": self.hidden,
+                   "gate_proj": self.intermediate, "up_proj": self.intermediate, "down_proj": self.hidden}  # fmt: skip
+        inputs = {"o_proj": self.query, "down_proj": self.intermediate}
+        named = self.targets & set(_LLAMA_TARGETS)
+        return sum(self.rank * (inputs.get(name, self.hidden) + outputs[name]) for name in named)
+
+
+@dataclass(frozen=True)
+class Load:
+    """The batches of a run on one GPU: tokens of the largest and of the mean batch, of the longest row, and the mean length
+    of the row that a token is in."""
+
+    largest_batch: int
+    mean_batch: float
+    longest_row: int
+    mean_context: float
+
+    @classmethod
+    def of(cls, lengths: Mapping[int, int], batch_size: int, packed_rows: int | None, max_length: int) -> Load:
+        """`lengths` counts the documents of each length; packed ones fill `packed_rows` rows of `max_length`."""
+        tokens = sum(length * count for length, count in lengths.items())
+        context = sum(length * length * count for length, count in lengths.items()) / tokens
+        longest = max(lengths)
+        if packed_rows is not None:
+            return cls(batch_size * max_length, batch_size * tokens / packed_rows, longest, context)
+        largest, missing = 0, batch_size
+        for length in sorted(lengths, reverse=True):
+            taken = min(missing, lengths[length])
+            largest, missing = largest + taken * length, missing - taken
+        return cls(largest, batch_size * tokens / sum(lengths.values()), longest, context)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to compute a step. `recomputed` layers keep their input alone for the backward pass; no more than
+    `micro_batch_tokens` are computed at once, if their rows are no longer. Bytes and seconds are predictions."""
+
+    weights: Weights
+    recomputed: int
+    micro_batch_tokens: int
+    parts: int
+    memory_bytes: int = 0
+    seconds: float = 0.0
+
+    def smaller(self, layers: int) -> Plan | None:
+        """The next plan that needs less memory and can be taken up at once; None if there is none."""
+        if self.recomputed < layers:
+            return replace(self, recomputed=min(layers, self.recomputed + max(1, layers // 4)))
+        if self.micro_batch_tokens > 1:
+            return replace(self, micro_batch_tokens=max(1, self.micro_batch_tokens // 2), parts=2 * self.parts)
+        return None
+
+    def described(self, layers: int) -> str:
+        held = {"4-bit": "4-bit weights", "resident": "weights resident in 16 bits", "fp8": "weights in 8-bit floats"}
+        recomputed = f"{self.recomputed} of {layers} layers recomputed"
+        return f"{held[self.weights]}, {recomputed}, at most {self.micro_batch_tokens:,} tokens at once"
+
+
+def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[Plan]:
+    """Every plan that the settings leave open, with what it is predicted to need."""
+    for weights in _weights(settings):
+        for parts in _parts(load, settings):
+            tokens = max(math.ceil(load.largest_batch / parts), min(load.longest_row, load.largest_batch))
+            for recomputed in _recomputed(shape, settings):
+                plan = Plan(weights, recomputed, tokens, parts)
+                yield replace(
+                    plan,
+                    memory_bytes=round(predicted_bytes(shape, plan, settings)),
+                    seconds=predicted_seconds(shape, plan, load, card) * settings.gradient_accumulation_steps,
+                )
+
+
+def choose(candidates: list[Plan], free_bytes: float) -> Plan:
+    """The fastest that fits into `free_bytes`; if none does, the one that needs least."""
+    fitting = [plan for plan in candidates if fits(plan, free_bytes)]
+    if not fitting:
+        return min(candidates, key=lambda plan: (plan.memory_bytes, plan.seconds))
+    return min(fitting, key=lambda plan: (plan.seconds, plan.memory_bytes))
+
+
+def fits(plan: Plan, free_bytes: float) -> bool:
+    return plan.memory_bytes * _FRAGMENTS + _RESERVE <= free_bytes
+
+
+def _weights(settings: Settings) -> tuple[Weights, ...]:
+    if settings.frozen_precision == "fp8":
+        return ("fp8",)
+    if not settings.use_4bit or settings.resident_weights is True:
+        return ("resident",)
+    return ("4-bit",) if settings.resident_weights is False else ("resident", "4-bit")
+
+
+def _recomputed(shape: Shape, settings: Settings) -> tuple[int, ...]:
+    if settings.recomputed_layers != "auto":
+        return (min(settings.recomputed_layers, shape.layers),)
+    if settings.gradient_checkpointing != "auto":
+        return (shape.layers if settings.gradient_checkpointing else 0,)
+    return tuple(range(shape.layers + 1))
+
+
+def _parts(load: Load, settings: Settings) -> tuple[int, ...]:
+    if settings.micro_batch_tokens != "auto":
+        return (math.ceil(load.largest_batch / settings.micro_batch_tokens),)
+    most = max(1, load.largest_batch // max(1, load.longest_row))
+    return tuple(2**power for power in range(most.bit_length()))
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def predicted_bytes(shape: Shape, plan: Plan, settings: Settings) -> float:
+    """The most that torch will have allocated; a paged optimizer's state, which makes room for others, is not in it."""
+    return weight_bytes(shape, plan.weights, settings) + _activation_bytes(shape, plan)
+
+
+def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
+    """Frozen weights, adapter, its gradients and the optimizer's state."""
+    bordered = sum((outputs + rank) * (inputs + rank) for inputs, outputs, rank in shape.groups) * _ELEMENT
+    if weights == "resident":
+        frozen: float = shape.layers * bordered
+    elif weights == "fp8":
+        frozen = (
+            sum(2 * inputs * outputs + 4 * (inputs + outputs) for inputs, outputs, _ in shape.groups) * shape.layers
+        )
+    else:
+        scale_bytes = 1 / 64 + 4 / (64 * 256) if settings.use_nested_quant else 4 / 64
+        frozen = shape.layers * shape.layer_weights * (0.5 + scale_bytes) + bordered
+    embeddings = shape.vocabulary * shape.hidden * _ELEMENT * (1 if shape.tied else 2)
+    norms = (2 * shape.layers + 1) * shape.hidden * _ELEMENT
+    trained = shape.layers * shape.layer_adapter
+    element = 2 if settings.use_4bit else 4
+    moments = 0 if settings.optim.startswith("paged_") else 2 if "8bit" in settings.optim else 2 * element
+    return frozen + embeddings + norms + trained * (2 * element + moments)
+
+
+def _activation_bytes(shape: Shape, plan: Plan) -> float:
+    hidden, gate = shape.hidden, shape.intermediate
+    ranks = sum(rank for _, _, rank in shape.groups)
+    kept = shape.packed + shape.query + hidden + 2 * gate + shape.groups[2][2] + ranks + shape.heads * 4 / _ELEMENT
+    behind_gate = 2 * hidden + 2 * gate
+    behind_attention = hidden + 3 * shape.query + 2 * shape.packed - 2 * gate - hidden
+    at_once = kept if plan.recomputed else 0.0
+    per_token = shape.layers * hidden + (shape.layers - plan.recomputed) * kept + at_once
+    per_token += max(behind_gate, behind_attention)
+    head = min(plan.micro_batch_tokens, _HEAD_TOKENS) * shape.vocabulary
+    in_head = 4 * plan.micro_batch_tokens * hidden + head
+    before_head = plan.micro_batch_tokens * (shape.layers * hidden + (shape.layers - plan.recomputed) * kept)
+    return _ELEMENT * max(plan.micro_batch_tokens * per_token, before_head + in_head)
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+_NARROW = 0.35  # of the rate of large products, for an adapter's
+_ATTENTION = 0.30
+_TRAFFIC = 0.85  # of the bandwidth
+_FP8 = 1.75  # times the 16-bit rate, rounding included
+_LAUNCH_SECONDS = 1.2e-3  # that the CPU needs for a layer's kernels, forward and backward
+
+
+def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float:
+    """Of one batch's forward and backward pass."""
+    rate, bandwidth = card.matmul_flops, card.bandwidth * _TRAFFIC
+    again = plan.recomputed / shape.layers
+    large = shape.layers * (
+        4 * shape.layer_weights + again * 2 * (shape.layer_weights - shape.groups[3][0] * shape.hidden)
+    )
+    large /= rate * (_FP8 if plan.weights == "fp8" else 1.0)
+    large += 4 * shape.vocabulary * shape.hidden / rate
+    narrow = shape.layers * (6 + 2 * again) * shape.layer_adapter / (rate * _NARROW)
+    attention = shape.layers * 2 * shape.query * load.mean_context * (3.5 + again) / (rate * _ATTENTION)
+    passes = 30 * shape.hidden + 6 * shape.packed + 16 * shape.intermediate
+    traffic = shape.layers * _ELEMENT * passes * (1 + 0.3 * again) / bandwidth
+    per_batch = 0.0
+    if plan.weights == "4-bit":
+        per_batch = shape.layers * shape.layer_weights * (2 + again) * 2.6 / (0.5 * bandwidth)
+    parts = max(1.0, load.mean_batch / plan.micro_batch_tokens)
+    computed = load.mean_batch * (large + narrow + attention + traffic) + parts * per_batch
+    return max(computed, parts * shape.layers * _LAUNCH_SECONDS * (1 + 0.3 * again))
