@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSIO
 
 sys.path.insert(0, str(ROOT))
 os.environ["FT_ENV_FILE"] = os.devnull  # a developer's .env is for the developer
+if not shutil.which("nvidia-smi"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which bitsandbytes does
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny, and several jobs share the cores
 
 

@@ -44,11 +44,12 @@ class KeepBest(TrainerCallback):
         if self.exhausted:
             control.should_training_stop = True
 
+    @torch.no_grad()
     def apply(self, model: Any) -> None:
         """Put the best adapter into the model."""
         for name, weight in _trained(model):
             if self._weights:
-                weight.data.copy_(self._weights[name])
+                weight.copy_(self._weights[name])
 
     def state(self) -> dict[str, Any]:
         return {"loss": self.loss, "step": self.step, "worse": self._worse, "weights": self._weights}

@@ -251,7 +251,8 @@ _NARROW = 0.35  # of the rate of large products, for an adapter's
 _ATTENTION = 0.30
 _TRAFFIC = 0.85  # of the bandwidth
 _FP8 = 1.75  # times the 16-bit rate, rounding included
-_LAUNCH_SECONDS = 1.2e-3  # that the CPU needs for a layer's kernels, forward and backward
+_LAUNCH_SECONDS = 3e-3  # that a slow CPU needs for a layer's kernels, forward and backward
+_RAMP_SECONDS = 0.3e-3  # that a layer's kernels lose together in coming up and running out
 
 
 def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float:
@@ -272,4 +273,5 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
         per_batch = shape.layers * shape.layer_weights * (2 + again) * 2.6 / (0.5 * bandwidth)
     parts = max(1.0, load.mean_batch / plan.micro_batch_tokens)
     computed = load.mean_batch * (large + narrow + attention + traffic) + parts * per_batch
+    computed += parts * shape.layers * _RAMP_SECONDS
     return max(computed, parts * shape.layers * _LAUNCH_SECONDS * (1 + 0.3 * again))

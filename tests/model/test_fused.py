@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from job.model.adapters import lora_config
 from job.model.attention import register_varlen
+from job.model.fused import pointwise
 from job.model.fused.head import _LabelLogProbs
-from job.model.fused.layer import Weights, can_fuse, fuse_layers
+from job.model.fused.layer import LINEAR_LAYERS, Weights, can_fuse, fuse_layers
 from job.model.loading import load_base
 from job.model.quantization import make_resident
 
@@ -85,7 +87,7 @@ def _rows() -> list[torch.Tensor]:
 
 def _step(model: PeftModel, logits: list[torch.Tensor]) -> Step:
     pairs = zip(logits, _rows(), strict=True)
-    losses = torch.cat([torch.nn.functional.cross_entropy(l[:-1], row[1:], reduction="none") for l, row in pairs])
+    losses = torch.cat([torch.nn.functional.cross_entropy(row[:-1], ids[1:], reduction="none") for row, ids in pairs])
     model.zero_grad()
     losses.mean().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -113,6 +115,68 @@ def test_a_fused_layer_gives_the_losses_and_gradients_of_the_padded_batch(
     for layer in fuse_layers(model, weights):
         layer.kept = kept
     assert_same(padding_free(model), plain)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_8_bit_products_change_losses_and_gradients_by_their_rounding_alone(build: Build, kept: bool) -> None:
+    exact = padding_free(build(attention=register_varlen()))
+    model = build(attention=register_varlen())
+    for layer in fuse_layers(model, "fp8"):
+        layer.kept = kept
+    rounded = padding_free(model)
+    assert not torch.equal(rounded.losses, exact.losses)
+    assert float((rounded.losses - exact.losses).norm() / exact.losses.norm()) < 0.1
+    for name, gradient in exact.gradients.items():
+        likeness = torch.nn.functional.cosine_similarity(gradient.flatten(), rounded.gradients[name].flatten(), dim=0)
+        assert likeness > 0.9, f"{name}: {likeness}"
+
+
+def dropped_by_hand(model: PeftModel) -> Step:
+    """The rows one behind the other through peft's own layers, whose dropout drops what the fused layers' does."""
+    for index, layer in enumerate(model.get_base_model().base_model.layers):
+        names = (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+        for place, name in enumerate(names):
+            wrapper = layer.get_submodule(name)
+            wrapper.lora_dropout["default"] = _Seeded(0.25, index * LINEAR_LAYERS + place)
+    return padding_free(model)
+
+
+class _Seeded(torch.nn.Dropout):
+    def __init__(self, probability: float, seed: int) -> None:
+        super().__init__(probability)
+        self.seed = seed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, -2)
+        return (flat * (pointwise.dropout(torch.ones_like(flat), self.p, self.seed))).view_as(x)
+
+
+@pytest.mark.parametrize("weights", ["resident", "4-bit", "fp8"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_dropout_of_a_fused_layer_has_the_gradients_of_what_it_dropped(
+    build: Build, kept: bool, weights: Weights
+) -> None:
+    wanted = dropped_by_hand(build(attention=register_varlen()))
+    model = build(attention=register_varlen())
+    for wrapper in model.modules():
+        if isinstance(wrapper, LoraLayer):
+            wrapper.lora_dropout["default"] = torch.nn.Dropout(0.25)
+    for index, layer in enumerate(fuse_layers(model, weights)):
+        layer.kept, layer.dropout_seed = kept, index * LINEAR_LAYERS
+    found = padding_free(model)
+    if weights != "fp8":
+        assert_same(found, wanted, 1e-4)
+    else:
+        assert float((found.losses - wanted.losses).norm() / wanted.losses.norm()) < 0.1
+    assert not torch.equal(padding_free(model.eval()).losses, found.losses)
 
 
 def test_rows_without_padding_give_the_losses_and_gradients_of_the_padded_batch(build: Build) -> None:

@@ -42,15 +42,15 @@ class Rows:
 class _Kept:
     """What the backward pass of one layer needs. `attended` hangs on the graph of the attention alone."""
 
-    narrow_inputs: list[torch.Tensor]
+    narrow_inputs: torch.Tensor | None
     heads: tuple[torch.Tensor, ...]
     attended: torch.Tensor
-    narrow_output: list[torch.Tensor]
+    narrow_output: torch.Tensor | None
     middle: torch.Tensor
     gate_up_whole: torch.Tensor
     gate_up: torch.Tensor
-    narrow_gates: list[torch.Tensor]
-    narrow_down: list[torch.Tensor] | None = None
+    narrow_gates: torch.Tensor | None
+    narrow_down: torch.Tensor | None = None
 
 
 class FusedLayer:
@@ -70,6 +70,7 @@ class FusedLayer:
         self.inputs = Products([attention.q_proj, attention.k_proj, attention.v_proj], **options)
         self.output = Products([attention.o_proj], **options)
         self.gates = Products([gate.gate_proj, gate.up_proj], **options)
+        self._gate_width = 2 * attention.config.intermediate_size
         self.down = Products([gate.down_proj], **options)
 
     def __call__(
@@ -84,7 +85,7 @@ class FusedLayer:
         """Takes the place of the layer's `forward`: (1, tokens, width) → the same."""
         cos, sin = (part[0].contiguous() for part in position_embeddings)
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
-        trained = [p for products in self._products() for p in products.parameters()]
+        trained = [p for products in self._products() for p in products.parameters]
         seeds = [self.dropout_seed + place for place in range(LINEAR_LAYERS)]
         out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, seeds, *trained)
         return out.unsqueeze(0)
@@ -112,9 +113,8 @@ class FusedLayer:
         flat = _first_columns(self.output.new_input(x), attended.detach().flatten(1))
         middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
         middle += x
-        whole = self.gates.new_output(x)
-        normed = self._norm(1, middle, self.gates)
-        gate_up, narrow_gates = self.gates.forward(normed, seeds[_GATES], out=whole)
+        whole, narrow_gates = self.gates.forward(self._norm(1, middle, self.gates), seeds[_GATES], room=True)
+        gate_up = whole[:, : self._gate_width]
         return _Kept(narrow_inputs, heads, attended, narrow_output, middle, whole, gate_up, narrow_gates)
 
     def _norm(self, which: int, x: torch.Tensor, then: Products) -> torch.Tensor:
@@ -172,7 +172,7 @@ class FusedLayer:
         packed = self.inputs.new_output(of_attended)
         places = self._split_heads(packed[:, : sum(part[0].numel() for part in of_heads)])
         for of_part, place in zip(of_heads[:2], places, strict=False):
-            pointwise.rotate(of_part, rows.cos, -rows.sin, out=place)
+            pointwise.rotate(of_part, rows.cos, rows.sin, out=place, back=True)
         places[2].copy_(of_heads[2])
         return packed, of_output
 

@@ -48,13 +48,14 @@ def _normalised(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Te
     return wide * inverse, inverse
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, *, back: bool = False) -> None:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): `heads` and `out` are (tokens, heads, head_dim) and may be one,
-    `cos` and `sin` (tokens, head_dim). With `-sin` it is its own gradient."""
+    `cos` and `sin` (tokens, head_dim). Rotated `back` it is its own gradient."""
     if heads.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rotate(heads, cos, sin, out)
+        return triton_kernels.rotate(heads, cos, sin, out, back)
+    sin = -sin if back else sin
     first, second = heads.float().chunk(2, dim=-1)
     c, s = (half.float().unsqueeze(1).chunk(2, dim=-1) for half in (cos, sin))
     out.copy_(torch.cat([first * c[0] - second * s[0], second * c[1] + first * s[1]], dim=-1))
@@ -94,6 +95,8 @@ def dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
         from job.model.fused import triton_kernels
 
         return triton_kernels.dropout(x, probability, seed)
+    if not probability:
+        return x
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(x.shape, generator=generator) >= probability
     return x * kept / (1 - probability)
@@ -142,3 +145,12 @@ def place(values: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> None:
         return triton_kernels.place(values, out, scale)
     torch.mul(values, scale, out=out)
     return None
+
+
+def eight_bit_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, *, fast: bool) -> torch.Tensor:
+    """x, rounded row by row, times the transpose of a weight that `quantize_rows` gave, (outputs, inputs) and (outputs, 1).
+    `fast` sums up in fewer digits than float32, which forward products stand and gradients do less."""
+    values, own = quantize_rows(x)
+    if not x.is_cuda:
+        return ((values.float() * own) @ (weight.float() * scales).T).to(x.dtype)
+    return torch._scaled_mm(values, weight.T, scale_a=own, scale_b=scales.T, out_dtype=x.dtype, use_fast_accum=fast)

@@ -22,8 +22,8 @@ def _rms_norm_kernel(x, weight, out, columns, out_stride, epsilon, BLOCK: tl.con
     wide = values.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
     scales = tl.load(weight + offsets, mask=inside, other=0.0)
-    normalised = (wide * inverse).to(values.dtype)
-    tl.store(out + row * out_stride + offsets, (normalised * scales).to(values.dtype), mask=inside)
+    normalised = (wide * inverse).to(values.dtype).to(tl.float32)  # rounded here, as the plain version has it
+    tl.store(out + row * out_stride + offsets, (normalised * scales.to(tl.float32)).to(values.dtype), mask=inside)
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _rms_norm_backward_kernel(
 
 @triton.jit
 def _rotate_kernel(
-    heads, cos, sin, out, count, half, heads_stride, out_stride, BLOCK: tl.constexpr, HEADS: tl.constexpr
+    heads, cos, sin, out, count, half, heads_stride, out_stride, BACK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -57,6 +57,8 @@ def _rotate_kernel(
     cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_first = tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_second = tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
+    if BACK:
+        sin_first, sin_second = -sin_first, -sin_second
     at = rows[:, None] * (2 * half) + columns[None, :]
     inside = (rows < count)[:, None] & known[None, :]
     first = tl.load(heads + token * heads_stride + at, mask=inside, other=0.0).to(tl.float32)
@@ -97,12 +99,14 @@ def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: 
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _dropout_kernel(x, out, count, probability, seed, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < count
-    kept = tl.rand(seed, offsets) >= probability
-    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offsets, tl.where(kept, values / (1 - probability), 0.0).to(out.dtype.element_ty), mask=inside)
+def _dropout_kernel(x, out, columns, stride, probability, seed, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < columns
+    kept = tl.rand(seed, row * columns + offsets) >= probability
+    values = tl.load(x + row.to(tl.int64) * stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    dropped = tl.where(kept, values / (1 - probability), 0.0)
+    tl.store(out + row.to(tl.int64) * columns + offsets, dropped.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -192,12 +196,11 @@ def rms_norm_backward(
     return out
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, back: bool) -> None:
     tokens, count, dim = heads.shape
     grid, block = (tokens, triton.cdiv(count, _HEADS)), triton.next_power_of_2(dim // 2)
-    _rotate_kernel[grid](
-        heads, cos, sin, out, count, dim // 2, heads.stride(0), out.stride(0), BLOCK=block, HEADS=_HEADS
-    )
+    strides = heads.stride(0), out.stride(0)
+    _rotate_kernel[grid](heads, cos, sin, out, count, dim // 2, *strides, BACK=back, BLOCK=block, HEADS=_HEADS)
 
 
 def gated(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -216,8 +219,9 @@ def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
 
 
 def dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
-    out = torch.empty_like(x)
-    _dropout_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), probability, seed, BLOCK=_BLOCK)
+    rows, columns = x.shape
+    out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
+    _dropout_kernel[(rows, triton.cdiv(columns, _BLOCK))](x, out, columns, x.stride(0), probability, seed, BLOCK=_BLOCK)
     return out
 
 
@@ -263,9 +267,7 @@ def place(values: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     block = min(1024, triton.next_power_of_2(columns))
     height = max(1, 4096 // block)
     grid = (triton.cdiv(rows, height), triton.cdiv(columns, block))
-    _place_kernel[grid](
-        values, out, rows, columns, values.stride(0), out.stride(0), scale, ROWS=height, BLOCK=block
-    )
+    _place_kernel[grid](values, out, rows, columns, values.stride(0), out.stride(0), scale, ROWS=height, BLOCK=block)
 
 
 def _one_row(columns: int) -> dict[str, int]:
