@@ -8,11 +8,14 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from job.cluster import visible_gpus
-from job.errors import JobError
+from job.errors import JobError, SettingsError
 from job.hub.publish import Destination
-from job.hub.sources import Listing, Source, disk_needed, look_up
+from job.hub.sources import Listing, Source, disk_needed, look_up, model_config
 from job.run import Run, read_json
+from job.settings import Settings
 from job.stage import training_processes
+from job.training.cards import CARDS, GIB, Card, card_named
+from job.training.planner import Load, Plan, Shape, choose, fits, load_of, plans
 
 
 def print_plan(run: Run) -> None:
@@ -40,6 +43,84 @@ def print_plan(run: Run) -> None:
     lines.append(("publishes to", str(Destination.of(run)) if "publish" in settings.stages else "nothing"))
     for label, text in lines:
         print(f"{label:<14}{text}")
+    for line in _computation(run):
+        print(line)
+
+
+def _computation(run: Run) -> list[str]:
+    """How a training step would be computed on this machine's GPU or the named one, and what else it could be."""
+    settings, card = run.settings, _card(run.settings)
+    if card is None:
+        return []
+    shape = _shape(run)
+    if shape is None or settings.decoder_layers in ("plain", "compiled") or settings.sharding != "none":
+        return [f"\nNo plan for {card.name}: only Llama's fused layers are planned, on whole copies of the model."]
+    if not card.bfloat16:
+        return [f"\nNo plan for {card.name}: the fused layers' attention needs a GPU from Ampere on."]
+    if settings.frozen_precision == "fp8" and not card.fp8:
+        return [f"\nNo plan for {card.name}: it has no 8-bit floats (FT_FROZEN_PRECISION)."]
+    load, known = _load(run)
+    free = card.memory_bytes if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB
+    candidates = list(plans(shape, load, card, settings))
+    chosen = choose(candidates, free)
+    about = "" if known else ", if every row is as long as it may be; prepared data will tell"
+    lines = [
+        f"\n{card.name}, {free / GIB:.0f} GiB: how a step of {load.mean_batch:,.0f} tokens would be computed{about}"
+    ]
+    lines.append(f"  {'weights':<10}{'recomputed':>12}{'tokens at once':>16}{'memory':>11}{'tokens/s':>10}")
+    for plan in _worth_showing(candidates, chosen, free):
+        mark = "→" if plan == chosen else " "
+        rate = load.mean_batch * settings.gradient_accumulation_steps / plan.seconds
+        lines.append(
+            f"{mark} {plan.weights:<10}{f'{plan.recomputed} of {shape.layers}':>12}{plan.micro_batch_tokens:>16,}"
+            f"{plan.memory_bytes / GIB:>7.1f} GiB{rate:>10,.0f}{'' if fits(plan, free) else '  does not fit'}"
+        )
+    lines.append(
+        "It is the fastest that fits." if fits(chosen, free) else "None fits: rent a larger card, or shorten the rows."
+    )
+    return lines
+
+
+def _worth_showing(candidates: list[Plan], chosen: Plan, free: float) -> list[Plan]:
+    """The choice, and of each way to hold the weights the fastest that fits, the fastest of all, and the smallest."""
+    shown = {chosen}
+    for weights in {plan.weights for plan in candidates}:
+        own = [plan for plan in candidates if plan.weights == weights]
+        shown |= {choose(own, free), choose(own, math.inf), min(own, key=lambda plan: plan.memory_bytes)}
+    return sorted(shown, key=lambda plan: (plan.seconds, plan.memory_bytes, plan.weights))
+
+
+def _card(settings: Settings) -> Card | None:
+    if settings.plan_gpu is not None:
+        card = card_named(settings.plan_gpu)
+        if card is None:
+            raise SettingsError(
+                f"FT_PLAN_GPU={settings.plan_gpu!r} is no card that the planner knows.",
+                f"Known are {', '.join(card.name for card in CARDS)}.",
+            )
+        return card
+    gpus = visible_gpus()
+    if settings.device == "cpu" or not gpus:
+        return None
+    return card_named(gpus[0].name, gpus[0].memory_bytes)
+
+
+def _shape(run: Run) -> Shape | None:
+    downloaded = run.paths.model_dir / "config.json"
+    if downloaded.is_file():
+        return Shape.of(read_json(downloaded), run.settings)
+    try:
+        config = model_config(Source.parse("FT_MODEL_NAME", "model", run.settings.model_name))
+    except (JobError, FileNotFoundError):  # said above
+        return None
+    return Shape.of(config, run.settings)
+
+
+def _load(run: Run) -> tuple[Load, bool]:
+    if run.paths.data_report_file.is_file():
+        return load_of(read_json(run.paths.data_report_file), run.settings), True
+    longest = 1024 if run.settings.max_seq_length == "auto" else run.settings.max_seq_length
+    return Load.of({longest: 1}, run.settings.per_device_train_batch_size, 1, longest), False
 
 
 def _describe(source: Source, listings: dict[Source, Listing]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from job.errors import InputError, SettingsError
 from job.hub import hub_errors
@@ -146,6 +147,19 @@ def fetch(source: Source, listing: Listing, folder: Path) -> None:
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(origin if origin.is_file() else origin / name)
+
+
+def model_config(source: Source) -> dict[str, Any]:
+    """A model's config.json alone."""
+    if source.scheme == "s3":
+        data = open_store(source.place).get("config.json")
+    elif source.scheme == "local":
+        data = (Path(source.place) / "config.json").read_bytes()
+    else:
+        with hub_errors(source.described):
+            data = Path(hf_hub_download(source.place, "config.json", revision=source.revision)).read_bytes()
+    config: dict[str, Any] = json.loads(data)
+    return config
 
 
 def _look_up_hub(source: Source, commit: str | None) -> Listing:

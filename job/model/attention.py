@@ -50,8 +50,8 @@ def varlen_attention(
     row i is the tokens from `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1]`. Returns (1, tokens, heads, head_dim)."""
     assert cu_seq_lens_q is not None and max_length_q is not None, "varlen attention needs batches without padding"
     assert dropout == 0.0, "this kernel has no dropout of attention weights"
-    by_token = (states[0].transpose(0, 1) for states in (query, key, value))
-    return attend(*by_token, cu_seq_lens_q, int(max_length_q), scaling).unsqueeze(0), None
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(q, k, v, cu_seq_lens_q, int(max_length_q), scaling).unsqueeze(0), None
 
 
 def attend(

@@ -22,7 +22,7 @@ from job.report.events import message
 from job.run import Run, read_json
 from job.settings import Settings
 from job.training.cards import GIB, Card, card_named
-from job.training.planner import Load, Plan, Shape, choose, plans
+from job.training.planner import Plan, Shape, choose, load_of, plans
 
 _UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
 
@@ -144,14 +144,6 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
             told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB, {load.mean_batch / plan.seconds:,.0f} tokens/s"
         message(f"{told}.")
     return shape, plan
-
-
-def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
-    """What the prepared data means for one batch."""
-    train = data_report["train"]
-    lengths = {int(length): count for length, count in train["lengths"].items()}
-    batch_size = settings.per_device_train_batch_size
-    return Load.of(lengths, batch_size, train.get("packed_rows"), int(data_report["max_length"]))
 
 
 def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,10 +25,10 @@ class Goodput(TrainerCallback):
     def __init__(self, tokens: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
         self._clock, self._tokens = clock, tokens
         self._began = float(os.environ.get("JOB_STAGE_BEGAN") or clock())
-        self._spent: Counter[str] = Counter()
+        self._spent: defaultdict[str, float] = defaultdict(float)
         self._trained = self._flops_per_token = 0.0
         self._tokens_before = self._since = 0.0
-        self._end_of_work: torch.cuda.Event | None = None
+        self._end_of_work: Any = None
 
     @contextlib.contextmanager
     def spending(self, name: str) -> Iterator[None]:
@@ -56,7 +56,7 @@ class Goodput(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type == "cuda":
-            self._end_of_work = torch.cuda.Event()
+            self._end_of_work = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._end_of_work.record()
         first = "first_step" not in self._spent
         self._spent["first_step" if first else "compute"] += self._clock() - self._since
@@ -70,7 +70,7 @@ class Goodput(TrainerCallback):
         seconds = {name: round(value, 2) for name, value in self._spent.items()}
         seconds["idle"] = round(max(0.0, total - sum(self._spent.values())), 2)
         figures: dict[str, Any] = {"seconds": seconds}
-        if self._trained and self._spent["compute"] > 0:
+        if self._trained and self._spent["compute"]:
             rate = self._trained / self._spent["compute"]
             figures |= {
                 "tokens_per_second": round(rate, 1),

@@ -127,6 +127,14 @@ class Load:
         return cls(largest, batch_size * tokens / sum(lengths.values()), longest, context)
 
 
+def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
+    """What prepared data means for one batch."""
+    train = data_report["train"]
+    lengths = {int(length): count for length, count in train["lengths"].items()}
+    batch_size = settings.per_device_train_batch_size
+    return Load.of(lengths, batch_size, train.get("packed_rows"), int(data_report["max_length"]))
+
+
 @dataclass(frozen=True)
 class Plan:
     """One way to compute a step. `recomputed` layers keep their input alone for the backward pass; no more than

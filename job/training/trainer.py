@@ -49,10 +49,11 @@ class AdapterTrainer(SFTTrainer):
         self, *args: Any, pace: SavePace, execution: Execution, best: KeepBest | None = None, **kwargs: Any
     ) -> None:
         self.data_order, self.best, self._pace, self.execution = DataOrder(), best, pace, execution
+        self._total_train_tokens: float = 0
         self._running_sums: dict[str, Any] | None = None
         self._step_begun = self._batches_of_step = -1
         super().__init__(*args, **kwargs)
-        self.goodput = Goodput(lambda: self._total_train_tokens / self.args.world_size)
+        self.goodput = Goodput(lambda: float(self._total_train_tokens) / self.args.world_size)
         self.add_callback(self.goodput)
         if best is not None:
             self.add_callback(best)

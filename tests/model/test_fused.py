@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from job.model.adapters import lora_config
 from job.model.attention import register_varlen
@@ -118,17 +119,32 @@ def test_a_fused_layer_gives_the_losses_and_gradients_of_the_padded_batch(
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_8_bit_products_change_losses_and_gradients_by_their_rounding_alone(build: Build, kept: bool) -> None:
-    exact = padding_free(build(attention=register_varlen()))
-    model = build(attention=register_varlen())
+def test_8_bit_products_change_losses_and_gradients_by_their_rounding_alone(kept: bool) -> None:
+    """On a model as it is initialised: the tiny model's attention is so sharp that it makes much of any rounding."""
+
+    def calm() -> PeftModel:
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            attn_implementation=register_varlen(),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(config)
+        base.requires_grad_(False)
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model.train()
+
+    exact, model = padding_free(calm()), calm()
     for layer in fuse_layers(model, "fp8"):
         layer.kept = kept
     rounded = padding_free(model)
     assert not torch.equal(rounded.losses, exact.losses)
-    assert float((rounded.losses - exact.losses).norm() / exact.losses.norm()) < 0.1
+    torch.testing.assert_close(rounded.losses, exact.losses, rtol=0.02, atol=0.02)
     for name, gradient in exact.gradients.items():
-        likeness = torch.nn.functional.cosine_similarity(gradient.flatten(), rounded.gradients[name].flatten(), dim=0)
-        assert likeness > 0.9, f"{name}: {likeness}"
+        difference = float((gradient - rounded.gradients[name]).norm() / gradient.norm())
+        assert difference < 0.25, f"{name}: {difference}"
 
 
 def dropped_by_hand(model: PeftModel) -> Step:

@@ -57,8 +57,8 @@ def _label_log_probs(
 
 def can_fuse_head(model: PeftModel) -> bool:
     """Whether the head is a plain frozen layer."""
-    head = model.get_output_embeddings()
-    return type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    head: Any = model.get_output_embeddings()
+    return bool(type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad)
 
 
 def fuse_head(model: PeftModel) -> None:
@@ -73,7 +73,9 @@ def fuse_head(model: PeftModel) -> None:
         inputs.pop("num_items_in_batch", None)
         states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state[:, :-1]
         mask = labels != IGNORED
-        found = _LabelLogProbs.apply(states[mask], base.get_output_embeddings().weight, labels[mask])
+        found = _LabelLogProbs.apply(  # type: ignore[no-untyped-call]
+            states[mask], base.get_output_embeddings().weight, labels[mask]
+        )
         log_probs, entropy, first = (part.new_zeros(mask.shape).masked_scatter(mask, part) for part in found)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / mask.sum().clamp(min=1),

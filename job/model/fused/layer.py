@@ -87,7 +87,7 @@ class FusedLayer:
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
         trained = [p for products in self._products() for p in products.parameters]
         seeds = [self.dropout_seed + place for place in range(LINEAR_LAYERS)]
-        out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, seeds, *trained)
+        out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, seeds, *trained)  # type: ignore[no-untyped-call]
         return out.unsqueeze(0)
 
     def _products(self) -> tuple[Products, ...]:
@@ -109,7 +109,8 @@ class FusedLayer:
             pointwise.rotate(part, rows.cos, rows.sin, out=part)
         with torch.enable_grad():
             heads = tuple(part.detach().requires_grad_() for part in heads)
-            attended = attend(*heads, rows.boundaries, rows.longest, self._scaling)
+            query, key, value = heads
+            attended = attend(query, key, value, rows.boundaries, rows.longest, self._scaling)
         flat = _first_columns(self.output.new_input(x), attended.detach().flatten(1))
         middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
         middle += x
@@ -123,8 +124,8 @@ class FusedLayer:
 
     def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         counts = [self._heads, self._shared_heads, self._shared_heads]
-        parts = packed.split([count * self._dim for count in counts], dim=1)
-        return tuple(part.unflatten(1, (-1, self._dim)) for part in parts)
+        parts = torch.split(packed, [count * self._dim for count in counts], dim=1)
+        return tuple(torch.unflatten(part, 1, (-1, self._dim)) for part in parts)
 
     # -- backward ---------------------------------------------------------------------------------------------------
 

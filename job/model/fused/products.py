@@ -105,7 +105,7 @@ class Bordered(Frozen):
     def _look_at(self, matrix: torch.Tensor) -> None:
         self._above, self._left = matrix[: self._outputs], matrix[:, : self._inputs]
         self._inner = matrix[: self._outputs, : self._inputs]
-        self._parts = self._inner.split(list(self._widths))
+        self._parts = torch.split(self._inner, list(self._widths))
         self.a, self.b = matrix[self._outputs :, : self._inputs], matrix[: self._outputs, self._inputs :]
 
 

@@ -1,0 +1,225 @@
+"""The job's training against other trainers, on one GPU and one workload: `make bench-gpu`.
+
+Every variant is a process of its own; the variants take turns, so that a card that grows warm does so for all. Tokens are
+those that are no padding. Without `--model` a Llama-2-7B with random weights is written first: speed does not depend on
+what a model knows. Without `--dataset` the documents are random letters with the lengths of guanaco's (log-normal, 16 to
+2048 tokens).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LENGTH = 2048
+_OURS: dict[str, str] = {"FT_LORA_TARGET_MODULES": "all-linear", "FT_LORA_DROPOUT": "0"}
+
+
+@dataclass
+class Variant:
+    """One line of the table: the job with `settings`, or a peer with `arguments`."""
+
+    name: str
+    rows: int
+    settings: dict[str, str] = field(default_factory=dict)
+    peer: str | None = None
+    arguments: tuple[str, ...] = ()
+    packed: bool = True
+
+
+def variants() -> list[Variant]:
+    found = [
+        Variant("job", 16, _OURS),
+        Variant("unsloth", 16, peer="unsloth"),
+        Variant("job, fp8", 16, {**_OURS, "FT_FROZEN_PRECISION": "fp8"}),
+        Variant("unsloth, 8 rows", 8, peer="unsloth"),
+        Variant("TRL, Liger, recomputing", 8, peer="trl-liger", arguments=("--recompute",)),
+        Variant("job, the seed's recipe", 4, packed=False),
+        Variant("TRL, the seed's notebook", 4, peer="trl-notebook", arguments=("--recompute",), packed=False),
+    ]
+    for gib in (8, 16, 40):
+        found.append(Variant(f"job, {gib} GiB", 16, {**_OURS, "FT_GPU_MEMORY_GIB": str(gib)}))
+        rows, recompute = {8: (4, True), 16: (16, True), 40: (4, False)}[gib]
+        found.append(
+            Variant(
+                f"unsloth, {gib} GiB", rows, peer="unsloth",
+                arguments=("--memory-gib", str(gib), *(("--recompute",) if recompute else ())),
+            )
+        )  # fmt: skip
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder; without it a 7B shape is written")
+    parser.add_argument("--dataset", type=Path, help="a dataset file or folder; without it documents are generated")
+    parser.add_argument("--folder", type=Path, default=Path("results/benchmark"), help="where everything is written")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of a run")
+    parser.add_argument("--only", help="names of variants, separated by ;")
+    parser.add_argument("--peers-path", help="PYTHONPATH for the peers, where they need other versions of packages")
+    options = parser.parse_args()
+    wanted = [v for v in variants() if not options.only or v.name in options.only.split(";")]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    options.folder = options.folder.absolute()
+    options.model = (options.model or write_llama_7b(options.folder / "llama-7b-shape")).absolute()
+    options.dataset = (options.dataset or write_documents(options.folder / "documents.jsonl")).absolute()
+    prepared = {packed: _prepare(options, packed) for packed in {False, *(v.packed for v in wanted)}}
+    results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in wanted}
+    for _ in range(options.runs):
+        for variant in wanted:
+            result = _run(variant, options, prepared)
+            if result is not None:
+                results[variant.name].append(result)
+                print(json.dumps({"variant": variant.name, **result}), flush=True)
+    print(table(results))
+    return 0
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Medians, one line a variant, in Markdown."""
+    lines = ["| variant | tokens/s | peak GiB | start to first step, s | runs |", "|---|---|---|---|---|"]
+    for name, runs in results.items():
+        if not runs:
+            lines.append(f"| {name} | not installed, or failed | | | 0 |")
+            continue
+        rate, peak, first = (
+            statistics.median(run[key] for run in runs)
+            for key in ("tokens_per_second", "peak_bytes", "first_step_seconds")
+        )
+        lines.append(f"| {name} | {rate:,.0f} | {peak / 2**30:.1f} | {first:.1f} | {len(runs)} |")
+    return "\n".join(lines)
+
+
+def _run(variant: Variant, options: argparse.Namespace, prepared: dict[bool, Path]) -> dict[str, Any] | None:
+    if variant.peer is None:
+        return _run_job(variant, options, prepared[variant.packed])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    if options.peers_path:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [options.peers_path, os.environ.get("PYTHONPATH"), str(ROOT)])
+        )
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.peers", variant.peer, "--model", str(options.model),
+         "--documents", str(prepared[False] / "prepare" / "train"), "--rows", str(variant.rows),
+         "--steps", str(options.steps), "--length", str(LENGTH), *variant.arguments],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        print(f"{variant.name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}", file=sys.stderr, flush=True)
+        return None
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _settings(options: argparse.Namespace, run_id: str, packed: bool) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("FT_")},
+        "FT_ENV_FILE": os.devnull, "HF_HUB_OFFLINE": "1", "FT_MODEL_NAME": str(options.model),
+        "FT_DATASET_NAME": str(options.dataset), "FT_OUTPUT_DIR": str(options.folder), "FT_RUN_ID": run_id,
+        "FT_MAX_SEQ_LENGTH": str(LENGTH), "FT_PACKING": str(packed).lower(), "FT_LOG_FORMAT": "json",
+        "FT_SAVE_STEPS": "1000000", "FT_NPROC_PER_NODE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }  # fmt: skip
+
+
+def _prepare(options: argparse.Namespace, packed: bool) -> Path:
+    """The data, by the job's own stages; the peers get the same documents."""
+    name = "packed" if packed else "documents"
+    environment = {**_settings(options, name, packed), "FT_STAGES": "preflight,prepare"}
+    subprocess.run(
+        [sys.executable, str(ROOT / "entrypoint.py")], env=environment, check=True, stdout=subprocess.DEVNULL
+    )
+    return Path(options.folder) / "runs" / name
+
+
+def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> dict[str, Any] | None:
+    name = f"{variant.name.replace(' ', '-').replace(',', '')}-{time.time_ns()}"
+    folder = Path(options.folder) / "runs" / name
+    shutil.copytree(prepared, folder, symlinks=True)
+    environment = {
+        **_settings(options, name, variant.packed), **variant.settings, "FT_MAX_STEPS": str(options.steps + 4),
+        "FT_PER_DEVICE_TRAIN_BATCH_SIZE": str(variant.rows), "FT_LOGGING_STEPS": "1", "JOB_STAGE_BEGAN": str(time.time()),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "job.stage", "train"], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        print(f"{variant.name}: {done.stdout[-600:]}{done.stderr[-300:]}", file=sys.stderr, flush=True)
+        return None
+    metrics = json.loads((folder / "train" / "metrics.json").read_text(encoding="utf-8"))
+    shutil.rmtree(folder)
+    goodput = metrics["goodput"]
+    return {
+        "tokens_per_second": _steady_rate(done.stdout),
+        "peak_bytes": metrics["peak_memory_bytes"],
+        "first_step_seconds": goodput["seconds"]["start"] + goodput["seconds"]["first_step"],
+        "losses": [metrics["loss_first"], metrics["loss_last"]],
+        "part_of_matmul_rate": goodput.get("part_of_matmul_rate"),
+        "plan": metrics["plan"],
+    }
+
+
+def _steady_rate(output: str) -> float:
+    """Tokens a second of the steps behind the first four."""
+    events = [json.loads(line[1:]) for line in output.splitlines() if line.startswith("\x1e")]
+    rates = {e["done"]: e["tokens_per_second"] for e in events if e["event"] == "progress" and "tokens_per_second" in e}
+    return statistics.harmonic_mean([rate for step, rate in rates.items() if step > 4])
+
+
+def write_documents(path: Path) -> Path:
+    """Random letters, each a token of the byte tokenizer below."""
+    chance = random.Random(0)
+    with path.open("w", encoding="utf-8") as stream:
+        for _ in range(3000):
+            length = min(LENGTH - 2, max(16, int(chance.lognormvariate(5.9, 0.8))))
+            text = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=length))
+            stream.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def write_llama_7b(folder: Path) -> Path:
+    """Llama-2-7B's shape with random weights and a tokenizer of single bytes."""
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM._from_config(
+            LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0), dtype=torch.bfloat16
+        )
+    _byte_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _byte_tokenizer(vocabulary: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"<extra_{index}>" for index in range(len(names), vocabulary)]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[], unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
