@@ -172,7 +172,7 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
 
 def _steady_rate(output: str) -> float:
     """Tokens a second of the steps behind the first four."""
-    events = [json.loads(line[1:]) for line in output.splitlines() if line.startswith("\x1e")]
+    events = [json.loads(line[1:]) for line in output.split("\n") if line.startswith("\x1e")]
     rates = {e["done"]: e["tokens_per_second"] for e in events if e["event"] == "progress" and "tokens_per_second" in e}
     return statistics.harmonic_mean([rate for step, rate in rates.items() if step > 4])
 

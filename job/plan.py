@@ -102,7 +102,7 @@ def _card(settings: Settings) -> Card | None:
     gpus = visible_gpus()
     if settings.device == "cpu" or not gpus:
         return None
-    return card_named(gpus[0].name, gpus[0].memory_bytes)
+    return card_named(gpus[0].name)
 
 
 def _shape(run: Run) -> Shape | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -29,7 +30,7 @@ def _card(name: str, gib: float, teraflops: float, gigabytes_per_second: float, 
     return Card(name, int(gib * GIB), teraflops * 1e12, gigabytes_per_second * 1e9, **more)  # type: ignore[arg-type]
 
 
-# Memory as the driver reports it. A name that is part of another's comes behind it.
+# Memory as the driver reports it. A name whose words are all in another's comes behind it.
 CARDS = (
     _card("B200", 178, 2250, 8000, fp8=True),
     _card("GH200", 94, 989, 4000, fp8=True, sustained=0.7),
@@ -52,19 +53,12 @@ CARDS = (
 )
 
 
-def card_named(name: str, memory_bytes: int | None = None) -> Card | None:
-    """The card that a driver's or a user's name means; of several sizes the one nearest to `memory_bytes`."""
-    plain = _plain(name)
-    if (exact := next((card for card in CARDS if _plain(card.name) == plain), None)) is not None:
-        return exact
-    found = [card for card in CARDS if _plain(card.name) in plain or _plain(card.name.split("-")[0]) in plain]
-    if not found:
-        return None
-    family = [card for card in found if card.name.split("-")[0] == found[0].name.split("-")[0]]
-    if memory_bytes is None:
-        return family[-1]
-    return min(family, key=lambda card: abs(card.memory_bytes - memory_bytes))
+def card_named(name: str) -> Card | None:
+    """The card that a driver's or a user's name means: the first all of whose words are in it, else one that has its words."""
+    words = _words(name)
+    contained = (card for card in CARDS if _words(card.name) <= words)
+    return next(contained, None) or next((card for card in CARDS if words <= _words(card.name)), None)
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace(" ", "").replace("-", "").replace("_", "")
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.split(r"[\s_-]+", name.lower().strip()))

@@ -132,8 +132,7 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
         )
     card, free = _UNKNOWN_CARD, float("inf")
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        card = card_named(properties.name, properties.total_memory) or card
+        card = card_named(torch.cuda.get_device_name(device)) or card
         free = _free_bytes(settings, device)
     report = read_json(run.paths.data_report_file)
     load = load_of(report, settings)

@@ -166,10 +166,13 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
     for weights in _weights(settings):
         for parts in _parts(load, settings):
             tokens = max(math.ceil(load.largest_batch / parts), min(load.longest_row, load.largest_batch))
+            if settings.micro_batch_tokens != "auto":
+                tokens = min(settings.micro_batch_tokens, load.largest_batch)
             for recomputed in _recomputed(shape, settings):
-                plan = Plan(weights, recomputed, tokens, parts)
+                plan = Plan(weights, recomputed, max(tokens, min(load.longest_row, load.largest_batch)), parts)
                 yield replace(
                     plan,
+                    micro_batch_tokens=tokens,
                     memory_bytes=round(predicted_bytes(shape, plan, settings)),
                     seconds=predicted_seconds(shape, plan, load, card) * settings.gradient_accumulation_steps,
                 )

@@ -5,21 +5,13 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-# Dense bfloat16 (float16 where there is none) tensor peak in FLOP/s, from the vendor's data sheets; the first name that
-# the card's own contains counts.
-_PEAKS = (
-    ("B200", 2.25e15), ("H200", 989e12), ("GH200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
-    ("A100", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("A10G", 70e12), ("A10", 125e12), ("A6000", 155e12),
-    ("4090", 165e12), ("3090", 71e12), ("V100", 125e12), ("T4", 65e12),
-)  # fmt: skip
+from job.training.cards import card_named
 
 
 def peak_flops(device: torch.device) -> float | None:
     """What the card's data sheet promises, in FLOP/s; None for the CPU and for cards that are not listed."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAKS if known in name), None)
+    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return card.peak_flops if card is not None else None
 
 
 def useful_flops_per_token(model: PreTrainedModel) -> float:

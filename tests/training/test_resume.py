@@ -14,12 +14,10 @@ from transformers import TrainingArguments
 
 from job.errors import InputError, NodeError, Stopped
 from job.run import Run
-from job.stages.prepare import prepare
 from job.stages.train import train
 from job.training.callbacks import DecideSaves
 from job.training.data_order import DataOrder
 from job.training.state import load_tree, save_tree
-from tests.conftest import LIGHTHOUSE
 
 STEPS = 10
 _CLOCK = ("runtime", "per_second", "total_flos")  # of a log entry, what no two runs share
@@ -47,6 +45,13 @@ CASES = {
         "EARLY_STOPPING_PATIENCE": "8",
         "LEARNING_RATE": "0.2",
     },
+    "fused layers, in parts, one of them recomputed": {
+        "DATASET_SPLIT": "train[:24]",
+        "DECODER_LAYERS": "fused",
+        "PADDING_FREE": "true",
+        "MICRO_BATCH_TOKENS": "120",
+        "RECOMPUTED_LAYERS": "1",
+    },
     "bfloat16 and a base that is not quantised": {
         "DATASET_SPLIT": "train[:24]",
         "BNB_4BIT_COMPUTE_DTYPE": "bfloat16",
@@ -54,24 +59,6 @@ CASES = {
         "USE_4BIT": "false",
     },
 }
-
-
-@pytest.fixture
-def prepared(make_run_with_model: MAKE, tmp_path: Path) -> MAKE:
-    """A run whose data is prepared, ready to be trained in this process."""
-
-    def make(folder: str, **settings: str) -> Run:
-        defaults = {
-            "OUTPUT_DIR": str(tmp_path / folder), "MAX_STEPS": str(STEPS), "LOGGING_STEPS": "1", "LEARNING_RATE": "1e-2", "LORA_R": "4",
-            "SAVE_STEPS": "1000",
-        }  # fmt: skip
-        run = make_run_with_model(**{**defaults, **settings})
-        run.paths.dataset_dir.mkdir()
-        (run.paths.dataset_dir / "rows.jsonl").symlink_to(LIGHTHOUSE)
-        prepare(run)
-        return run
-
-    return make
 
 
 def train_with_stops(run: Run, monkeypatch: pytest.MonkeyPatch, *stops: int) -> None:

@@ -105,8 +105,8 @@ class FusedLayer:
         """The layer without its last product, whose result no gradient needs."""
         packed, narrow_inputs = self.inputs.forward(self._norm(0, x, self.inputs), seeds[_ATTENTION_INPUTS])
         heads = self._split_heads(packed)
-        for part in heads[:2]:
-            pointwise.rotate(part, rows.cos, rows.sin, out=part)
+        rotated = packed[:, : (self._heads + self._shared_heads) * self._dim].unflatten(1, (-1, self._dim))  # type: ignore[no-untyped-call]
+        pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
         with torch.enable_grad():
             heads = tuple(part.detach().requires_grad_() for part in heads)
             query, key, value = heads

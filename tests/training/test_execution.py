@@ -1,0 +1,115 @@
+"""Plans at work: parts of batches, recomputation, and memory that ends in the middle of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from job.errors import InputError
+from job.model.fused.layer import FusedLayer
+from job.run import Run, read_json
+from job.stages.train import train
+from job.training.execution import _parts
+
+Prepared = Callable[..., Run]
+FUSED = {"DATASET_SPLIT": "train[:40]", "DECODER_LAYERS": "fused", "PADDING_FREE": "true", "MAX_STEPS": "6"}
+
+
+def adapter(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.paths.adapter_dir) / "adapter_model.safetensors")
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], relative: float = 0.0) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        difference = float((found[name] - value).norm() / value.norm())
+        assert difference <= relative, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("accumulated", ["1", "2"])
+def test_fused_layers_train_what_plain_ones_train(prepared: Prepared, accumulated: str) -> None:
+    common = {"LORA_DROPOUT": "0", "EVAL_SPLIT": "0.2", "GRADIENT_ACCUMULATION_STEPS": accumulated}
+    plain = prepared("plain", **{**FUSED, **common, "DECODER_LAYERS": "plain", "PADDING_FREE": "false"})
+    train(plain)
+    whole, parts = prepared("whole", **FUSED, **common), prepared("parts", **FUSED, **common, MICRO_BATCH_TOKENS="100")
+    train(whole)
+    train(parts)
+    assert_equal(adapter(whole), adapter(plain), 1e-3)
+    assert_equal(adapter(parts), adapter(whole), 1e-3)
+    histories = [read_json(run.paths.trainer_state_file)["log_history"] for run in (plain, whole, parts)]
+    for name in ("loss", "eval_loss", "num_tokens"):
+        values = [[entry[name] for entry in history if name in entry] for history in histories]
+        assert values[0]
+        for other in values[1:]:
+            assert other == pytest.approx(values[0], rel=1e-4)
+    assert read_json(parts.paths.metrics_file)["plan"]["micro_batch_tokens"] == 100
+
+
+def test_recomputing_changes_nothing(prepared: Prepared) -> None:
+    runs = [prepared(f"recomputed-{count}", **FUSED, RECOMPUTED_LAYERS=count) for count in ("0", "1", "2")]
+    for run in runs:
+        train(run)
+    for run in runs[1:]:
+        assert_equal(adapter(run), adapter(runs[0]))
+
+
+@pytest.mark.parametrize("accumulated", ["1", "2"])
+def test_memory_that_ends_in_the_middle_of_a_step_costs_nothing_but_time(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, accumulated: str
+) -> None:
+    """The step is taken again with a smaller plan, and the run ends as if it had been planned that way from the start."""
+    straight = prepared("straight", **FUSED, RECOMPUTED_LAYERS="2", GRADIENT_ACCUMULATION_STEPS=accumulated)
+    train(straight)
+    run = prepared("full", **FUSED, RECOMPUTED_LAYERS="0", GRADIENT_ACCUMULATION_STEPS=accumulated)
+    backward, passes = FusedLayer.backward, [0]
+
+    def full(self: FusedLayer, *arguments: Any, **named: Any) -> Any:
+        passes[0] += 1
+        if self.kept and passes[0] > 7:  # behind the last layer's gradients of some step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return backward(self, *arguments, **named)
+
+    monkeypatch.setattr(FusedLayer, "backward", full)
+    train(run)
+    assert_equal(adapter(run), adapter(straight))
+    assert read_json(run.paths.metrics_file)["plan"]["recomputed"] == 2
+    tokens = [read_json(each.paths.metrics_file)["tokens"] for each in (run, straight)]
+    assert tokens[0] == tokens[1]
+
+
+def test_memory_that_suffices_for_no_plan_ends_the_training(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: FusedLayer, *_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(FusedLayer, "backward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(prepared("full", **FUSED))
+
+
+def test_what_the_fused_layers_do_not_know_is_refused_if_they_are_asked_for(prepared: Prepared) -> None:
+    with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused cannot be: they need rows without padding"):
+        train(prepared("padded", **{**FUSED, "PADDING_FREE": "false"}))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "parts"),
+    [
+        ([5, 5, 5, 5], 10, [2, 2]),
+        ([5, 5, 5, 5], 9, [1, 1, 1, 1]),
+        ([20, 1, 1], 10, [1, 2]),
+        ([1, 1, 20], 10, [2, 1]),
+        ([3], 10, [1]),
+    ],
+)
+def test_parts_hold_whole_rows_and_no_more_tokens_than_allowed(lengths: list[int], most: int, parts: list[int]) -> None:
+    boundaries = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+    found = list(_parts(boundaries, most))
+    assert [end - begin for begin, end in found] == parts
+    assert [row for begin, end in found for row in range(begin, end)] == list(range(len(lengths)))

@@ -1,0 +1,147 @@
+"""What the planner predicts, and what it chooses."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from job.settings import Settings
+from job.training.cards import CARDS, GIB, card_named
+from job.training.planner import Load, Plan, Shape, choose, fits, plans, predicted_bytes
+from tests.conftest import Job
+
+LLAMA_7B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "vocab_size": 32000,
+}  # fmt: skip
+LOAD = Load(largest_batch=16384, mean_batch=16000, longest_row=2048, mean_context=900)
+H200 = card_named("NVIDIA H200")
+
+# Measured on one H200 (BENCHMARKS.md): weights, layers recomputed, tokens at once, GiB that torch had allocated at most
+MEASURED = [
+    ("resident", 0, 2048, 19.74),
+    ("4-bit", 31, 4096, 6.70),
+    ("4-bit", 0, 2048, 10.96),
+]
+
+
+def settings(**named: Any) -> Settings:
+    return Settings(lora_target_modules="all-linear", lora_dropout=0, **named)
+
+
+def shape(**named: Any) -> Shape:
+    found = Shape.of({**LLAMA_7B, **named}, settings())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("weights", "recomputed", "tokens", "gib"), MEASURED)
+def test_predicted_memory_is_within_8_percent_of_what_was_measured(
+    weights: Any, recomputed: int, tokens: int, gib: float
+) -> None:
+    predicted = predicted_bytes(shape(), Plan(weights, recomputed, tokens, 1), settings())
+    assert predicted / GIB == pytest.approx(gib, rel=0.08)
+
+
+def test_the_choice_is_the_fastest_that_fits_and_less_memory_never_makes_it_faster() -> None:
+    assert H200 is not None
+    candidates = list(plans(shape(), LOAD, H200, settings()))
+    assert len(candidates) > 100
+    choices = [choose(candidates, gib * GIB) for gib in (8, 12, 16, 24, 40, 80, 140)]
+    for gib, plan in zip((8, 12, 16, 24, 40, 80, 140), choices, strict=True):
+        assert fits(plan, gib * GIB)
+        assert all(plan.seconds <= other.seconds for other in candidates if fits(other, gib * GIB))
+    assert all(more.seconds <= less.seconds for less, more in itertools.pairwise(choices))
+    assert choices[0].weights == "4-bit"
+    assert choices[0].recomputed > 24
+    assert (choices[-1].weights, choices[-1].recomputed) == ("resident", 0)
+
+
+def test_where_nothing_fits_the_smallest_is_tried() -> None:
+    assert H200 is not None
+    candidates = list(plans(shape(), LOAD, H200, settings()))
+    smallest = choose(candidates, 1 * GIB)
+    assert smallest.memory_bytes == min(plan.memory_bytes for plan in candidates)
+
+
+@pytest.mark.parametrize(
+    ("named", "check"),
+    [
+        ({"resident_weights": False}, lambda plan: plan.weights == "4-bit"),
+        ({"resident_weights": True}, lambda plan: plan.weights == "resident"),
+        ({"use_4bit": False}, lambda plan: plan.weights == "resident"),
+        ({"frozen_precision": "fp8"}, lambda plan: plan.weights == "fp8"),
+        ({"gradient_checkpointing": True}, lambda plan: plan.recomputed == 32),
+        ({"gradient_checkpointing": False}, lambda plan: plan.recomputed == 0),
+        ({"recomputed_layers": 5}, lambda plan: plan.recomputed == 5),
+        ({"micro_batch_tokens": 4096}, lambda plan: plan.micro_batch_tokens == 4096),
+    ],
+)
+def test_what_the_settings_say_is_in_every_plan(named: dict[str, Any], check: Any) -> None:
+    assert H200 is not None
+    found = list(plans(shape(), LOAD, H200, settings(**named)))
+    assert found
+    assert all(check(plan) for plan in found)
+
+
+def test_a_step_down_needs_less_memory_until_nothing_is_left() -> None:
+    plan: Plan | None = Plan("resident", 0, 4096, 1)
+    needs = []
+    while plan is not None:
+        needs.append(predicted_bytes(shape(), plan, settings()))
+        plan = plan.smaller(32)
+    assert len(needs) > 5
+    assert all(later <= earlier for earlier, later in itertools.pairwise(needs))
+    assert needs[4] < needs[0] / 1.2
+
+
+def test_batches_are_measured_by_their_longest_rows() -> None:
+    load = Load.of({10: 3, 100: 2, 50: 1}, batch_size=4, packed_rows=None, max_length=128)
+    assert load == Load(largest_batch=260, mean_batch=4 * 280 / 6, longest_row=100, mean_context=22800 / 280)
+    packed = Load.of({10: 3, 100: 2, 50: 1}, batch_size=4, packed_rows=3, max_length=128)
+    assert (packed.largest_batch, packed.mean_batch) == (512, 4 * 280 / 3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["MistralForCausalLM"]}, {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"},
+        {"attention_dropout": 0.1},
+    ],
+)  # fmt: skip
+def test_other_models_are_not_planned(config: dict[str, Any]) -> None:
+    assert Shape.of({**LLAMA_7B, **config}, settings()) is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA L40S", "L40S"), ("NVIDIA L4", "L4"), ("NVIDIA A10G", "A10G"), ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA RTX A6000", "A6000"),
+    ],
+)  # fmt: skip
+def test_a_drivers_name_finds_its_card(driver: str, name: str) -> None:
+    card = card_named(driver)
+    assert card is not None
+    assert card.name == name
+
+
+def test_every_card_is_found_by_its_own_name_and_others_are_not() -> None:
+    assert [card_named(card.name) for card in CARDS] == list(CARDS)
+    assert card_named("Radeon VII") is None
+    assert card_named("A1000") is None
+
+
+def test_the_plan_command_shows_what_a_named_card_would_do(job: Job) -> None:
+    shown = job.run("plan", FT_PLAN_GPU="A100-40GB")
+    assert shown.code == 0
+    assert "A100-40GB, 39 GiB: how a step of" in shown.stdout
+    assert len([line for line in shown.stdout.splitlines() if line.startswith("→ ")]) == 1
+    refused = job.run("plan", FT_PLAN_GPU="A1000")
+    assert refused.code == 78
+    assert "FT_PLAN_GPU='A1000'" in refused.error["message"]
+    assert "A100-40GB" in refused.error["mend"]
