@@ -33,6 +33,8 @@ def main(name: str) -> int:
     processes = training_processes(settings) if stage.per_gpu else 1
     launches = stage.per_gpu and (processes > 1 or run.node.count > 1) and "RANK" not in os.environ
     try:
+        if "download" in stage.needs:
+            _read_ahead(run)
         if launches:
             from job.training.launcher import launch
 
@@ -42,6 +44,13 @@ def main(name: str) -> int:
     except Exception as error:  # the boundary: everything becomes an exit code and a written reason
         return _write_down(run, name, error, launcher=launches)
     return ExitCode.OK
+
+
+def _read_ahead(run: Run) -> None:
+    """Let the kernel fetch the weights from the disk while Python imports libraries for seconds."""
+    for file in run.paths.model_dir.glob("*.safetensors"):
+        with contextlib.suppress(OSError), file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def training_processes(settings: Settings) -> int:
