@@ -66,7 +66,8 @@ def _measure(options: argparse.Namespace, began: float) -> dict[str, Any]:
         "output_dir": tempfile.mkdtemp(), "max_steps": options.steps + WARM_UP_STEPS, "num_train_epochs": 100,
         "per_device_train_batch_size": options.rows, "learning_rate": 2e-4, "weight_decay": 0.001, "optim": "paged_adamw_32bit",
         "lr_scheduler_type": "cosine", "max_grad_norm": 0.3, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "max_length": options.length, "packing": not notebook, "bf16": not notebook, "fp16": notebook, "seed": 0,
+        "max_length": options.length, "packing": not notebook, "bf16": not notebook, "fp16": False, "seed": 0,
+        "gradient_accumulation_steps": 1,  # unsloth's own default is another
         "use_liger_kernel": options.name == "trl-liger",
     }  # fmt: skip
     if options.name != "unsloth":

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -75,7 +76,7 @@ def main() -> int:
     options.folder = options.folder.absolute()
     options.model = (options.model or write_llama_7b(options.folder / "llama-7b-shape")).absolute()
     options.dataset = (options.dataset or write_documents(options.folder / "documents.jsonl")).absolute()
-    prepared = {packed: _prepare(options, packed) for packed in {False, *(v.packed for v in wanted)}}
+    prepared = {packed: _prepare(options, packed) for packed in {False, *(v.packed for v in wanted if not v.peer)}}
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in wanted}
     for _ in range(options.runs):
         for variant in wanted:
@@ -144,7 +145,7 @@ def _prepare(options: argparse.Namespace, packed: bool) -> Path:
 
 
 def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> dict[str, Any] | None:
-    name = f"{variant.name.replace(' ', '-').replace(',', '')}-{time.time_ns()}"
+    name = re.sub(r"[^a-z0-9]+", "-", f"{variant.name} {time.time_ns()}".lower())
     folder = Path(options.folder) / "runs" / name
     shutil.copytree(prepared, folder, symlinks=True)
     environment = {

@@ -174,7 +174,7 @@ class FusedLayer:
         places = self._split_heads(packed[:, : sum(part[0].numel() for part in of_heads)])
         for of_part, place in zip(of_heads[:2], places, strict=False):
             pointwise.rotate(of_part, rows.cos, rows.sin, out=place, back=True)
-        places[2].copy_(of_heads[2])
+        pointwise.place(of_heads[2].flatten(1), places[2].flatten(1))
         return packed, of_output
 
     def _norm_backward(
@@ -188,7 +188,7 @@ def _first_columns(of: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`values`, in the first columns of a wider tensor, unless it is no wider."""
     if of.shape == values.shape:
         return values
-    of[:, : values.shape[1]] = values
+    pointwise.place(values, of[:, : values.shape[1]])
     return of
 
 
