@@ -6,7 +6,10 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 DEMO_MODEL := results/demo-model
 
-.PHONY: help demo test torture check lock image image-test system-packages clean
+# for example BENCH="--runs 1 --only 'job;unsloth'"
+BENCH :=
+
+.PHONY: help demo test torture bench-gpu check lock image image-test system-packages clean
 IMAGE := finetune-job:0.1.0
 SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
 # where uv finds PyTorch's CPU build
@@ -19,6 +22,7 @@ help:
 	@echo "make test   all tests that this machine can run"
 	@echo "make system-packages   (root, Debian) Slurm, buildah and podman, for the tests that need them"
 	@echo "make torture KILLS=20 SEED=0   kill the job so many times, and compare with a run left alone"
+	@echo "make bench-gpu   (a GPU) training speed against the other trainers that are installed"
 	@echo "make check  ruff, mypy, shellcheck, hadolint, manifest schemas"
 	@echo "make image  build the image with docker"
 	@echo "make image-test   build it with buildah, for CPUs, and run its tests"
@@ -42,6 +46,9 @@ test: $(INSTALLED)
 
 torture: $(INSTALLED)
 	$(PYTHON) -m tests.torture --kills $(KILLS) --seed $(SEED)
+
+bench-gpu: $(INSTALLED)
+	$(PYTHON) -m benchmarks.training_speed $(BENCH)
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -117,8 +117,6 @@ def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
             "TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"
         ),
     }
-    if stage.per_gpu:  # batches differ in length, and what is left between blocks of fixed size would be lost
-        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not stage.online:  # a stage that has its files must not find itself asking the network for more
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return environment

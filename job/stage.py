@@ -35,6 +35,8 @@ def main(name: str) -> int:
     try:
         if "download" in stage.needs:
             _read_ahead(run)
+        if stage.per_gpu:  # batches differ in length, and what is left between blocks of fixed size would be lost
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if launches:
             from job.training.launcher import launch
 

@@ -100,9 +100,9 @@ def _training_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("device", f"{metrics['processes']} × {metrics['device']}"))
     if metrics["peak_memory_bytes"]:
         rows.append(("peak GPU memory", f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB"))
-    if (speed := speed_text(metrics["goodput"])) is not None:
-        rows.append(("speed", speed))
-    rows.append(("time of the last start", time_text(metrics["goodput"])))
+        if (speed := speed_text(metrics["goodput"])) is not None:
+            rows.append(("speed", speed))
+        rows.append(("time of the last start", time_text(metrics["goodput"])))
     return rows
 
 

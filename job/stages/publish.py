@@ -64,7 +64,9 @@ def _record(run: Run) -> dict[str, object]:
     for name in ("model_name", "dataset_name", "eval_dataset_name", "chat_template"):
         settings[name] = public_name(settings[name]) if settings[name] else settings[name]
     metrics = {
-        name: value for name, value in read_json(run.paths.metrics_file).items() if not name.startswith("seconds")
+        name: value
+        for name, value in read_json(run.paths.metrics_file).items()
+        if not name.startswith(("seconds", "goodput", "plan"))  # how it was computed, which differs from start to start
     }
     return {"job_version": __version__, "run_id": run.id, "settings": settings, "metrics": metrics}
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from job.report.events import message
 from job.run import Run, read_json
 from job.settings import Settings
 from job.training.cards import GIB, Card, card_named
-from job.training.planner import Plan, Shape, choose, load_of, plans
+from job.training.planner import Plan, Shape, choose, load_of, plans, predicted_bytes
 
 _UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
 
@@ -86,9 +89,10 @@ class Execution:
     def step_down(self) -> bool:
         """Take up the next plan that needs less memory; False if there is none."""
         smaller = self.plan.smaller(len(self._layers)) if self.plan is not None else None
-        if smaller is None:
+        if smaller is None or self.shape is None:
             return False
-        self._apply(smaller)
+        needed = round(predicted_bytes(self.shape, smaller, self._run.settings))
+        self._apply(replace(smaller, memory_bytes=needed, seconds=0.0))
         message(f"The GPU's memory is full: going on with {smaller.described(len(self._layers))}.", "warning")
         return True
 
@@ -157,7 +161,14 @@ def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> 
         return "they need the whole model on one GPU (FT_DEVICE_MAP)"
     if device.type == "cuda" and compute_dtype(settings, device) == torch.float32:
         return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
+    if device.type == "cuda" and not _can_compile_kernels():
+        return "Triton, which compiles their kernels, is not installed or finds no C compiler (gcc)"
     return None
+
+
+def _can_compile_kernels() -> bool:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return importlib.util.find_spec("triton") is not None and compiler is not None
 
 
 def _free_bytes(settings: Settings, device: torch.device) -> float:

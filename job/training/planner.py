@@ -262,7 +262,8 @@ _NARROW = 0.35  # of the rate of large products, for an adapter's
 _ATTENTION = 0.30
 _TRAFFIC = 0.85  # of the bandwidth
 _FP8 = 1.75  # times the 16-bit rate, rounding included
-_LAUNCH_SECONDS = 3e-3  # that a slow CPU needs for a layer's kernels, forward and backward
+# Seconds that a slow CPU needs to launch a layer's kernels, forward and backward, and what recomputing all adds to them
+_LAUNCH: dict[Weights, tuple[float, float]] = {"resident": (3.1e-3, 0.45), "4-bit": (6e-3, 0.8), "fp8": (5e-3, 0.5)}
 _RAMP_SECONDS = 0.3e-3  # that a layer's kernels lose together in coming up and running out
 
 
@@ -285,4 +286,5 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
     parts = max(1.0, load.mean_batch / plan.micro_batch_tokens)
     computed = load.mean_batch * (large + narrow + attention + traffic) + parts * per_batch
     computed += parts * shape.layers * _RAMP_SECONDS
-    return max(computed, parts * shape.layers * _LAUNCH_SECONDS * (1 + 0.3 * again))
+    launch, more = _LAUNCH[plan.weights]
+    return max(computed, parts * shape.layers * launch * (1 + more * again))

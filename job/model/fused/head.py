@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from job.data.masking import IGNORED
 from job.model.fused import pointwise
 
+_IGNORED = -100  # the label of what is not learned, as transformers has it
 _TOKENS = 4096  # whose logits exist at once
 
 
@@ -72,7 +72,7 @@ def fuse_head(model: PeftModel) -> None:
         labels = inputs.pop("labels")[:, 1:]
         inputs.pop("num_items_in_batch", None)
         states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state[:, :-1]
-        mask = labels != IGNORED
+        mask = labels != _IGNORED
         found = _LabelLogProbs.apply(  # type: ignore[no-untyped-call]
             states[mask], base.get_output_embeddings().weight, labels[mask]
         )
