@@ -11,7 +11,7 @@ BENCH :=
 
 .PHONY: help demo test torture bench-gpu check lock image image-test system-packages clean
 IMAGE := finetune-job:0.1.0
-SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
+SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
 # where uv finds PyTorch's CPU build
 CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 KILLS := 20

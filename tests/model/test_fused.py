@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from job.model.adapters import lora_config
 from job.model.attention import register_varlen
+from job.model.compilation import compile_layers
 from job.model.fused import pointwise
 from job.model.fused.head import _LabelLogProbs
 from job.model.fused.layer import LINEAR_LAYERS, Weights, can_fuse, fuse_layers
 from job.model.loading import load_base
 from job.model.quantization import make_resident
+from tests.conftest import unavailable
 
 TARGETS = ["all-linear", "q_proj, v_proj", "down_proj, k_proj"]
 LENGTHS = (7, 19, 1, 12)
@@ -116,6 +119,16 @@ def test_a_fused_layer_gives_the_losses_and_gradients_of_the_padded_batch(
     for layer in fuse_layers(model, weights):
         layer.kept = kept
     assert_same(padding_free(model), plain)
+
+
+def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(build: Build) -> None:
+    if shutil.which("g++") is None:
+        unavailable("torch.compile needs g++ (make system-packages)")
+    plain, model = padding_free(build(attention=register_varlen())), build(attention=register_varlen())
+    compile_layers(model)
+    torch._dynamo.reset()
+    assert_same(padding_free(model), plain)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 
 @pytest.mark.parametrize("kept", [True, False])
