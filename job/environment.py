@@ -124,6 +124,7 @@ def _contradictions(settings: Settings) -> list[str]:
         problems.append("FT_SHARDING=full spreads the model itself: leave FT_DEVICE_MAP at auto.")
     if settings.sharding == "full" and settings.early_stopping_patience is not None:
         problems.append("FT_EARLY_STOPPING_PATIENCE keeps the best adapter of one process: it needs FT_SHARDING=none.")
+    problems += _contradictory_plans(settings)
     if not settings.stages:
         problems.append("FT_STAGES names no stage: unset it to run all of them.")
     if settings.publish_to and settings.publish_to.startswith("hf:"):
@@ -133,6 +134,47 @@ def _contradictions(settings: Settings) -> list[str]:
             problems.append(f"FT_PUBLISH_TO={settings.publish_to!r} needs HF_TOKEN, a token that may write to the Hub.")
     if settings.store_url and "://" in settings.store_url and not settings.store_url.startswith(("s3://", "file://")):
         problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder or s3://bucket/prefix.")
+    return problems
+
+
+def _contradictory_plans(settings: Settings) -> list[str]:
+    """What is asked of how steps are computed, and cannot be at once."""
+    problems = []
+    if settings.recomputed_layers != "auto" and settings.gradient_checkpointing != "auto":
+        problems.append(
+            "FT_RECOMPUTED_LAYERS counts layers and FT_GRADIENT_CHECKPOINTING names all or none: set one of them."
+        )
+    asked = {
+        "FT_FROZEN_PRECISION=fp8": settings.frozen_precision == "fp8",
+        "FT_DECODER_LAYERS=fused": settings.decoder_layers == "fused",
+    }
+    against = {
+        f"FT_DECODER_LAYERS={settings.decoder_layers}": settings.decoder_layers in ("plain", "compiled"),
+        "FT_PADDING_FREE=false": settings.padding_free is False and not settings.packing,
+        "FT_SHARDING=full": settings.sharding == "full",
+        f"FT_DEVICE_MAP={settings.device_map}": settings.device_map != "auto",
+        "FT_BNB_4BIT_COMPUTE_DTYPE=float32": settings.bnb_4bit_compute_dtype == "float32" and settings.device == "cuda",
+    }
+    for wanted in (name for name, is_so in asked.items() if is_so):
+        problems += [
+            f"{wanted} and {other} exclude each other: unset one." for other, is_so in against.items() if is_so
+        ]
+    if settings.frozen_precision == "fp8":
+        if settings.resident_weights != "auto":
+            problems.append("FT_FROZEN_PRECISION=fp8 holds weights in 8 bits: leave FT_RESIDENT_WEIGHTS at auto.")
+        if settings.device == "cpu":
+            problems.append("FT_FROZEN_PRECISION=fp8 needs a GPU: unset it for FT_DEVICE=cpu.")
+    if settings.resident_weights != "auto" and not settings.use_4bit:
+        problems.append("FT_RESIDENT_WEIGHTS is about 4-bit weights: unset it for FT_USE_4BIT=false.")
+    if settings.padding_free is False and settings.packing:
+        problems.append("FT_PACKING=true lays rows one behind the other: leave FT_PADDING_FREE at auto.")
+    for name in ("recomputed_layers", "micro_batch_tokens"):
+        if getattr(settings, name) != "auto":
+            problems += [
+                f"{variable(name)} is for fused layers, which {other} excludes: unset one."
+                for other, is_so in against.items()
+                if is_so
+            ]
     return problems
 
 

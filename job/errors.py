@@ -4,6 +4,7 @@
     ├── SettingsError      78  the environment variables are wrong
     ├── InputError         65  the data, the model or the merge proof is not acceptable
     ├── NodeError          69  this machine is unfit: no GPU, a broken GPU, no space
+    │   └── MemoryFull     69  the GPU's memory does not suffice, and a plan that needs less is left
     ├── PermissionRefused  77  the Hub or S3 said no, or the model is gated
     ├── TransientError     75  the network or a store failed past its retries
     └── Stopped            75  asked to stop; the work so far is committed
@@ -60,6 +61,10 @@ class NodeError(JobError):
     """This machine cannot do the work; another one may."""
 
     exit_code = ExitCode.NODE_UNFIT
+
+
+class MemoryFull(NodeError):
+    """The GPU's memory does not suffice for the plan of the training, and one that needs less is left."""
 
 
 class PermissionRefused(JobError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -12,10 +13,10 @@ from job.errors import JobError, SettingsError
 from job.hub.publish import Destination
 from job.hub.sources import Listing, Source, disk_needed, look_up, model_config
 from job.run import Run, read_json
-from job.settings import Settings
+from job.settings import Settings, variable
 from job.stage import training_processes
 from job.training.cards import CARDS, GIB, Card, card_named
-from job.training.planner import Load, Plan, Shape, choose, fits, load_of, plans
+from job.training.planner import Load, Plan, Shape, choose, fits, load_of, obstacle, plans
 
 
 def print_plan(run: Run) -> None:
@@ -48,37 +49,76 @@ def print_plan(run: Run) -> None:
 
 
 def _computation(run: Run) -> list[str]:
-    """How a training step would be computed on this machine's GPU or the named one, and what else it could be."""
-    settings, card = run.settings, _card(run.settings)
-    if card is None:
+    """How a batch would be computed on this machine's GPU or the named one, and what else it could be."""
+    settings = run.settings
+    if settings.plan_gpu is None and settings.device == "cpu":
         return []
+    card = _card(settings)
+    if card is None:
+        gpus = visible_gpus()
+        if not gpus:
+            return ["\nSet FT_PLAN_GPU to a card, such as H100 or L4, to see how fast it would be and what would fit."]
+        return [f"\nNo plan: the planner does not know the {gpus[0].name}; the job goes by its free memory."]
     shape = _shape(run)
-    if shape is None or settings.decoder_layers in ("plain", "compiled") or settings.sharding != "none":
-        return [f"\nNo plan for {card.name}: only Llama's fused layers are planned, on whole copies of the model."]
-    if not card.bfloat16:
-        return [f"\nNo plan for {card.name}: the fused layers' attention needs a GPU from Ampere on."]
-    if settings.frozen_precision == "fp8" and not card.fp8:
-        return [f"\nNo plan for {card.name}: it has no 8-bit floats (FT_FROZEN_PRECISION)."]
+    reason = obstacle(settings, shape) or _lacks(card, settings)
+    if shape is None or reason is not None:
+        slower = "It would be trained by transformers and peft: slower, and their memory is not predicted."
+        return [f"\nNo plan for {card.name}: only the job's own layers are planned, and {reason}. {slower}"]
     load, known = _load(run)
-    free = card.memory_bytes if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB
+    limit = math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB
+    free = min(card.memory_bytes, limit)
     candidates = list(plans(shape, load, card, settings))
     chosen = choose(candidates, free)
-    about = "" if known else ", if every row is as long as it may be; prepared data will tell"
-    lines = [
-        f"\n{card.name}, {free / GIB:.0f} GiB: how a step of {load.mean_batch:,.0f} tokens would be computed{about}"
-    ]
-    lines.append(f"  {'weights':<10}{'recomputed':>12}{'tokens at once':>16}{'memory':>11}{'tokens/s':>10}")
-    for plan in _worth_showing(candidates, chosen, free):
-        mark = "→" if plan == chosen else " "
-        rate = load.mean_batch * settings.gradient_accumulation_steps / plan.seconds
-        lines.append(
-            f"{mark} {plan.weights:<10}{f'{plan.recomputed} of {shape.layers}':>12}{plan.micro_batch_tokens:>16,}"
-            f"{plan.memory_bytes / GIB:>7.1f} GiB{rate:>10,.0f}{'' if fits(plan, free) else '  does not fit'}"
-        )
-    lines.append(
-        "It is the fastest that fits." if fits(chosen, free) else "None fits: rent a larger card, or shorten the rows."
+    what = (
+        f"a batch of {load.mean_batch:,.0f} tokens"
+        if known
+        else f"a batch of {load.mean_batch:,.0f} tokens, the most there can be,"
     )
+    lines = [f"\n{card.name}, {free / GIB:.0f} GiB: how {what} would be computed"]
+    lines.append(f"  {'weights':<10}{'recomputed':>12}{'tokens at once':>16}{'memory':>11}{'tokens/s a GPU':>16}")
+    for plan in _worth_showing(candidates, chosen, free):
+        mark = "→" if plan == chosen and fits(plan, free) else " "
+        at_once = max(plan.micro_batch_tokens, min(load.longest_row, load.largest_batch))
+        rate = f"{load.mean_batch / plan.seconds:.3g}"
+        lines.append(
+            f"{mark} {plan.weights:<10}{f'{plan.recomputed} of {shape.layers}':>12}{at_once:>16,}"
+            f"{plan.memory_bytes / GIB:>7.1f} GiB{float(rate):>16,.0f}{'' if fits(plan, free) else '  does not fit'}"
+        )
+    return [*lines, *_legend(settings, fits(chosen, free), known)]
+
+
+def _legend(settings: Settings, found: bool, known: bool) -> list[str]:
+    if found:
+        lines = ["The arrow is the fastest that fits."]
+    else:
+        names = (
+            "resident_weights",
+            "gradient_checkpointing",
+            "recomputed_layers",
+            "micro_batch_tokens",
+            "gpu_memory_gib",
+        )
+        chosen = [variable(name) for name in names if getattr(settings, name) not in ("auto", None)]
+        lines = [
+            f"None fits: unset {', '.join(chosen)}."
+            if chosen
+            else "None fits: rent a larger card, or shorten the rows."
+        ]
+    lines.append("resident: 4-bit values held in 16 bits; recomputed: layers that compute their activations twice.")
+    lines.append("Predicted from measurements on an H200 and the cards' data sheets, for adapters without dropout.")
+    if not known:
+        lines.append(
+            "Shorter rows are fewer tokens a batch, and slower: once the data is prepared, this table knows them."
+        )
     return lines
+
+
+def _lacks(card: Card, settings: Settings) -> str | None:
+    if not card.bfloat16:
+        return "their attention needs a GPU from Ampere on"
+    if settings.frozen_precision == "fp8" and not card.fp8:
+        return "this card has no 8-bit floats (FT_FROZEN_PRECISION)"
+    return None
 
 
 def _worth_showing(candidates: list[Plan], chosen: Plan, free: float) -> list[Plan]:
@@ -100,9 +140,10 @@ def _card(settings: Settings) -> Card | None:
             )
         return card
     gpus = visible_gpus()
-    if settings.device == "cpu" or not gpus:
+    if not gpus:
         return None
-    return card_named(gpus[0].name)
+    found = card_named(gpus[0].name)
+    return replace(found, memory_bytes=gpus[0].memory_bytes) if found is not None else None  # it may be a slice of one
 
 
 def _shape(run: Run) -> Shape | None:

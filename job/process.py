@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from job.errors import ExitCode, JobError, NodeError, from_code
+from job.errors import ExitCode, JobError, MemoryFull, NodeError, from_code
 from job.gang import Rendezvous
 from job.report.events import parse
 from job.run import Run, read_json
@@ -28,7 +28,7 @@ _CODE_DIR = str(Path(__file__).parent.parent)  # the job may be started from any
 class StageProcess:
     """`python -m job.stage NAME` in a session of its own, so that a terminal's Ctrl-C is for the supervisor alone."""
 
-    def __init__(self, run: Run, stage: Stage, rendezvous: Rendezvous | None = None) -> None:
+    def __init__(self, run: Run, stage: Stage, rendezvous: Rendezvous | None = None, plan_steps_down: int = 0) -> None:
         self._run, self._stage = run, stage
         self._log_file = run.paths.log_file(stage.name)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class StageProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=_environment(stage, rendezvous),
+            env=_environment(stage, rendezvous) | {"JOB_PLAN_STEPS_DOWN": str(plan_steps_down)},
             start_new_session=True,
         )
 
@@ -82,7 +82,10 @@ class StageProcess:
         order = {ExitCode.TRY_AGAIN: 2, ExitCode.BUG: 1}
         written.sort(key=lambda item: (order.get(item["exit_code"], 0), not item.get("launcher", False)))
         if written:
-            return from_code(written[0]["exit_code"], written[0]["message"], written[0]["mend"])
+            first = written[0]
+            if first.get("smaller_plan"):
+                return MemoryFull(first["message"], first["mend"])
+            return from_code(first["exit_code"], first["message"], first["mend"])
         mend = f"Its output is in {self._log_file}."
         if code >= 0:
             return JobError(f"Stage {self._stage.name} ended with exit code {code}.", mend)

@@ -175,7 +175,7 @@ class Settings(BaseSettings):
     )
     padding_free: Auto | bool = _setting(
         "auto",
-        "Lay the rows of a batch one behind the other instead of padding them to the longest; `auto` does on GPUs from Ampere on.",
+        "Lay the rows of a batch one behind the other instead of padding them to the longest; `auto` does on GPUs from Ampere on, and packing needs it.",
         since=None,
     )
     decoder_layers: Literal["auto", "fused", "compiled", "plain"] = _setting(
@@ -185,12 +185,12 @@ class Settings(BaseSettings):
     )
     resident_weights: Auto | bool = _setting(
         "auto",
-        "Hold the values of 4-bit weights in 16 bits, as they are multiplied with; `auto` does if memory allows.",
+        "Hold the values of 4-bit weights in 16 bits, as they are multiplied with; `auto` does where it is faster and fits.",
         since=None,
     )
     micro_batch_tokens: Auto | Annotated[int, Field(ge=1)] = _setting(
         "auto",
-        "Most tokens computed at once; a batch with more is computed in parts, between rows. `auto` is what memory allows.",
+        "Most tokens computed at once; a batch with more is computed in parts, between rows, which are never cut. `auto` is what memory allows.",
         since=None,
     )
     frozen_precision: Literal["bf16", "fp8"] = _setting(
@@ -198,7 +198,7 @@ class Settings(BaseSettings):
         "`fp8` rounds the frozen layers' products to 8-bit floats (Hopper, Ada and later): faster, and not quite the same numbers.",
         since="train",
     )
-    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = _setting(
+    gpu_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _setting(
         None, "Most GPU memory that training may take, in GiB; unset, all that is free.", since=None
     )
     plan_gpu: NonEmpty | None = _setting(

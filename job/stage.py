@@ -13,7 +13,16 @@ import traceback
 from collections.abc import Callable
 
 from job.cluster import visible_gpus
-from job.errors import ExitCode, JobError, NodeError, PermissionRefused, TransientError, from_os_error, is_lost_contact
+from job.errors import (
+    ExitCode,
+    JobError,
+    MemoryFull,
+    NodeError,
+    PermissionRefused,
+    TransientError,
+    from_os_error,
+    is_lost_contact,
+)
 from job.report.events import emit
 from job.run import Run, write_json
 from job.settings import Settings, masked, secret_values
@@ -84,6 +93,7 @@ def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int
         "exit_code": int(known.exit_code),
         "message": masked(known.message, secrets),
         "mend": masked(known.mend, secrets),
+        "smaller_plan": isinstance(known, MemoryFull),
     }
     print(record["message"], flush=True)
     emit("failed", launcher=launcher, **record)  # on a full disk the file below cannot be written

@@ -15,7 +15,7 @@ from job.checkpoints.lease import Lease
 from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
 from job.checkpoints.retention import sweep
 from job.checkpoints.syncer import Syncer
-from job.errors import ExitCode, JobError, Stopped
+from job.errors import ExitCode, JobError, MemoryFull, Stopped
 from job.gang import Gang, Rendezvous
 from job.ledger import Ledger
 from job.process import StageProcess
@@ -41,6 +41,7 @@ class Supervisor:
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
         self._gang = Gang(run, self._wait, console.say) if run.node.count > 1 else None
         self._rendezvous: Rendezvous | None = None
+        self._plan_steps_down = 0
 
     def supervise(self) -> None:
         """Run what is missing of the requested stages, in order; the closing table is printed in every case."""
@@ -119,7 +120,7 @@ class Supervisor:
                 self._resume_training()
             elif not stage.resumable:
                 shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
-            self._watch(stage, record)
+            self._watch_with_less_memory(stage, record)
             self._ledger.complete(stage)
             record.result = "done"
         except Stopped:
@@ -129,6 +130,19 @@ class Supervisor:
             record.seconds = time.monotonic() - started
             self._metrics.stage(None)
             self._console.stage_ended(record)
+
+    def _watch_with_less_memory(self, stage: Stage, record: StageRecord) -> None:
+        """Processes that train together cannot take a step again, one of which it left in the middle of a sum: the stage
+        is started again with a smaller plan, and goes on from the last checkpoint. Nodes leave that to their scheduler."""
+        while True:
+            try:
+                return self._watch(stage, record)
+            except MemoryFull as error:
+                if self._gang is not None:
+                    raise
+                self._plan_steps_down += 1
+                self._warn(f"{error.message} Starting the training again with a smaller plan.")
+                self._resume_training()
 
     def _resume_training(self) -> None:
         shutil.rmtree(self._run.paths.stage_dir("train"), ignore_errors=True)
@@ -148,7 +162,8 @@ class Supervisor:
     def _watch(self, stage: Stage, record: StageRecord) -> None:
         """Start the stage's process, follow it to its end, and judge that."""
         self._metrics.training(stage.per_gpu)
-        process = self._process = StageProcess(self._run, stage, self._rendezvous if stage.per_gpu else None)
+        rendezvous = self._rendezvous if stage.per_gpu else None
+        process = self._process = StageProcess(self._run, stage, rendezvous, self._plan_steps_down)
         gang = self._gang if stage.per_gpu else None
         try:
             with gang.watched(self._on_lost) if gang else contextlib.nullcontext():

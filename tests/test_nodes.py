@@ -106,6 +106,50 @@ def test_whoever_leaves_two_nodes_ends_both_in_time_and_together_they_end_as_two
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+_MEMORY_ENDS = """
+import builtins, os, sys
+real = builtins.__import__
+passes = 0
+
+def full(self, *arguments, **named):
+    global passes
+    passes += 1
+    if os.environ.get("RANK") == "1" and self.kept and passes > 6:
+        import torch
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return backward(self, *arguments, **named)
+
+def patched(name, *rest, **named):
+    global backward
+    module = real(name, *rest, **named)
+    layer = sys.modules.get("job.model.fused.layer")
+    if layer is not None and hasattr(layer, "fuse_layers") and layer.FusedLayer.backward is not full:
+        backward, layer.FusedLayer.backward = layer.FusedLayer.backward, full
+    return module
+
+builtins.__import__ = patched
+"""
+
+
+def test_two_ranks_of_which_one_runs_out_of_memory_go_on_with_a_smaller_plan(job: Job, tmp_path: Path) -> None:
+    job.environment |= {
+        "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_DECODER_LAYERS": "fused", "FT_PADDING_FREE": "true",
+    }  # fmt: skip
+    straight = job.run(FT_RECOMPUTED_LAYERS="2", FT_OUTPUT_DIR=str(tmp_path / "straight"))
+    assert straight.code == 0, straight.stderr
+    (tmp_path / "sitecustomize.py").write_text(_MEMORY_ENDS, encoding="utf-8")
+    result = job.run(FT_RECOMPUTED_LAYERS="0", FT_OUTPUT_DIR=str(tmp_path / "full"), PYTHONPATH=str(tmp_path))
+    assert result.code == 0, result.stderr
+    warnings = [event["message"] for event in result.events if event["level"] == "warning"]
+    assert len([text for text in warnings if "with a smaller plan" in text]) == 2
+    assert "Going on from the checkpoint of step 2." in [event.get("message") for event in result.events]
+    adapters = [
+        load_file(tmp_path / name / "runs" / "test-run" / "train" / "adapter" / "adapter_model.safetensors")
+        for name in ("straight", "full")
+    ]
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
 def test_two_ranks_learn_what_one_rank_with_twice_the_accumulation_learns(job: Job, tmp_path: Path) -> None:
     """80 rows make ten whole steps an epoch: of a last step with too few rows for all ranks, accelerate repeats some."""
     job.environment |= {

@@ -105,6 +105,26 @@ def test_a_mistake_is_answered_with_what_is_allowed_and_how_to_mend_it(
     assert told in message
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"FT_FROZEN_PRECISION": "fp8", "FT_DECODER_LAYERS": "plain"}, "FT_FROZEN_PRECISION=fp8 and FT_DECODER_LAYERS=plain"),
+        ({"FT_FROZEN_PRECISION": "fp8", "FT_RESIDENT_WEIGHTS": "false"}, "leave FT_RESIDENT_WEIGHTS at auto"),
+        ({"FT_FROZEN_PRECISION": "fp8", "FT_DEVICE": "cpu"}, "unset it for FT_DEVICE=cpu"),
+        ({"FT_DECODER_LAYERS": "fused", "FT_PADDING_FREE": "false"}, "FT_DECODER_LAYERS=fused and FT_PADDING_FREE=false"),
+        ({"FT_DECODER_LAYERS": "fused", "FT_SHARDING": "full"}, "FT_DECODER_LAYERS=fused and FT_SHARDING=full"),
+        ({"FT_RESIDENT_WEIGHTS": "true", "FT_USE_4BIT": "false"}, "about 4-bit weights"),
+        ({"FT_PACKING": "true", "FT_PADDING_FREE": "false"}, "leave FT_PADDING_FREE at auto"),
+        ({"FT_DECODER_LAYERS": "plain", "FT_MICRO_BATCH_TOKENS": "9"}, "FT_MICRO_BATCH_TOKENS is for fused layers"),
+        ({"FT_RECOMPUTED_LAYERS": "3", "FT_GRADIENT_CHECKPOINTING": "true"}, "set one of them"),
+    ],
+)  # fmt: skip
+def test_ways_to_compute_that_exclude_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], told: str
+) -> None:
+    assert told in refusal(monkeypatch, **settings)
+
+
 def test_settings_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refusal(monkeypatch, FT_FP16="true", FT_BF16="true", FT_USE_NESTED_QUANT="true", FT_USE_4BIT="false")
     assert "FT_FP16 and FT_BF16 are both true" in message

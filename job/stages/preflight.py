@@ -54,6 +54,11 @@ def _check_device(run: Run) -> None:
         )
     properties = torch.cuda.get_device_properties(device)
     count = torch.cuda.device_count()
+    if run.settings.frozen_precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise NodeError(
+            f"FT_FROZEN_PRECISION=fp8, but the {properties.name} has no 8-bit floats.",
+            "Rent an L4, L40S, H100, H200 or B200, or unset it.",
+        )
     dtype = compute_dtype(run.settings, device)
     rate = _matmul_flops(device, dtype)
     write_json(run.paths.card_file, {"name": properties.name, "matmul_flops": rate})

@@ -54,11 +54,14 @@ CARDS = (
 
 
 def card_named(name: str) -> Card | None:
-    """The card that a driver's or a user's name means: the first all of whose words are in it, else one that has its words."""
-    words = _words(name)
-    contained = (card for card in CARDS if _words(card.name) <= words)
-    return next(contained, None) or next((card for card in CARDS if words <= _words(card.name)), None)
+    """The card that a driver's or a user's name means: one with this very name, else the first whose words are all in it."""
+    exact = next((card for card in CARDS if _joined(card.name) in (_joined(name), "rtx" + _joined(name))), None)
+    return exact or next((card for card in CARDS if _words(card.name) <= _words(name)), None)
 
 
 def _words(name: str) -> frozenset[str]:
     return frozenset(re.split(r"[\s_-]+", name.lower().strip()))
+
+
+def _joined(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name.lower())

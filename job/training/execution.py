@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from job.errors import InputError, NodeError
+from job.errors import InputError, MemoryFull, NodeError
 from job.model.attention import padding_free
 from job.model.compilation import compile_layers
 from job.model.device import compute_dtype, device_of
@@ -25,7 +28,7 @@ from job.report.events import message
 from job.run import Run, read_json
 from job.settings import Settings
 from job.training.cards import GIB, Card, card_named
-from job.training.planner import Plan, Shape, choose, load_of, plans, predicted_bytes
+from job.training.planner import Plan, Shape, choose, load_of, obstacle, plans, predicted_bytes
 
 _UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
 
@@ -35,6 +38,7 @@ class Execution:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        _limit_memory(run.settings, device_of(run))
         self.shape, self.plan = _decide(run)
         self._layers: list[FusedLayer] = []
 
@@ -96,6 +100,15 @@ class Execution:
         message(f"The GPU's memory is full: going on with {smaller.described(len(self._layers))}.", "warning")
         return True
 
+    def full(self, error: torch.OutOfMemoryError) -> Exception:
+        """What a process that trains with others makes of memory that ended."""
+        if self.plan is None or self.plan.smaller(len(self._layers)) is None:
+            return error
+        return MemoryFull(
+            f"The GPU's memory is full: {str(error).splitlines()[0]}",
+            "Lower FT_GPU_MEMORY_GIB, so that a smaller plan is chosen, or rent a larger card.",
+        )
+
     def _apply(self, plan: Plan) -> None:
         self.plan = plan
         for index, layer in enumerate(self._layers):
@@ -120,11 +133,13 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     if settings.decoder_layers in ("plain", "compiled") or (device.type == "cpu" and not asked):
         return None, None
     shape = Shape.of(read_json(run.paths.model_dir / "config.json"), settings)
-    obstacle = _obstacle(settings, device, shape)
-    if obstacle is not None:
+    reason = _obstacle(settings, device, shape)
+    if reason is not None:
         if asked:
             named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
-            raise InputError(f"{named} cannot be: {obstacle}.", "Leave it at its default.")
+            raise InputError(f"{named} cannot be: {reason}.", "Leave it at its default.")
+        if run.node.is_first:
+            message(f"The layers are computed by transformers and peft, which is slower: {reason}.", "warning")
         return None, None
     assert shape is not None
     if settings.frozen_precision == "fp8" and (
@@ -141,43 +156,45 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     report = read_json(run.paths.data_report_file)
     load = load_of(report, settings)
     plan = choose(list(plans(shape, load, card, settings)), free)
+    for _ in range(int(os.environ.get("JOB_PLAN_STEPS_DOWN", "0"))):
+        plan = plan.smaller(shape.layers) or plan
     if run.node.is_first:
         told = f"Plan: {plan.described(shape.layers)}"
         if device.type == "cuda":
-            told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB, {load.mean_batch / plan.seconds:,.0f} tokens/s"
+            told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB, {load.mean_batch / plan.seconds:,.0f} tokens/s a GPU"
         message(f"{told}.")
     return shape, plan
 
 
 def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> str | None:
-    """What the fused layers do not know."""
-    if shape is None:
-        return "the model is no Llama without biases"
+    """What the fused layers do not know, of the settings, the model and this machine."""
+    reason = obstacle(settings, shape)
+    if reason is not None or device.type == "cpu":
+        return reason
     if not padding_free(settings, device):
-        return "they need rows without padding (FT_PADDING_FREE)"
-    if settings.sharding != "none":
-        return "they know no shards (FT_SHARDING)"
-    if settings.device_map != "auto":
-        return "they need the whole model on one GPU (FT_DEVICE_MAP)"
-    if device.type == "cuda" and compute_dtype(settings, device) == torch.float32:
+        return "their attention needs a GPU from Ampere on"
+    if compute_dtype(settings, device) == torch.float32:
         return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
-    if device.type == "cuda" and not _can_compile_kernels():
-        return "Triton, which compiles their kernels, is not installed or finds no C compiler (gcc)"
+    if not _can_compile_kernels():
+        return "Triton, which compiles their kernels, is not installed or lacks gcc or Python's headers (python3-dev)"
     return None
 
 
 def _can_compile_kernels() -> bool:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return importlib.util.find_spec("triton") is not None and compiler is not None
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return importlib.util.find_spec("triton") is not None and compiler is not None and headers
+
+
+def _limit_memory(settings: Settings, device: torch.device) -> None:
+    if device.type == "cuda" and settings.gpu_memory_gib is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * GIB / total), device)
 
 
 def _free_bytes(settings: Settings, device: torch.device) -> float:
-    free, total = torch.cuda.mem_get_info(device)
-    if settings.gpu_memory_gib is None:
-        return float(free)
-    limit = settings.gpu_memory_gib * GIB
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-    return min(float(free), limit)
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(float(free), math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB)
 
 
 class Attempt:

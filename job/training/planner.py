@@ -102,6 +102,23 @@ class Shape:
         return sum(self.rank * (inputs.get(name, self.hidden) + outputs[name]) for name in named)
 
 
+def obstacle(settings: Settings, shape: Shape | None) -> str | None:
+    """Why the fused layers, which alone are planned, cannot compute this run on any card; None if they can."""
+    if settings.decoder_layers in ("plain", "compiled"):
+        return f"FT_DECODER_LAYERS={settings.decoder_layers}"
+    if shape is None:
+        return "the model is no Llama without biases"
+    if settings.padding_free is False and not settings.packing:
+        return "they need rows without padding (FT_PADDING_FREE)"
+    if settings.sharding != "none":
+        return "they know no shards (FT_SHARDING)"
+    if settings.device_map != "auto":
+        return "they need the whole model on one GPU (FT_DEVICE_MAP)"
+    if settings.device == "cuda" and settings.bnb_4bit_compute_dtype == "float32":
+        return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
+    return None
+
+
 @dataclass(frozen=True)
 class Load:
     """The batches of a run on one GPU: tokens of the largest and of the mean batch, of the longest row, and the mean length
@@ -129,16 +146,17 @@ class Load:
 
 def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
     """What prepared data means for one batch."""
-    train = data_report["train"]
-    lengths = {int(length): count for length, count in train["lengths"].items()}
+    train, longest = data_report["train"], int(data_report["max_length"])
+    counted = train.get("lengths") or {longest: train["rows"]}  # a version before this one did not count
+    lengths = {int(length): count for length, count in counted.items()}
     batch_size = settings.per_device_train_batch_size
-    return Load.of(lengths, batch_size, train.get("packed_rows"), int(data_report["max_length"]))
+    return Load.of(lengths, batch_size, train.get("packed_rows"), longest)
 
 
 @dataclass(frozen=True)
 class Plan:
     """One way to compute a step. `recomputed` layers keep their input alone for the backward pass; no more than
-    `micro_batch_tokens` are computed at once, if their rows are no longer. Bytes and seconds are predictions."""
+    `micro_batch_tokens` are computed at once, if their rows are no longer. Bytes and seconds of a batch are predictions."""
 
     weights: Weights
     recomputed: int
@@ -174,7 +192,7 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
                     plan,
                     micro_batch_tokens=tokens,
                     memory_bytes=round(predicted_bytes(shape, plan, settings)),
-                    seconds=predicted_seconds(shape, plan, load, card) * settings.gradient_accumulation_steps,
+                    seconds=predicted_seconds(shape, plan, load, card),
                 )
 
 

@@ -90,7 +90,10 @@ class AdapterTrainer(SFTTrainer):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         if self.args.world_size > 1:  # the others would wait for gradients that have been summed up already
-            return self._in_parts(model, inputs, num_items_in_batch)
+            try:
+                return self._in_parts(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                raise self.execution.full(error) from error
         tokens, accumulates = self._total_train_tokens, self.args.gradient_accumulation_steps > 1
         before = Attempt(model, self._metrics["train"], accumulates=accumulates)
 

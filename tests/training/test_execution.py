@@ -93,9 +93,14 @@ def test_memory_that_suffices_for_no_plan_ends_the_training(
         train(prepared("full", **FUSED))
 
 
-def test_what_the_fused_layers_do_not_know_is_refused_if_they_are_asked_for(prepared: Prepared) -> None:
-    with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused cannot be: they need rows without padding"):
-        train(prepared("padded", **{**FUSED, "PADDING_FREE": "false"}))
+def test_a_model_that_the_fused_layers_do_not_know_is_refused_if_they_are_asked_for(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared("other", **FUSED)
+    config = {**read_json(run.paths.model_dir / "config.json"), "attention_bias": True}
+    monkeypatch.setattr("job.training.execution.read_json", lambda path: config)
+    with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused cannot be: the model is no Llama"):
+        train(run)
 
 
 @pytest.mark.parametrize(
