@@ -162,20 +162,13 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
     shutil.rmtree(folder)
     goodput = metrics["goodput"]
     return {
-        "tokens_per_second": _steady_rate(done.stdout),
+        "tokens_per_second": goodput["tokens_per_second"],
         "peak_bytes": metrics["peak_memory_bytes"],
         "first_step_seconds": goodput["seconds"]["start"] + goodput["seconds"]["first_step"],
         "losses": [metrics["loss_first"], metrics["loss_last"]],
         "part_of_matmul_rate": goodput.get("part_of_matmul_rate"),
         "plan": metrics["plan"],
     }
-
-
-def _steady_rate(output: str) -> float:
-    """Tokens a second of the steps behind the first four."""
-    events = [json.loads(line[1:]) for line in output.split("\n") if line.startswith("\x1e")]
-    rates = {e["done"]: e["tokens_per_second"] for e in events if e["event"] == "progress" and "tokens_per_second" in e}
-    return statistics.harmonic_mean([rate for step, rate in rates.items() if step > 4])
 
 
 def write_documents(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
 
@@ -20,7 +21,7 @@ from job.training.planner import Load, Plan, Shape, choose, fits, load_of, obsta
 
 
 def print_plan(run: Run) -> None:
-    """Print sources and sizes, stages, steps and disk; nothing is written and nothing is downloaded."""
+    """Print sources and sizes, stages, steps and disk; nothing is written below FT_OUTPUT_DIR, and of a Hub model only its config.json is fetched."""
     settings = run.settings
     lines = [("run", run.id), ("store", run.store.url)]
     if run.node.count > 1:
@@ -59,7 +60,12 @@ def _computation(run: Run) -> list[str]:
         if not gpus:
             return ["\nSet FT_PLAN_GPU to a card, such as H100 or L4, to see how fast it would be and what would fit."]
         return [f"\nNo plan: the planner does not know the {gpus[0].name}; the job goes by its free memory."]
-    shape = _shape(run)
+    try:
+        shape = Shape.of(_config(run), settings)
+    except (JobError, OSError, ValueError) as error:
+        return [
+            f"\nNo plan for {card.name}: the model's config.json cannot be read: {getattr(error, 'message', error)}"
+        ]
     reason = obstacle(settings, shape) or _lacks(card, settings)
     if shape is None or reason is not None:
         slower = "It would be trained by transformers and peft: slower, and their memory is not predicted."
@@ -146,15 +152,11 @@ def _card(settings: Settings) -> Card | None:
     return replace(found, memory_bytes=gpus[0].memory_bytes) if found is not None else None  # it may be a slice of one
 
 
-def _shape(run: Run) -> Shape | None:
+def _config(run: Run) -> dict[str, Any]:
     downloaded = run.paths.model_dir / "config.json"
     if downloaded.is_file():
-        return Shape.of(read_json(downloaded), run.settings)
-    try:
-        config = model_config(Source.parse("FT_MODEL_NAME", "model", run.settings.model_name))
-    except (JobError, FileNotFoundError):  # said above
-        return None
-    return Shape.of(config, run.settings)
+        return dict(read_json(downloaded))
+    return model_config(Source.parse("FT_MODEL_NAME", "model", run.settings.model_name))
 
 
 def _load(run: Run) -> tuple[Load, bool]:

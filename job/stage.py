@@ -59,6 +59,8 @@ def main(name: str) -> int:
 
 def _read_ahead(run: Run) -> None:
     """Let the kernel fetch the weights from the disk while Python imports libraries for seconds."""
+    if sys.platform != "linux":
+        return
     for file in run.paths.model_dir.glob("*.safetensors"):
         with contextlib.suppress(OSError), file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

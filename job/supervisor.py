@@ -138,7 +138,7 @@ class Supervisor:
             try:
                 return self._watch(stage, record)
             except MemoryFull as error:
-                if self._gang is not None:
+                if self._gang is not None or self._stop.requested:
                     raise
                 self._plan_steps_down += 1
                 self._warn(f"{error.message} Starting the training again with a smaller plan.")

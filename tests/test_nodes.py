@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -150,6 +151,26 @@ def test_two_ranks_of_which_one_runs_out_of_memory_go_on_with_a_smaller_plan(job
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
 
 
+def test_two_ranks_may_take_another_number_of_parts_to_a_batch(job: Job, tmp_path: Path) -> None:
+    """Short rows on one and long ones on the other: each collective operation must find the other rank at the same one."""
+    job.environment |= {
+        "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_DECODER_LAYERS": "fused", "FT_PADDING_FREE": "true",
+        "FT_GROUP_BY_LENGTH": "false", "FT_LORA_DROPOUT": "0.1",
+    }  # fmt: skip
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder, most in zip(folders, ("100000", "150"), strict=True):
+        result = job.run(FT_OUTPUT_DIR=str(folder), FT_MICRO_BATCH_TOKENS=most)
+        assert result.code == 0, result.stderr
+    runs = [folder / "runs" / "test-run" / "train" for folder in folders]
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in runs]
+    for name, value in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], value, rtol=1e-3, atol=1e-5)
+    whole, parts = (json.loads((run / "trainer_state.json").read_text())["log_history"] for run in runs)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.get("num_tokens") == other.get("num_tokens")
+        assert one.get("loss") == pytest.approx(other.get("loss"), rel=1e-4)
+
+
 def test_two_ranks_learn_what_one_rank_with_twice_the_accumulation_learns(job: Job, tmp_path: Path) -> None:
     """80 rows make ten whole steps an epoch: of a last step with too few rows for all ranks, accelerate repeats some."""
     job.environment |= {
@@ -258,8 +279,6 @@ def test_an_indexed_job_tells_the_place_and_a_setting_overrules_it() -> None:
 
 def test_the_first_node_waits_for_no_dead_one(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier start of the second node left in the store, and says that it is ready, is no node."""
-    import json
-
     from job import gang
     from job.errors import TransientError
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,16 +16,51 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from job.settings import Settings
+from job.errors import InputError
+from job.model.device import device_of
+from job.run import Run, read_json
 
 VARLEN = "varlen"
 
 
-def padding_free(settings: Settings, device: torch.device) -> bool:
-    """Whether batches are one sequence without padding, which changes the time a step takes and nothing else."""
-    if settings.padding_free != "auto":
-        return bool(settings.padding_free) or settings.packing
-    return settings.packing or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+def padding_free(run: Run) -> bool:
+    """Whether batches are one sequence without padding, which changes the time a step takes and nothing else.
+
+    InputError if FT_PADDING_FREE asks for it where the model's attention is not that of this module.
+    """
+    wanted = run.settings.padding_free
+    if run.settings.packing:
+        return True
+    if wanted is True and not _is_plain_attention(_config(run)):
+        raise InputError(
+            "FT_PADDING_FREE=true: this model's attention is not known to work without padding.", "Leave it at auto."
+        )
+    if wanted != "auto":
+        return bool(wanted)
+    return _has_kernel(device_of(run)) and _is_plain_attention(_config(run))
+
+
+def attention_of(run: Run) -> str | None:
+    """The name of the attention to load the model with; None for transformers' choice, which knows packed rows too."""
+    return register_varlen() if padding_free(run) and _is_plain_attention(_config(run)) else None
+
+
+def _config(run: Run) -> dict[str, Any]:
+    config: dict[str, Any] = read_json(run.paths.model_dir / "config.json")
+    return config
+
+
+def _is_plain_attention(config: Mapping[str, Any]) -> bool:
+    """Whether the model attends to all that came before, by softmax alone: no window, cap, sink or bias, and no dropout."""
+    return (
+        config.get("model_type") in ("llama", "qwen2", "qwen3")
+        and not config.get("use_sliding_window")
+        and not config.get("attention_dropout")
+    )
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def register_varlen() -> str:
@@ -44,12 +80,14 @@ def varlen_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row. `query` is (1, heads, tokens, head_dim), `key` and `value` may have fewer heads;
     row i is the tokens from `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1]`. Returns (1, tokens, heads, head_dim)."""
     assert cu_seq_lens_q is not None and max_length_q is not None, "varlen attention needs batches without padding"
     assert dropout == 0.0, "this kernel has no dropout of attention weights"
+    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if others.get(name) is not None]
+    assert not unknown, f"this attention knows no {unknown}"
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     return attend(q, k, v, cu_seq_lens_q, int(max_length_q), scaling).unsqueeze(0), None
 
@@ -64,7 +102,7 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention within each row: (tokens, heads, head_dim) each, `key` and `value` with fewer heads if they like.
     Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and `longest` the most of them."""
-    if not (query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)):
+    if not (_has_kernel(query.device) and query.dtype in (torch.bfloat16, torch.float16)):
         return _row_by_row(query, key, value, boundaries.tolist(), scaling)
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:  # torch 2.11's kernel wants as many heads of each

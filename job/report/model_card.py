@@ -100,9 +100,10 @@ def _training_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("device", f"{metrics['processes']} × {metrics['device']}"))
     if metrics["peak_memory_bytes"]:
         rows.append(("peak GPU memory", f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB"))
-        if (speed := speed_text(metrics["goodput"])) is not None:
+    if metrics["peak_memory_bytes"] and (goodput := metrics.get("goodput")):  # earlier versions had none
+        if (speed := speed_text(goodput)) is not None:
             rows.append(("speed", speed))
-        rows.append(("time of the last start", time_text(metrics["goodput"])))
+        rows.append(("time of the last start", time_text(goodput)))
     return rows
 
 

@@ -20,7 +20,7 @@ from job.data.templates import load_tokenizer
 from job.errors import InputError, Stopped, is_lost_contact
 from job.hub.sources import public_name
 from job.model.adapters import adapter_dtype, hold_adapter_in, lora_config
-from job.model.attention import padding_free, register_varlen
+from job.model.attention import attention_of
 from job.model.device import compute_dtype, device_of
 from job.model.loading import load_base
 from job.report.events import message, output
@@ -105,30 +105,28 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
             best=KeepBest(run.settings.early_stopping_patience) if run.settings.early_stopping_patience else None,
         )
     except ValueError as error:
-        if "arget modules" in str(error):
+        if "arget modules" in str(error) or "target_modules" in str(error):
             raise InputError(
                 f"FT_LORA_TARGET_MODULES does not fit the model: {error}",
                 "Use auto, all-linear, or names of its linear layers.",
             ) from error
         raise
     hold_adapter_in(trainer.model, adapter_dtype(run.settings, compute_dtype(run.settings, device_of(run))))
+    if run.node.is_first:
+        trainable, everything = trainer.model.get_nb_trainable_parameters()
+        message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
     execution.prepare(trainer.model)
     if run.settings.sharding == "full" and checkpoint is not None:
         trainer.load_adapter(checkpoint)  # while it is whole
     others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
     if others:
         raise InputError(f"FT_LORA_TARGET_MODULES names an embedding ({others[0]}).", "Name linear layers only.")
-    if run.node.is_first:
-        trainable, everything = trainer.model.get_nb_trainable_parameters()
-        message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
     return trainer, stop
 
 
 def _load(run: Run) -> PreTrainedModel:
     """The base, as this training multiplies with it."""
-    settings, device = run.settings, device_of(run)
-    attention = register_varlen() if padding_free(settings, device) else None
-    return load_base(run, quantized=settings.use_4bit, attention=attention)
+    return load_base(run, quantized=run.settings.use_4bit, attention=attention_of(run))
 
 
 def _restored_checkpoint(run: Run) -> Path | None:

@@ -41,8 +41,8 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         **mixed_precision(settings, compute_dtype(settings, device)),
         # the data is ready
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None if padding_free(settings, device) else max_length,
-        "padding_free": padding_free(settings, device),
+        "max_length": None if padding_free(run) else max_length,
+        "padding_free": padding_free(run),
         "packing": settings.packing,
         "eval_packing": False,
         # evaluation, checkpoints, logs

@@ -55,6 +55,8 @@ CARDS = (
 
 def card_named(name: str) -> Card | None:
     """The card that a driver's or a user's name means: one with this very name, else the first whose words are all in it."""
+    if "mig" in _words(name):
+        return None  # a slice of a card is no card
     exact = next((card for card in CARDS if _joined(card.name) in (_joined(name), "rtx" + _joined(name))), None)
     return exact or next((card for card in CARDS if _words(card.name) <= _words(name)), None)
 

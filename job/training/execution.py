@@ -20,7 +20,7 @@ from peft import PeftModel
 from job.errors import InputError, MemoryFull, NodeError
 from job.model.attention import padding_free
 from job.model.compilation import compile_layers
-from job.model.device import compute_dtype, device_of
+from job.model.device import device_of
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
 from job.model.quantization import make_resident
@@ -82,13 +82,16 @@ class Execution:
             part["max_length_q"] = part["max_length_k"] = longest
             yield part
 
-    def seed_dropout(self, *moment: int) -> None:
-        """Give every linear layer a seed of its own for the coming part of a batch. It follows from `moment` and FT_SEED
-        alone: a resumed step drops what the lost one dropped, and no generator is asked that others depend on."""
+    def seed_dropout(self, *moment: int, first_token: int) -> None:
+        """Give every linear layer a seed of its own for the coming part of a batch, which begins at `first_token`.
+
+        What is dropped follows from `moment`, FT_SEED and a token's place in the batch alone: a resumed step drops what the
+        lost one dropped, whatever the parts, and no generator is asked that others depend on.
+        """
         named = repr((self._run.settings.seed, self._run.node.rank, *moment)).encode()
         first = int.from_bytes(hashlib.blake2b(named, digest_size=4).digest()) >> 2
         for index, layer in enumerate(self._layers):
-            layer.dropout_seed = first + index * LINEAR_LAYERS
+            layer.dropout_seed, layer.first_token = first + index * LINEAR_LAYERS, first_token
 
     def step_down(self) -> bool:
         """Take up the next plan that needs less memory; False if there is none."""
@@ -133,7 +136,7 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     if settings.decoder_layers in ("plain", "compiled") or (device.type == "cpu" and not asked):
         return None, None
     shape = Shape.of(read_json(run.paths.model_dir / "config.json"), settings)
-    reason = _obstacle(settings, device, shape)
+    reason = _obstacle(run, device, shape)
     if reason is not None:
         if asked:
             named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
@@ -161,20 +164,22 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     if run.node.is_first:
         told = f"Plan: {plan.described(shape.layers)}"
         if device.type == "cuda":
-            told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB, {load.mean_batch / plan.seconds:,.0f} tokens/s a GPU"
+            told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB"
+            if card is not _UNKNOWN_CARD:
+                told += f", {load.mean_batch / plan.seconds:,.0f} tokens/s a GPU"
         message(f"{told}.")
     return shape, plan
 
 
-def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> str | None:
+def _obstacle(run: Run, device: torch.device, shape: Shape | None) -> str | None:
     """What the fused layers do not know, of the settings, the model and this machine."""
-    reason = obstacle(settings, shape)
-    if reason is not None or device.type == "cpu":
+    reason = obstacle(run.settings, shape)
+    if reason is not None:
         return reason
-    if not padding_free(settings, device):
+    if device.type == "cpu":
+        return None if padding_free(run) else "they need rows without padding (FT_PADDING_FREE)"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "their attention needs a GPU from Ampere on"
-    if compute_dtype(settings, device) == torch.float32:
-        return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
     if not _can_compile_kernels():
         return "Triton, which compiles their kernels, is not installed or lacks gcc or Python's headers (python3-dev)"
     return None

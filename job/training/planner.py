@@ -45,7 +45,12 @@ class Shape:
         """The shape in a model's config.json; None for a model that has no fused layers."""
         if config.get("architectures") != ["LlamaForCausalLM"] or config.get("hidden_act", "silu") != "silu":
             return None
-        if config.get("attention_bias") or config.get("mlp_bias") or config.get("attention_dropout"):
+        if (
+            config.get("quantization_config")
+            or config.get("attention_bias")
+            or config.get("mlp_bias")
+            or config.get("attention_dropout")
+        ):
             return None
         heads = int(config["num_attention_heads"])
         wanted: tuple[str, ...] = ("q_proj", "v_proj")  # peft's choice for Llama
@@ -162,6 +167,7 @@ class Plan:
     recomputed: int
     micro_batch_tokens: int
     parts: int
+    longest_row: int = 1
     memory_bytes: int = 0
     seconds: float = 0.0
 
@@ -169,8 +175,9 @@ class Plan:
         """The next plan that needs less memory and can be taken up at once; None if there is none."""
         if self.recomputed < layers:
             return replace(self, recomputed=min(layers, self.recomputed + max(1, layers // 4)))
-        if self.micro_batch_tokens > 1:
-            return replace(self, micro_batch_tokens=max(1, self.micro_batch_tokens // 2), parts=2 * self.parts)
+        if self.micro_batch_tokens > self.longest_row:  # rows are never cut
+            tokens = max(self.longest_row, self.micro_batch_tokens // 2)
+            return replace(self, micro_batch_tokens=tokens, parts=2 * self.parts)
         return None
 
     def described(self, layers: int) -> str:
@@ -191,6 +198,7 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
                 yield replace(
                     plan,
                     micro_batch_tokens=tokens,
+                    longest_row=load.longest_row,
                     memory_bytes=round(predicted_bytes(shape, plan, settings)),
                     seconds=predicted_seconds(shape, plan, load, card),
                 )
@@ -254,7 +262,7 @@ def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
     embeddings = shape.vocabulary * shape.hidden * _ELEMENT * (1 if shape.tied else 2)
     norms = (2 * shape.layers + 1) * shape.hidden * _ELEMENT
     trained = shape.layers * shape.layer_adapter
-    element = 2 if settings.use_4bit else 4
+    element = 2 if settings.use_4bit and settings.bnb_4bit_compute_dtype != "float16" else 4
     moments = 0 if settings.optim.startswith("paged_") else 2 if "8bit" in settings.optim else 2 * element
     return frozen + embeddings + norms + trained * (2 * element + moments)
 
@@ -262,9 +270,11 @@ def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
 def _activation_bytes(shape: Shape, plan: Plan) -> float:
     hidden, gate = shape.hidden, shape.intermediate
     ranks = sum(rank for _, _, rank in shape.groups)
+    repeated = 0 if shape.shared_heads == shape.heads else 2 * shape.query  # the attention's copies for each query head
     kept = shape.packed + shape.query + hidden + 2 * gate + shape.groups[2][2] + ranks + shape.heads * 4 / _ELEMENT
+    kept += repeated
     behind_gate = 2 * hidden + 2 * gate
-    behind_attention = hidden + 3 * shape.query + 2 * shape.packed - 2 * gate - hidden
+    behind_attention = hidden + 3 * shape.query + 2 * shape.packed + repeated - 2 * gate - hidden
     at_once = kept if plan.recomputed else 0.0
     per_token = shape.layers * hidden + (shape.layers - plan.recomputed) * kept + at_once
     per_token += max(behind_gate, behind_attention)

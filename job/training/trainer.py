@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,37 @@ class AdapterTrainer(SFTTrainer):
         tokens by the number of all tokens of the step, so that the parts' gradients add up to those of the whole."""
         parts = list(self.execution.batches(inputs))
         assert num_items_in_batch is not None or len(parts) == 1
-        total = torch.zeros((), device=self.args.device)
-        for index, part in enumerate(parts):
-            last = index + 1 == len(parts)
-            self.execution.seed_dropout(self.state.global_step, self._batches_of_step, index)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                total = total + super().training_step(model, part, num_items_in_batch)
+        total, begin = torch.zeros((), device=self.args.device), 0
+        with self._figures_of_one_batch():
+            for index, part in enumerate(parts):
+                last = index + 1 == len(parts)
+                self.execution.seed_dropout(self.state.global_step, self._batches_of_step, first_token=begin)
+                begin += part["input_ids"].shape[1]
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    total = total + super().training_step(model, part, num_items_in_batch)
         return total
+
+    @contextlib.contextmanager
+    def _figures_of_one_batch(self) -> Iterator[None]:
+        """trl gathers figures from all processes at every pass. Here each may take another number of passes to a batch, and
+        would wait for the others in vain: what it found is gathered once, behind the last."""
+        figures, tokens = self._metrics["train"], self._total_train_tokens
+        before = {name: len(values) for name, values in figures.items()}
+        gather, self.accelerator.gather_for_metrics = self.accelerator.gather_for_metrics, lambda value: value
+        try:
+            yield
+        finally:
+            self.accelerator.gather_for_metrics = gather
+        names = [name for name in ("entropy", "mean_token_accuracy") if name in figures]
+        found = [figures[name][before.get(name, 0) :] for name in names]
+        own = [float(self._total_train_tokens - tokens), *(sum(values) / len(values) for values in found)]
+        everyone = torch.tensor([own], dtype=torch.float64)
+        if self.args.world_size > 1:  # else the GPU would be asked, and wait, for nothing
+            everyone = self.accelerator.gather(everyone.float().to(self.args.device)).cpu()
+        self._total_train_tokens = tokens + round(float(everyone[:, 0].sum()))
+        for column, name in enumerate(names, start=1):
+            figures[name][before.get(name, 0) :] = [float(everyone[:, column].mean())]
+        figures["num_tokens"] = [self._total_train_tokens]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         ended = self.best is not None and self.best.exhausted

@@ -123,6 +123,7 @@ def test_dropout_drops_the_same_values_again_and_scales_the_others(kernels: Kern
         assert 0.22 < float((~kept).float().mean()) < 0.28
         assert torch.equal(found, dropout(x.contiguous(), 0.25, 3))
         assert not torch.equal(found, dropout(x, 0.25, 4))
+        assert torch.equal(found[120:], dropout(x[120:], 0.25, 3, 120))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -50,6 +50,13 @@ def test_fused_layers_train_what_plain_ones_train(prepared: Prepared, accumulate
     assert read_json(parts.paths.metrics_file)["plan"]["micro_batch_tokens"] == 100
 
 
+def test_parts_drop_what_the_whole_batch_drops(prepared: Prepared) -> None:
+    whole, parts = prepared("whole", **FUSED), prepared("parts", **FUSED, MICRO_BATCH_TOKENS="100")
+    train(whole)
+    train(parts)
+    assert_equal(adapter(parts), adapter(whole), 1e-3)
+
+
 def test_recomputing_changes_nothing(prepared: Prepared) -> None:
     runs = [prepared(f"recomputed-{count}", **FUSED, RECOMPUTED_LAYERS=count) for count in ("0", "1", "2")]
     for run in runs:

@@ -68,6 +68,18 @@ def test_the_choice_is_the_fastest_that_fits_and_less_memory_never_makes_it_fast
     assert (choices[-1].weights, choices[-1].recomputed) == ("resident", 0)
 
 
+def test_shared_heads_are_counted_with_the_copies_that_the_attention_makes_of_them() -> None:
+    """Four times fewer keys and values in the products, as many in the attention."""
+    plan = Plan("resident", 0, 8192, 1)
+    shared, whole = shape(num_key_value_heads=8), shape()
+    difference = predicted_bytes(whole, plan, settings()) - predicted_bytes(shared, plan, settings())
+    packed = 2 * 24 * 128  # of keys and values that are not made
+    copies = 2 * 32 * 128
+    weights = 32 * packed * 4096 * 2 + 32 * packed * 192 * 2 + 32 * 64 * packed * 4
+    activations = 8192 * 2 * 32 * (packed - copies)
+    assert difference == pytest.approx(weights + activations, rel=0.2)
+
+
 def test_where_nothing_fits_the_smallest_is_tried() -> None:
     assert H200 is not None
     candidates = list(plans(shape(), LOAD, H200, settings()))
@@ -96,11 +108,12 @@ def test_what_the_settings_say_is_in_every_plan(named: dict[str, Any], check: An
 
 
 def test_a_step_down_needs_less_memory_until_nothing_is_left() -> None:
-    plan: Plan | None = Plan("resident", 0, 4096, 1)
+    plan: Plan | None = Plan("resident", 0, 4096, 1, longest_row=700)
     needs = []
     while plan is not None:
         needs.append(predicted_bytes(shape(), plan, settings()))
-        plan = plan.smaller(32)
+        last, plan = plan, plan.smaller(32)
+    assert (last.recomputed, last.micro_batch_tokens) == (32, 700)  # rows are never cut
     assert len(needs) > 5
     assert all(later <= earlier for earlier, later in itertools.pairwise(needs))
     assert needs[4] < needs[0] / 1.2
@@ -117,7 +130,7 @@ def test_batches_are_measured_by_their_longest_rows() -> None:
     "config",
     [
         {"architectures": ["MistralForCausalLM"]}, {"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"},
-        {"attention_dropout": 0.1},
+        {"attention_dropout": 0.1}, {"quantization_config": {"quant_method": "gptq"}},
     ],
 )  # fmt: skip
 def test_other_models_are_not_planned(config: dict[str, Any]) -> None:

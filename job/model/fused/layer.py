@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from job.model.attention import attend
 from job.model.fused import pointwise
-from job.model.fused.products import Products
+from job.model.fused.products import Draw, Products, base_of
 from job.model.quantization import make_resident
 
 Weights = Literal["4-bit", "resident", "fp8"]
@@ -55,14 +56,14 @@ class _Kept:
 
 class FusedLayer:
     """Computes what `layer` computes. `kept` may be changed between steps; the numbers stay the same. `dropout_seed` is
-    the first of the `LINEAR_LAYERS` that it uses."""
+    the first of the `LINEAR_LAYERS` that it uses, `first_token` the place in the batch of what it is given next."""
 
     def __init__(self, layer: LlamaDecoderLayer, weights: Weights) -> None:
         attention, gate = layer.self_attn, layer.mlp
         if weights != "4-bit":
             make_resident(layer)
         options = {"eight_bit": weights == "fp8"}
-        self.kept, self.dropout_seed = True, 0
+        self.kept, self.dropout_seed, self.first_token = True, 0, 0
         self._dim, self._scaling = attention.head_dim, attention.scaling
         self._heads = attention.config.num_attention_heads
         self._shared_heads = attention.config.num_key_value_heads
@@ -86,7 +87,7 @@ class FusedLayer:
         cos, sin = (part[0].contiguous() for part in position_embeddings)
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
         trained = [p for products in self._products() for p in products.parameters]
-        seeds = [self.dropout_seed + place for place in range(LINEAR_LAYERS)]
+        seeds = [(self.dropout_seed + place, self.first_token) for place in range(LINEAR_LAYERS)]
         out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, seeds, *trained)  # type: ignore[no-untyped-call]
         return out.unsqueeze(0)
 
@@ -95,13 +96,13 @@ class FusedLayer:
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor, rows: Rows, seeds: Sequence[int]) -> tuple[torch.Tensor, _Kept]:
+    def forward(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> tuple[torch.Tensor, _Kept]:
         kept = self._middle(x, rows, seeds)
         act = pointwise.gated(kept.gate_up, out=self.down.new_input(x))
         y, kept.narrow_down = self.down.forward(act, seeds[_DOWN])
         return y.add_(kept.middle), kept
 
-    def _middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[int]) -> _Kept:
+    def _middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> _Kept:
         """The layer without its last product, whose result no gradient needs."""
         packed, narrow_inputs = self.inputs.forward(self._norm(0, x, self.inputs), seeds[_ATTENTION_INPUTS])
         heads = self._split_heads(packed)
@@ -130,7 +131,7 @@ class FusedLayer:
     # -- backward ---------------------------------------------------------------------------------------------------
 
     def backward(
-        self, of_out: torch.Tensor, x: torch.Tensor, rows: Rows, seeds: Sequence[int], kept: _Kept, *, of_x: bool
+        self, of_out: torch.Tensor, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw], kept: _Kept, *, of_x: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
         of_middle, of_gates, of_down = self._gate_backward(of_out, seeds, kept)
@@ -144,7 +145,7 @@ class FusedLayer:
         return gradient, [*of_inputs, *of_output, *of_gates, *of_down]
 
     def _gate_backward(
-        self, of_out: torch.Tensor, seeds: Sequence[int], kept: _Kept
+        self, of_out: torch.Tensor, seeds: Sequence[Draw], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
         of_down_out = _first_columns(self.down.new_output(of_out), of_out)
@@ -161,7 +162,7 @@ class FusedLayer:
         return of_middle, of_gates, of_down
 
     def _attention_backward(
-        self, of_middle: torch.Tensor, rows: Rows, seeds: Sequence[int], kept: _Kept
+        self, of_middle: torch.Tensor, rows: Rows, seeds: Sequence[Draw], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
         of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT])
@@ -197,7 +198,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layer: FusedLayer, rows: Rows, seeds: Sequence[int], *trained: torch.Tensor
+        ctx: Any, x: torch.Tensor, layer: FusedLayer, rows: Rows, seeds: Sequence[Draw], *trained: torch.Tensor
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             out, kept = layer.forward(x, rows, seeds)
@@ -221,17 +222,25 @@ class _Layer(torch.autograd.Function):
 
 
 def can_fuse(model: PeftModel) -> bool:
-    """Whether every decoder layer is Llama's, without biases and with plain LoRA."""
+    """Whether every decoder layer is Llama's, without biases, and its linear layers are plain ones or all 4-bit."""
     layers = getattr(model.get_base_model().base_model, "layers", [])
     config = model.get_base_model().config
     return (
         bool(layers)
-        and all(type(layer) is LlamaDecoderLayer for layer in layers)
+        and all(type(layer) is LlamaDecoderLayer and _has_known_weights(layer) for layer in layers)
         and config.hidden_act == "silu"
         and not config.attention_bias
         and not config.mlp_bias
         and not config.attention_dropout
     )
+
+
+def _has_known_weights(layer: LlamaDecoderLayer) -> bool:
+    attention, gate = layer.self_attn, layer.mlp
+    linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    bases = [base_of(part) for part in (*linear, gate.gate_proj, gate.up_proj, gate.down_proj)]
+    plain = all(type(base) is torch.nn.Linear and base.weight.is_floating_point() for base in bases)
+    return plain or all(isinstance(base, bnb.nn.Linear4bit) for base in bases)
 
 
 def fuse_layers(model: PeftModel, weights: Weights) -> list[FusedLayer]:

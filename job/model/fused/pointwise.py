@@ -88,17 +88,18 @@ def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
     return out
 
 
-def dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+def dropout(x: torch.Tensor, probability: float, seed: int, first_row: int = 0) -> torch.Tensor:
     """`x` with each value dropped at `probability`, the others scaled up; the same ones again for the same `seed`, so that
-    nothing has to be kept for the backward pass, which is this very function of the gradient."""
+    nothing has to be kept for the backward pass, which is this very function of the gradient. Rows are counted from
+    `first_row`: a part of a batch loses what it would lose within the whole."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.dropout(x, probability, seed)
+        return triton_kernels.dropout(x, probability, seed, first_row)
     if not probability:
         return x
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(x.shape, generator=generator) >= probability
+    kept = torch.rand(first_row + len(x), x.shape[1], generator=generator)[first_row:] >= probability
     return x * kept / (1 - probability)
 
 

@@ -19,6 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from job.model.fused import pointwise
 from job.model.merge import ADAPTER
 
+Draw = tuple[int, int]  # what dropout draws from: a seed, and where in the batch the tokens begin
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -179,7 +181,7 @@ class Products:
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], *, eight_bit: bool = False) -> None:
-        bases: list[Any] = [layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in layers]
+        bases = [base_of(layer) for layer in layers]
         self._module = layers[0]
         self._inputs, self._outputs = int(bases[0].in_features), sum(int(base.out_features) for base in bases)
         self.adapters = list(_adapters(layers, [int(base.out_features) for base in bases]))
@@ -205,7 +207,7 @@ class Products:
         return like.new_empty(len(like), self._outputs + self._frozen.border)
 
     def forward(
-        self, x: torch.Tensor, seeds: Sequence[int], *, room: bool = False
+        self, x: torch.Tensor, seeds: Sequence[Draw], *, room: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y (tokens, all outputs), with `room` for the border beside it; and for the gradients dropout(x) Aᵀ (tokens, all
         ranks), if anything is trained."""
@@ -217,12 +219,12 @@ class Products:
         self._frozen.product(x, narrow, whole[:, : self._outputs])
         return whole, narrow
 
-    def narrow(self, x: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor | None:
+    def narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
         """dropout(x) Aᵀ alone."""
         self._frozen.refresh(self.adapters)
         return self._narrow(x, seeds)
 
-    def _narrow(self, x: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor | None:
+    def _narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
         if not self.adapters:
             return None
         x = x[:, : self._inputs]
@@ -230,12 +232,12 @@ class Products:
             return x @ self._frozen.a.T
         narrow = x.new_empty(len(x), self._border)
         for adapter in self.adapters:
-            dropped = pointwise.dropout(x, adapter.dropout, seeds[adapter.seed])
+            dropped = pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
             torch.mm(dropped, self._frozen.a[adapter.ranks].T, out=narrow[:, adapter.ranks])
         return narrow
 
     def input_gradient(
-        self, of_y: torch.Tensor, seeds: Sequence[int], *, wanted: bool = True
+        self, of_y: torch.Tensor, seeds: Sequence[Draw], *, wanted: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient of x, if it is `wanted`, else nothing of any use; and that of dropout(x) Aᵀ."""
         if isinstance(self._frozen, FourBit):
@@ -248,7 +250,7 @@ class Products:
         gradient = self._frozen.gradient(of_y, None)
         for adapter in self.adapters:
             of_dropped = of_narrow[:, adapter.ranks] @ self._frozen.a[adapter.ranks]
-            gradient += pointwise.dropout(of_dropped, adapter.dropout, seeds[adapter.seed])
+            gradient += pointwise.dropout(of_dropped, adapter.dropout, *seeds[adapter.seed])
         return gradient, of_narrow
 
     def parameter_gradients(
@@ -257,7 +259,7 @@ class Products:
         of_narrow: torch.Tensor | None,
         x: torch.Tensor,
         narrow: torch.Tensor | None,
-        seeds: Sequence[int],
+        seeds: Sequence[Draw],
     ) -> list[torch.Tensor]:
         """The gradients of `parameters`."""
         if of_narrow is None or narrow is None:
@@ -269,7 +271,7 @@ class Products:
             if together is not None:
                 of_a = together[adapter.ranks]
             else:
-                of_a = of_narrow[:, adapter.ranks].T @ pointwise.dropout(x, adapter.dropout, seeds[adapter.seed])
+                of_a = of_narrow[:, adapter.ranks].T @ pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
             of_b = of_y.new_empty(adapter.b.shape)
             own, beside = of_y[:, adapter.outputs].T, narrow[:, adapter.ranks]
             torch.addmm(of_b, own, beside, beta=0, alpha=adapter.scale, out=of_b)
@@ -279,6 +281,11 @@ class Products:
     @property
     def _drops(self) -> bool:
         return self._module.training and any(adapter.dropout for adapter in self.adapters)
+
+
+def base_of(layer: torch.nn.Module) -> Any:
+    """The frozen linear layer, which peft's wrapper has inside."""
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def _adapters(layers: Sequence[torch.nn.Module], widths: Sequence[int]) -> list[Adapter]:

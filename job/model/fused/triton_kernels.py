@@ -98,12 +98,12 @@ def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: 
     tl.store(ups, (given * gate * sigmoid).to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _dropout_kernel(x, out, columns, stride, probability, seed, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["seed", "first_row"])
+def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
-    kept = tl.rand(seed, row * columns + offsets) >= probability
+    kept = tl.rand(seed, (first_row + row) * columns + offsets) >= probability
     values = tl.load(x + row.to(tl.int64) * stride + offsets, mask=inside, other=0.0).to(tl.float32)
     dropped = tl.where(kept, values / (1 - probability), 0.0)
     tl.store(out + row.to(tl.int64) * columns + offsets, dropped.to(out.dtype.element_ty), mask=inside)
@@ -218,10 +218,11 @@ def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tens
     return out
 
 
-def dropout(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+def dropout(x: torch.Tensor, probability: float, seed: int, first_row: int = 0) -> torch.Tensor:
     rows, columns = x.shape
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
-    _dropout_kernel[(rows, triton.cdiv(columns, _BLOCK))](x, out, columns, x.stride(0), probability, seed, BLOCK=_BLOCK)
+    grid = (rows, triton.cdiv(columns, _BLOCK))
+    _dropout_kernel[grid](x, out, columns, x.stride(0), probability, seed, first_row, BLOCK=_BLOCK)
     return out
 
 
