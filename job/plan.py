@@ -17,7 +17,8 @@ from job.run import Run, read_json
 from job.settings import Settings, variable
 from job.stage import training_processes
 from job.training.cards import CARDS, GIB, Card, card_named
-from job.training.planner import Load, Plan, Shape, choose, fits, load_of, obstacle, plans
+from job.training.planner import Plan, choose, fits, plans
+from job.training.workload import Load, Shape, load_of, obstacle
 
 
 def print_plan(run: Run) -> None:

@@ -28,7 +28,8 @@ from job.report.events import message
 from job.run import Run, read_json
 from job.settings import Settings
 from job.training.cards import GIB, Card, card_named
-from job.training.planner import Plan, Shape, choose, load_of, obstacle, plans, predicted_bytes
+from job.training.planner import Plan, choose, plans, predicted_bytes
+from job.training.workload import Shape, load_of, obstacle
 
 _UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
 

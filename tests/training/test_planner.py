@@ -9,7 +9,8 @@ import pytest
 
 from job.settings import Settings
 from job.training.cards import CARDS, GIB, card_named
-from job.training.planner import Load, Plan, Shape, choose, fits, plans, predicted_bytes, predicted_seconds
+from job.training.planner import Plan, choose, fits, plans, predicted_bytes, predicted_seconds
+from job.training.workload import Load, Shape
 from tests.conftest import Job
 
 LLAMA_7B: dict[str, Any] = {

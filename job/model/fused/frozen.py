@@ -1,0 +1,165 @@
+"""Frozen weights of layers with one input, in 16, 8 or 4 bits, and copies of the adapters beside or around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import bitsandbytes as bnb
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from job.model.fused import pointwise
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One layer's LoRA: A (rank, inputs), B (outputs, rank), and the rows and columns of b that are its own."""
+
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    scale: float
+    dropout: float
+    outputs: slice
+    ranks: slice
+    seed: int  # which of the product's seeds is its own
+
+
+class Frozen:
+    """The frozen weights, and with them `a` and `b`, copies of the adapters as they are at the last `product`."""
+
+    border = 0
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def __init__(self) -> None:
+        self._copied: Any = None
+
+    def product(self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        """x Wᵀ + `narrow` bᵀ: (tokens, all outputs)."""
+        raise NotImplementedError
+
+    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None) -> torch.Tensor:
+        """`of_y` W + `of_narrow` a: (tokens, inputs)."""
+        raise NotImplementedError
+
+    def refresh(self, adapters: Sequence[Adapter]) -> None:
+        """Copy the adapters if they have changed."""
+        state = (_Updates.count, *(part._version for adapter in adapters for part in (adapter.a, adapter.b)))
+        if state == self._copied:
+            return
+        for adapter in adapters:
+            pointwise.place(adapter.a, self.a[adapter.ranks])
+            pointwise.place(adapter.b, self.b[adapter.outputs, adapter.ranks], adapter.scale)
+        self._copied = state
+
+
+class _Updates:
+    """Counts optimizer steps: bitsandbytes' change parameters unseen by their version counters."""
+
+    count = 0
+
+    @classmethod
+    def another(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_Updates.another)
+
+
+class Bordered(Frozen):
+    """16-bit weights W with the adapters around them in one matrix, (W, b; a, 0).
+
+    With x Aᵀ written beside x, and the gradient of x Aᵀ beside that of y, one product gives the sum with the adapters'
+    part, rounded once; adding that part by itself would read and write the whole result again.
+    """
+
+    def __init__(self, outputs: Sequence[int], inputs: int, border: int) -> None:
+        super().__init__()
+        self.border, self._widths = border, outputs
+        self._outputs, self._inputs = sum(outputs), inputs
+
+    def product(self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        if narrow is not None:
+            pointwise.place(narrow, x[:, self._inputs :])
+        return torch.mm(x, self._above.T, out=out)
+
+    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None) -> torch.Tensor:
+        if of_narrow is None:
+            return of_y[:, : self._outputs] @ self._inner
+        pointwise.place(of_narrow, of_y[:, self._outputs :])
+        return of_y @ self._left
+
+    def _empty(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        shape = (self._outputs + self.border, self._inputs + self.border)
+        return torch.zeros(shape, device=like.device, dtype=dtype)
+
+    def _look_at(self, matrix: torch.Tensor) -> None:
+        self._above, self._left = matrix[: self._outputs], matrix[:, : self._inputs]
+        self._inner = matrix[: self._outputs, : self._inputs]
+        self._parts = torch.split(self._inner, list(self._widths))
+        self.a, self.b = matrix[self._outputs :, : self._inputs], matrix[: self._outputs, self._inputs :]
+
+
+class Resident(Bordered):
+    """Weights as they are multiplied with; each layer's own becomes a part of the matrix."""
+
+    def __init__(self, layers: Sequence[torch.nn.Linear], border: int) -> None:
+        super().__init__([layer.out_features for layer in layers], layers[0].in_features, border)
+        self._look_at(self._empty(layers[0].weight, layers[0].weight.dtype))
+        for layer, part in zip(layers, self._parts, strict=True):
+            part.copy_(layer.weight.data)
+            layer.weight = torch.nn.Parameter(part, requires_grad=False)
+
+
+class FourBit(Bordered):
+    """4-bit weights, dequantised for each product into a matrix that all products of one shape share."""
+
+    _matrices: ClassVar[dict[Any, torch.Tensor]] = {}
+
+    def __init__(self, layers: Sequence[bnb.nn.Linear4bit], ranks: Sequence[int]) -> None:
+        super().__init__([layer.out_features for layer in layers], layers[0].in_features, sum(ranks))
+        self._weights = [layer.weight for layer in layers]
+        device, dtype = layers[0].weight.device, layers[0].compute_dtype
+        key = (device, dtype, self._inputs, *self._widths, *ranks)  # b's zeros lie where the ranks say
+        if key not in self._matrices:
+            self._matrices[key] = self._empty(layers[0].weight, dtype)
+        self._look_at(self._matrices[key])
+
+    def refresh(self, adapters: Sequence[Adapter]) -> None:
+        """Take the matrix over from whoever used it last."""
+        for weight, part in zip(self._weights, self._parts, strict=True):
+            pointwise.dequantize(weight, out=part)
+        self._copied = None
+        super().refresh(adapters)
+
+
+class EightBit(Frozen):
+    """Weights and inputs rounded to 8-bit floats, e4m3, with one scale a row (Micikevicius et al. 2022, arXiv:2209.05433).
+
+    Both ways round, since a product sums over the rows of the one and its gradient over those of the other. This is not
+    the mathematics of the 16-bit products: it is for who asks for it. The adapters' part stays in 16 bits.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Linear], border: int) -> None:
+        super().__init__()
+        matrix = torch.cat([layer.weight.data for layer in layers])
+        self._by_output, self._by_input = (
+            pointwise.quantize_rows(matrix),
+            pointwise.quantize_rows(matrix.T.contiguous()),
+        )
+        self.a, self.b = matrix.new_zeros(border, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], border)
+        for layer in layers:
+            layer.weight = torch.nn.Parameter(
+                layer.weight.new_empty(0), requires_grad=False
+            )  # nobody multiplies with it
+
+    def product(self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        assert out is None, "there is no border to leave room for"
+        y = pointwise.eight_bit_product(x, *self._by_output, fast=True)
+        return y if narrow is None else y.addmm_(narrow, self.b.T)
+
+    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None) -> torch.Tensor:
+        gradient = pointwise.eight_bit_product(of_y, *self._by_input, fast=False)
+        return gradient if of_narrow is None else gradient.addmm_(of_narrow, self.a)

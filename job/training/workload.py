@@ -1,0 +1,147 @@
+"""What memory and time of a training step depend on: the model's shape with its adapters, and the batches of the data.
+
+It imports no torch, so that a plan is made at once and without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from job.settings import Settings
+
+_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama with LoRA, as far as memory and time depend on it."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    shared_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    rank: int
+    targets: frozenset[str]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], settings: Settings) -> Shape | None:
+        """The shape in a model's config.json; None for a model that has no fused layers."""
+        if config.get("architectures") != ["LlamaForCausalLM"] or config.get("hidden_act", "silu") != "silu":
+            return None
+        if (
+            config.get("quantization_config")
+            or config.get("attention_bias")
+            or config.get("mlp_bias")
+            or config.get("attention_dropout")
+        ):
+            return None
+        heads = int(config["num_attention_heads"])
+        wanted: tuple[str, ...] = ("q_proj", "v_proj")  # peft's choice for Llama
+        if settings.lora_target_modules == "all-linear":
+            wanted = _LLAMA_TARGETS
+        elif settings.lora_target_modules != "auto":
+            wanted = tuple(settings.lora_target_modules)
+        return cls(
+            hidden=int(config["hidden_size"]),
+            intermediate=int(config["intermediate_size"]),
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            shared_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            vocabulary=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            rank=settings.lora_r,
+            targets=frozenset(wanted),
+        )
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def packed(self) -> int:
+        """Queries, keys and values of a token."""
+        return self.query + 2 * self.shared_heads * self.head_dim
+
+    @property
+    def groups(self) -> tuple[tuple[int, int, int], ...]:
+        """Inputs, outputs and adapters' ranks of a layer's four products."""
+        hidden, rank = self.hidden, {name: self.rank if name in self.targets else 0 for name in _LLAMA_TARGETS}
+        return (
+            (hidden, self.packed, rank["q_proj"] + rank["k_proj"] + rank["v_proj"]),
+            (self.query, hidden, rank["o_proj"]),
+            (hidden, 2 * self.intermediate, rank["gate_proj"] + rank["up_proj"]),
+            (self.intermediate, hidden, rank["down_proj"]),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Frozen weights of a layer's products."""
+        return sum(inputs * outputs for inputs, outputs, _ in self.groups)
+
+    @property
+    def layer_adapter(self) -> int:
+        """Trained weights of a layer."""
+        shared = self.shared_heads * self.head_dim
+        outputs = {"q_proj": self.query, "k_proj": shared, "v_proj": shared, "o_proj": self.hidden,
+                   "gate_proj": self.intermediate, "up_proj": self.intermediate, "down_proj": self.hidden}  # fmt: skip
+        inputs = {"o_proj": self.query, "down_proj": self.intermediate}
+        named = self.targets & set(_LLAMA_TARGETS)
+        return sum(self.rank * (inputs.get(name, self.hidden) + outputs[name]) for name in named)
+
+
+def obstacle(settings: Settings, shape: Shape | None) -> str | None:
+    """Why the fused layers, which alone are planned, cannot compute this run on any card; None if they can."""
+    if settings.decoder_layers in ("plain", "compiled"):
+        return f"FT_DECODER_LAYERS={settings.decoder_layers}"
+    if shape is None:
+        return "the model is no Llama without biases"
+    if settings.padding_free is False and not settings.packing:
+        return "they need rows without padding (FT_PADDING_FREE)"
+    if settings.sharding != "none":
+        return "they know no shards (FT_SHARDING)"
+    if settings.device_map != "auto":
+        return "they need the whole model on one GPU (FT_DEVICE_MAP)"
+    if settings.device == "cuda" and settings.bnb_4bit_compute_dtype == "float32":
+        return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
+    return None
+
+
+@dataclass(frozen=True)
+class Load:
+    """The batches of a run on one GPU: tokens of the largest and of the mean batch, of the longest row, and the mean length
+    of the row that a token is in."""
+
+    largest_batch: int
+    mean_batch: float
+    longest_row: int
+    mean_context: float
+
+    @classmethod
+    def of(cls, lengths: Mapping[int, int], batch_size: int, packed_rows: int | None, max_length: int) -> Load:
+        """`lengths` counts the documents of each length; packed ones fill `packed_rows` rows of `max_length`."""
+        tokens = sum(length * count for length, count in lengths.items())
+        context = sum(length * length * count for length, count in lengths.items()) / tokens
+        longest = max(lengths)
+        if packed_rows is not None:
+            return cls(batch_size * max_length, batch_size * tokens / packed_rows, longest, context)
+        largest, missing = 0, batch_size
+        for length in sorted(lengths, reverse=True):
+            taken = min(missing, lengths[length])
+            largest, missing = largest + taken * length, missing - taken
+        return cls(largest, batch_size * tokens / sum(lengths.values()), longest, context)
+
+
+def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
+    """What prepared data means for one batch."""
+    train, longest = data_report["train"], int(data_report["max_length"])
+    counted = train.get("lengths") or {longest: train["rows"]}  # a version before this one did not count
+    lengths = {int(length): count for length, count in counted.items()}
+    batch_size = settings.per_device_train_batch_size
+    return Load.of(lengths, batch_size, train.get("packed_rows"), longest)
