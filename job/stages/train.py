@@ -115,7 +115,7 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
     if run.node.is_first:
         trainable, everything = trainer.model.get_nb_trainable_parameters()
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
-    execution.prepare(trainer.model)
+    execution.prepare(trainer.model, trainer.args)
     if run.settings.sharding == "full" and checkpoint is not None:
         trainer.load_adapter(checkpoint)  # while it is whole
     others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]

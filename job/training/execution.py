@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import TrainingArguments
 
 from job.errors import InputError, MemoryFull, NodeError
 from job.model.attention import padding_free
@@ -23,6 +24,7 @@ from job.model.compilation import compile_layers
 from job.model.device import device_of
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
+from job.model.fused.proof import sample
 from job.model.quantization import make_resident
 from job.report.events import message
 from job.run import Run, read_json
@@ -31,6 +33,8 @@ from job.training.cards import GIB, Card, card_named
 from job.training.planner import Plan, choose, plans, predicted_bytes
 from job.training.workload import Shape, load_of, obstacle
 
+# Of a layer computed both ways, in 16 bits or 8; what is wrong differs by more than all of it
+_LARGEST_DIFFERENCE = {"4-bit": 0.2, "resident": 0.2, "fp8": 0.5}
 _UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
 
 
@@ -53,8 +57,9 @@ class Execution:
         """The plan in force, for `metrics.json`."""
         return asdict(self.plan) if self.plan is not None else None
 
-    def prepare(self, model: PeftModel) -> None:
-        """Let the model's layers be computed as planned; call it once, with the adapter in its final type."""
+    def prepare(self, model: PeftModel, arguments: TrainingArguments) -> None:
+        """Let the model's layers be computed as planned; call it once, with the adapter in its final type. If the planned way
+        fails on this machine, `arguments` are changed to those of the plain one."""
         settings = self._run.settings
         if self.plan is None:
             if settings.use_4bit and settings.resident_weights is True:
@@ -64,10 +69,39 @@ class Execution:
             return
         if not can_fuse(model):  # the shape said yes, by the same rules
             raise InputError("The model's layers are not those that its config.json names.", _PLAIN)
-        self._layers = fuse_layers(model, self.plan.weights)
-        if can_fuse_head(model):
-            fuse_head(model)
-        self._apply(self.plan)
+        failure = self._fuse(model, self.plan)
+        if failure is None:
+            if can_fuse_head(model):
+                fuse_head(model)
+            self._apply(self.plan)
+            return
+        if _is_asked_for(settings):
+            raise NodeError(
+                f"The fused layers do not give what the model's own give on this machine: {failure}.",
+                "Another card or driver may do; or unset FT_DECODER_LAYERS and FT_FROZEN_PRECISION.",
+            )
+        message(f"The layers are computed by transformers and peft, which is slower: {failure}.", "warning")
+        for layer in model.get_base_model().base_model.layers:
+            layer.__dict__.pop("forward", None)
+        self._layers, self.plan = [], None
+        arguments.gradient_checkpointing = self.recomputes_by_library
+        if arguments.gradient_checkpointing:
+            model.enable_input_require_grads()
+
+    def _fuse(self, model: PeftModel, plan: Plan) -> str | None:
+        """Fuse the layers, and compute the first both ways; returns what went wrong, if anything did."""
+        try:
+            plain = sample(model)
+            self._layers = fuse_layers(model, plan.weights)
+            difference = sample(model).differs(plain)
+            finite = sample(model, with_dropout=True).is_finite
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler, a driver or a kernel may say
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        if finite and difference <= _LARGEST_DIFFERENCE[plan.weights]:
+            return None
+        return f"a layer differs by {difference:.1%}" if finite else "a layer with dropout gives no finite numbers"
 
     def batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The batch in parts of no more tokens than planned, but for rows that are longer: rows are never cut."""
@@ -133,7 +167,7 @@ def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     settings, device = run.settings, device_of(run)
-    asked = settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
+    asked = _is_asked_for(settings)
     if settings.decoder_layers in ("plain", "compiled") or (device.type == "cpu" and not asked):
         return None, None
     shape = Shape.of(read_json(run.paths.model_dir / "config.json"), settings)
@@ -170,6 +204,10 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
                 told += f", {load.mean_batch / plan.seconds:,.0f} tokens/s a GPU"
         message(f"{told}.")
     return shape, plan
+
+
+def _is_asked_for(settings: Settings) -> bool:
+    return settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
 
 
 def _obstacle(run: Run, device: torch.device, shape: Shape | None) -> str | None:

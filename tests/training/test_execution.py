@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from job.errors import InputError
+from job.errors import InputError, NodeError
+from job.model.fused import pointwise
 from job.model.fused.layer import FusedLayer
 from job.run import Run, read_json
 from job.stages.train import train
 from job.training.execution import _parts
+from job.training.planner import Plan
+from job.training.workload import Shape
 
 Prepared = Callable[..., Run]
 FUSED = {"DATASET_SPLIT": "train[:40]", "DECODER_LAYERS": "fused", "PADDING_FREE": "true", "MAX_STEPS": "6"}
@@ -108,6 +111,44 @@ def test_a_model_that_the_fused_layers_do_not_know_is_refused_if_they_are_asked_
     monkeypatch.setattr("job.training.execution.read_json", lambda path: config)
     with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused cannot be: the model is no Llama"):
         train(run)
+
+
+@pytest.mark.parametrize("broken", ["wrong", "crashes", "gradient"])
+def test_a_layer_that_comes_out_wrong_on_this_machine_is_computed_the_plain_way(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    plain = prepared("plain", **{**FUSED, "DECODER_LAYERS": "plain"}, LORA_DROPOUT="0")
+    train(plain)
+    run = prepared("broken", **FUSED, LORA_DROPOUT="0")
+    gated, backward = pointwise.gated, pointwise.gated_backward_
+
+    def wrong(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if broken == "crashes":
+            raise RuntimeError("no kernel image is available")
+        return gated(gate_up, out).mul_(1.3)
+
+    def wrong_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+        act = backward(gradient, gate_up)
+        gate_up *= 1.5
+        return act
+
+    if broken == "gradient":
+        monkeypatch.setattr(pointwise, "gated_backward_", wrong_gradient)
+    else:
+        monkeypatch.setattr(pointwise, "gated", wrong)
+    with pytest.raises(NodeError, match="do not give what the model's own give"):
+        train(run)
+    monkeypatch.setattr("job.training.execution._is_asked_for", lambda settings: settings.frozen_precision == "fp8")
+    monkeypatch.setattr("job.training.execution._decide", _decided_as_on_a_gpu)
+    train(run)
+    assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
+    assert_equal(adapter(run), adapter(plain))
+    assert read_json(run.paths.metrics_file)["plan"] is None
+
+
+def _decided_as_on_a_gpu(run: Run) -> Any:
+    shape = Shape.of(read_json(run.paths.model_dir / "config.json"), run.settings)
+    return shape, Plan("4-bit", 0, 4096, 1)
 
 
 @pytest.mark.parametrize(
