@@ -37,7 +37,8 @@ def padding_free(run: Run) -> bool:
         )
     if wanted != "auto":
         return bool(wanted)
-    return _has_kernel(device_of(run)) and _is_plain_attention(_config(run))
+    served = _has_kernel(device_of(run)) or run.settings.decoder_layers == "fused"
+    return served and _is_plain_attention(_config(run))
 
 
 def attention_of(run: Run) -> str | None:

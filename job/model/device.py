@@ -22,6 +22,15 @@ def device_of(run: Run) -> torch.device:
     return torch.device("cuda", run.node.local_rank)
 
 
+def require_fp8(device: torch.device) -> None:
+    """NodeError unless the GPU multiplies 8-bit floats, as FT_FROZEN_PRECISION=fp8 asks."""
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise NodeError(
+            f"FT_FROZEN_PRECISION=fp8, but the {torch.cuda.get_device_name(device)} has no 8-bit floats.",
+            "Rent an L4, L40S, H100, H200 or B200, or unset it.",
+        )
+
+
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """The type of the products, as FT_BNB_4BIT_COMPUTE_DTYPE says."""
     if settings.bnb_4bit_compute_dtype != "auto":

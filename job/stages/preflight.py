@@ -14,7 +14,7 @@ from job.checkpoints.manifest import marked
 from job.errors import NodeError, PermissionRefused
 from job.hub.publish import check_destination
 from job.hub.sources import disk_needed, look_up
-from job.model.device import compute_dtype, device_of
+from job.model.device import compute_dtype, device_of, require_fp8
 from job.report.events import message
 from job.run import Run, write_json
 from job.stages.download import recorded_commits, wanted_sources
@@ -54,11 +54,8 @@ def _check_device(run: Run) -> None:
         )
     properties = torch.cuda.get_device_properties(device)
     count = torch.cuda.device_count()
-    if run.settings.frozen_precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise NodeError(
-            f"FT_FROZEN_PRECISION=fp8, but the {properties.name} has no 8-bit floats.",
-            "Rent an L4, L40S, H100, H200 or B200, or unset it.",
-        )
+    if run.settings.frozen_precision == "fp8":
+        require_fp8(device)
     dtype = compute_dtype(run.settings, device)
     rate = _matmul_flops(device, dtype)
     write_json(run.paths.card_file, {"name": properties.name, "matmul_flops": rate})

@@ -166,8 +166,12 @@ def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: 
 
 
 def _matmul_flops(run: Run) -> float | None:
-    """What preflight measured, if it did so on this machine."""
-    return float(read_json(run.paths.card_file)["matmul_flops"]) if run.paths.card_file.is_file() else None
+    """What preflight measured, if it did so on such a card; the folder may have been another machine's before."""
+    device, file = device_of(run), run.paths.card_file
+    if device.type != "cuda" or not file.is_file():
+        return None
+    card = read_json(file)
+    return float(card["matmul_flops"]) if card["name"] == torch.cuda.get_device_name(device) else None
 
 
 def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from job.errors import InputError, MemoryFull, NodeError
-from job.model.attention import padding_free
 from job.model.compilation import compile_layers
-from job.model.device import device_of
+from job.model.device import device_of, require_fp8
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
 from job.model.fused.proof import sample
@@ -30,7 +29,7 @@ from job.report.events import message
 from job.run import Run, read_json
 from job.settings import Settings
 from job.training.cards import GIB, Card, card_named
-from job.training.planner import Plan, choose, plans, predicted_bytes
+from job.training.planner import Plan, choose, plans, smaller_plan
 from job.training.workload import Shape, load_of, obstacle
 
 # Of a layer computed both ways, in 16 bits or 8; what is wrong differs by more than all of it
@@ -130,22 +129,26 @@ class Execution:
 
     def step_down(self) -> bool:
         """Take up the next plan that needs less memory; False if there is none."""
-        smaller = self.plan.smaller(len(self._layers)) if self.plan is not None else None
-        if smaller is None or self.shape is None:
+        smaller = self._smaller()
+        if smaller is None:
             return False
-        needed = round(predicted_bytes(self.shape, smaller, self._run.settings))
-        self._apply(replace(smaller, memory_bytes=needed, seconds=0.0))
+        self._apply(smaller)
         message(f"The GPU's memory is full: going on with {smaller.described(len(self._layers))}.", "warning")
         return True
 
     def full(self, error: torch.OutOfMemoryError) -> Exception:
         """What a process that trains with others makes of memory that ended."""
-        if self.plan is None or self.plan.smaller(len(self._layers)) is None:
+        if self._smaller() is None:
             return error
         return MemoryFull(
             f"The GPU's memory is full: {str(error).splitlines()[0]}",
             "Lower FT_GPU_MEMORY_GIB, so that a smaller plan is chosen, or rent a larger card.",
         )
+
+    def _smaller(self) -> Plan | None:
+        if self.plan is None or self.shape is None:
+            return None
+        return smaller_plan(self.plan, self.shape, self._run.settings)
 
     def _apply(self, plan: Plan) -> None:
         self.plan = plan
@@ -180,13 +183,8 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
             message(f"The layers are computed by transformers and peft, which is slower: {reason}.", "warning")
         return None, None
     assert shape is not None
-    if settings.frozen_precision == "fp8" and (
-        device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9)
-    ):
-        raise NodeError(
-            "FT_FROZEN_PRECISION=fp8 needs a GPU with 8-bit floats (L4, L40S, H100, H200, B200).",
-            "Rent one of these, or unset it.",
-        )
+    if settings.frozen_precision == "fp8":
+        require_fp8(device)
     card, free = _UNKNOWN_CARD, float("inf")
     if device.type == "cuda":
         card = card_named(torch.cuda.get_device_name(device)) or card
@@ -195,7 +193,7 @@ def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     load = load_of(report, settings)
     plan = choose(list(plans(shape, load, card, settings)), free)
     for _ in range(int(os.environ.get("JOB_PLAN_STEPS_DOWN", "0"))):
-        plan = plan.smaller(shape.layers) or plan
+        plan = smaller_plan(plan, shape, settings) or plan
     if run.node.is_first:
         told = f"Plan: {plan.described(shape.layers)}"
         if device.type == "cuda":
@@ -216,7 +214,7 @@ def _obstacle(run: Run, device: torch.device, shape: Shape | None) -> str | None
     if reason is not None:
         return reason
     if device.type == "cpu":
-        return None if padding_free(run) else "they need rows without padding (FT_PADDING_FREE)"
+        return None
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "their attention needs a GPU from Ampere on"
     if not _can_compile_kernels():

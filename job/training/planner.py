@@ -38,15 +38,6 @@ class Plan:
     memory_bytes: int = 0
     seconds: float = 0.0
 
-    def smaller(self, layers: int) -> Plan | None:
-        """The next plan that needs less memory and can be taken up at once; None if there is none."""
-        if self.recomputed < layers:
-            return replace(self, recomputed=min(layers, self.recomputed + max(1, layers // 4)))
-        if self.micro_batch_tokens > self.longest_row:  # rows are never cut
-            tokens = max(self.longest_row, self.micro_batch_tokens // 2)
-            return replace(self, micro_batch_tokens=tokens, parts=2 * self.parts)
-        return None
-
     def described(self, layers: int) -> str:
         held = {"4-bit": "4-bit weights", "resident": "weights resident in 16 bits", "fp8": "weights in 8-bit floats"}
         recomputed = f"{self.recomputed} of {layers} layers recomputed"
@@ -81,6 +72,19 @@ def choose(candidates: list[Plan], free_bytes: float) -> Plan:
 
 def fits(plan: Plan, free_bytes: float) -> bool:
     return plan.memory_bytes * _FRAGMENTS + _RESERVE <= free_bytes
+
+
+def smaller_plan(plan: Plan, shape: Shape, settings: Settings) -> Plan | None:
+    """The next plan that needs less memory and can be taken up at once; None if there is none."""
+    if plan.recomputed < shape.layers:
+        more = max(1, shape.layers // 4)
+        smaller = replace(plan, recomputed=min(shape.layers, plan.recomputed + more))
+    elif plan.micro_batch_tokens > plan.longest_row:  # rows are never cut
+        tokens = max(plan.longest_row, plan.micro_batch_tokens // 2)
+        smaller = replace(plan, micro_batch_tokens=tokens, parts=2 * plan.parts)
+    else:
+        return None
+    return replace(smaller, memory_bytes=round(predicted_bytes(shape, smaller, settings)), seconds=0.0)
 
 
 def _weights(settings: Settings) -> tuple[Weights, ...]:

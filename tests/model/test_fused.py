@@ -231,6 +231,37 @@ def test_resident_weights_give_the_very_numbers_of_4_bit_ones(build: Build) -> N
     )
 
 
+class Unseen(torch.optim.Optimizer):
+    """Changes parameters as bitsandbytes' kernels do: their version counters do not notice."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(-0.5)
+
+
+def test_resident_layers_notice_every_change_of_their_adapters(build: Build) -> None:
+    def changed(model: PeftModel, how: str) -> Step:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if how == "optimizer":
+            versions = [parameter._version for parameter in trained]
+            Unseen(trained, {}).step()
+            assert versions == [parameter._version for parameter in trained]
+        else:  # as a checkpoint is loaded
+            with torch.no_grad():
+                for parameter in trained:
+                    parameter.copy_(parameter * -0.5)
+        return padding_free(model)
+
+    for how in ("optimizer", "checkpoint"):
+        model = build(attention=register_varlen())
+        fuse_layers(model, "resident")
+        before = padding_free(model)
+        after = changed(model, how)
+        assert not torch.equal(before.losses, after.losses)
+        assert_same(after, changed(build(attention=register_varlen()), how))
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_no_token_sees_another_row_nor_what_comes_behind_it(build: Build, fused: bool) -> None:
     """By the gradient of each token's output with regard to every token's embedding."""

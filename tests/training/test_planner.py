@@ -9,7 +9,7 @@ import pytest
 
 from job.settings import Settings
 from job.training.cards import CARDS, GIB, card_named
-from job.training.planner import Plan, choose, fits, plans, predicted_bytes, predicted_seconds
+from job.training.planner import Plan, choose, fits, plans, predicted_bytes, predicted_seconds, smaller_plan
 from job.training.workload import Load, Shape
 from tests.conftest import Job
 
@@ -110,14 +110,16 @@ def test_what_the_settings_say_is_in_every_plan(named: dict[str, Any], check: An
 
 def test_a_step_down_needs_less_memory_until_nothing_is_left() -> None:
     plan: Plan | None = Plan("resident", 0, 4096, 1, longest_row=700)
-    needs = []
+    steps = []
     while plan is not None:
-        needs.append(predicted_bytes(shape(), plan, settings()))
-        last, plan = plan, plan.smaller(32)
-    assert (last.recomputed, last.micro_batch_tokens) == (32, 700)  # rows are never cut
-    assert len(needs) > 5
+        steps.append(plan)
+        plan = smaller_plan(plan, shape(), settings())
+    assert (steps[-1].recomputed, steps[-1].micro_batch_tokens) == (32, 700)  # rows are never cut
+    needs = [step.memory_bytes for step in steps[1:]]
+    assert needs == [round(predicted_bytes(shape(), step, settings())) for step in steps[1:]]
+    assert len(needs) > 4
     assert all(later <= earlier for earlier, later in itertools.pairwise(needs))
-    assert needs[4] < needs[0] / 1.2
+    assert needs[3] < predicted_bytes(shape(), steps[0], settings()) / 1.2
 
 
 def test_batches_are_measured_by_their_longest_rows() -> None:
