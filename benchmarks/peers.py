@@ -65,15 +65,17 @@ def _measure(options: argparse.Namespace, began: float) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "max_steps": options.steps + WARM_UP_STEPS, "num_train_epochs": 100,
         "per_device_train_batch_size": options.rows, "learning_rate": 2e-4, "weight_decay": 0.001, "optim": "paged_adamw_32bit",
-        "lr_scheduler_type": "cosine", "max_grad_norm": 0.3, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
-        "max_length": options.length, "packing": not notebook, "bf16": not notebook, "fp16": False, "seed": 0,
+        "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "max_grad_norm": 0.3, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+        "max_length": options.length, "packing": not notebook, "bf16": not notebook, "fp16": False, "seed": 42,
         "gradient_accumulation_steps": 1,  # unsloth's own default is another
         "use_liger_kernel": options.name == "trl-liger",
     }  # fmt: skip
     if options.name != "unsloth":
         arguments["gradient_checkpointing"] = options.recompute
     if notebook:
-        arguments |= {"group_by_length": True} if "group_by_length" in SFTConfig.__dataclass_fields__ else {}
+        known = SFTConfig.__dataclass_fields__  # transformers 5 renamed it
+        grouped = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in known else {}
+        arguments |= grouped or {"group_by_length": True}
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**arguments), train_dataset=documents, processing_class=tokenizer,
         peft_config=peft_config, callbacks=[Clock()],
@@ -87,7 +89,7 @@ def _measure(options: argparse.Namespace, began: float) -> dict[str, Any]:
         "tokens_per_second": sum(tokens[WARM_UP_STEPS:]) / seconds,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "first_step_seconds": marks[0] - began,
-        "losses": [round(loss, 4) for loss in (losses[0], losses[-1])],
+        "losses": [round(loss, 4) for loss in losses],
     }
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 2048
+_PLAIN = {"FT_DECODER_LAYERS": "plain", "FT_PADDING_FREE": "false"}
 _OURS: dict[str, str] = {"FT_LORA_TARGET_MODULES": "all-linear", "FT_LORA_DROPOUT": "0"}
 
 
@@ -47,6 +48,7 @@ def variants() -> list[Variant]:
         Variant("unsloth, 8 rows", 8, peer="unsloth"),
         Variant("TRL, Liger, recomputing", 8, peer="trl-liger", arguments=("--recompute",)),
         Variant("job, the seed's recipe", 4, packed=False),
+        Variant("job, the seed's recipe, plain layers", 4, _PLAIN, packed=False),
         Variant("TRL, the seed's notebook", 4, peer="trl-notebook", arguments=("--recompute",), packed=False),
     ]
     for gib in (8, 16, 40):
@@ -158,14 +160,17 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
     if done.returncode != 0:
         print(f"{variant.name}: {done.stdout[-600:]}{done.stderr[-300:]}", file=sys.stderr, flush=True)
         return None
-    metrics = json.loads((folder / "train" / "metrics.json").read_text(encoding="utf-8"))
+    metrics, state = (
+        json.loads((folder / "train" / name).read_text(encoding="utf-8"))
+        for name in ("metrics.json", "trainer_state.json")
+    )
     shutil.rmtree(folder)
     goodput = metrics["goodput"]
     return {
         "tokens_per_second": goodput["tokens_per_second"],
         "peak_bytes": metrics["peak_memory_bytes"],
         "first_step_seconds": goodput["seconds"]["start"] + goodput["seconds"]["first_step"],
-        "losses": [metrics["loss_first"], metrics["loss_last"]],
+        "losses": [round(entry["loss"], 4) for entry in state["log_history"] if "loss" in entry],
         "part_of_matmul_rate": goodput.get("part_of_matmul_rate"),
         "plan": metrics["plan"],
     }

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from job.model.fused import pointwise, triton_kernels
+from job.model.fused.launch import Kernel
+from job.model.fused.rounding import Rounded
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS, WIDTH = 5, 96
@@ -69,16 +71,36 @@ def test_norms_write_only_the_columns_that_are_theirs(kernels: Kernels, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("back", [False, True])
-def test_rotations_of_heads_within_a_wider_row(kernels: Kernels, dtype: torch.dtype, back: bool) -> None:
+def test_rotations_of_heads_within_a_wider_row(kernels: Kernels, dtype: torch.dtype) -> None:
     heads = some(ROWS, 12 * 48, dtype=dtype)[:, 48 : 48 * 11].unflatten(
         1, (-1, 48)
     )  # 10 heads: more than one program's
     cos, sin = some(ROWS, 48, dtype=dtype, seed=1), some(ROWS, 48, dtype=dtype, seed=2)
     outs = [torch.zeros(ROWS, 10, 48, dtype=dtype) for _ in range(2)]
-    pointwise.rotate(heads, cos, sin, outs[0], back=back)
-    kernels.rotate(heads, cos, sin, outs[1], back)
+    pointwise.rotate(heads, cos, sin, outs[0])
+    kernels.rotate(heads, cos, sin, outs[1])
     close(outs[1], outs[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "shared"), [(10, 10), (6, 2)])
+def test_the_gradients_of_heads_are_rotated_back_into_one_row(
+    kernels: Kernels, dtype: torch.dtype, heads: int, shared: int
+) -> None:
+    of_heads = [some(ROWS, count, 24, dtype=dtype, seed=count) for count in (heads, shared, shared)]
+    angles = some(ROWS, 12, seed=3).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    width = (heads + 2 * shared) * 24
+    outs = [torch.full((ROWS, width + 8), 7.0, dtype=dtype) for _ in range(2)]
+    pointwise.rotate_back(*of_heads, cos, sin, outs[0])
+    kernels.rotate_back(*of_heads, cos, sin, outs[1])
+    close(outs[1], outs[0])
+    assert bool((outs[1][:, width:] == 7).all())
+    assert torch.equal(outs[1][:, (heads + shared) * 24 : width], of_heads[2].flatten(1))
+    if dtype == torch.float32:  # a rotation forward undoes it
+        again = torch.empty_like(of_heads[0])
+        pointwise.rotate(outs[0][:, : heads * 24].unflatten(1, (-1, 24)), cos, sin, again)
+        close(again, of_heads[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,11 +162,65 @@ def test_a_labels_log_probability_and_its_gradient(kernels: Kernels, dtype: torc
     close(copies[1], copies[0])
 
 
-def test_values_are_placed_and_scaled(kernels: Kernels) -> None:
-    values, outs = some(300, 33), [torch.zeros(300, 40) for _ in range(2)]
-    pointwise.place(values, outs[0][:, 3:36], 0.5)
-    kernels.place(values, outs[1][:, 3:36], 0.5)
-    assert torch.equal(outs[1], outs[0])
+def test_values_are_placed_among_others(kernels: Kernels) -> None:
+    values, out = some(300, 33), torch.zeros(300, 40)
+    kernels.place(values, out[:, 3:36])
+    assert torch.equal(out[:, 3:36], values)
+    assert not out[:, :3].any() and not out[:, 36:].any()
+
+
+def test_many_values_are_placed_and_scaled_at_one_launch() -> None:
+    values = [some(9, 300), some(700, 4, seed=1)]
+    outs = [torch.zeros(709, 310, device=_device(), dtype=torch.bfloat16) for _ in range(2)]
+    for place_all, out in zip((pointwise.place_all, triton_kernels.place_all), outs, strict=True):
+        places = [out[700:, :300], out[:700, 306:]]
+        place_all([value.to(out.device) for value in values], places, [1.0, 0.25])
+    assert outs[0].abs().sum() > 0
+    close(outs[1].cpu(), outs[0].cpu())
+
+
+def test_dropout_may_be_added_to_what_is_there(kernels: Kernels) -> None:
+    x, sums = some(20, 70), some(20, 70, seed=1)
+    for dropout in (kernels.dropout, pointwise.dropout):
+        added = sums.clone()
+        dropout(x, 0.25, 3, 0, added)
+        close(added, sums + dropout(x, 0.25, 3))
+
+
+def _device() -> str:
+    return "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+
+
+def _rounds(out: torch.Tensor, rounded: Rounded) -> None:
+    """`rounded` is `out` with at most one step of e4m3 lost; but where a value should be rounded up to a power of two, the
+    interpreter gives half of it."""
+    wide = out.float().cpu()
+    torch.testing.assert_close(rounded.scales.cpu(), wide.abs().amax(-1, keepdim=True) / 448)
+    found = rounded.values.float().cpu() * rounded.scales.cpu()
+    near = torch.isclose(found, wide, rtol=1 / 8, atol=float(rounded.scales.max()) / 256)
+    assert float(near.float().mean()) > (0.95 if os.environ.get("TRITON_INTERPRET") else 0.9999)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_results_in_8_bits_beside_those_in_16(kernel: bool) -> None:
+    functions: Any = triton_kernels if kernel else pointwise
+    device = _device() if kernel else "cpu"
+    x, weight, gradient = (some(ROWS, WIDTH, dtype=torch.bfloat16, seed=seed).to(device) for seed in range(3))
+    normed, rounded = torch.empty_like(x), Rounded.empty(x, WIDTH)
+    _rounds(functions.rms_norm(x, weight[0], 1e-5, normed, rounded), rounded)
+    assert torch.equal(normed, functions.rms_norm(x, weight[0], 1e-5, torch.empty_like(x)))
+    _rounds(functions.rms_norm_backward(gradient, x, weight[0], 1e-5, x, normed, rounded), rounded)
+
+    width = 2100  # more than one turn of the kernel's loops
+    gate_up, of_act = (some(ROWS, count, dtype=torch.bfloat16).to(device) for count in (2 * width, width))
+    of_act[:, -1] = 99.0  # the largest comes last
+    act, rounded = torch.empty_like(of_act), Rounded.empty(x, width)
+    _rounds(functions.gated(gate_up, act, rounded), rounded)
+    close(act, functions.gated(gate_up, torch.empty_like(act)))
+    alone, rounded = gate_up.clone(), Rounded.empty(x, 2 * width)
+    close(functions.gated_backward_(of_act, gate_up, rounded), functions.gated_backward_(of_act, alone))
+    _rounds(gate_up, rounded)
+    close(gate_up, alone)
 
 
 def test_rows_in_8_bits_are_at_most_one_rounding_away(kernels: Kernels) -> None:
@@ -159,13 +235,56 @@ def test_rows_in_8_bits_are_at_most_one_rounding_away(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_4_bit_weights_become_the_very_values_that_bitsandbytes_makes(
-    kernels: Kernels, kind: str, nested: bool
-) -> None:
-    weight = bnb.nn.Params4bit(some(64, 128), requires_grad=False, quant_type=kind, compress_statistics=nested).to(
-        "cpu"
-    )
-    out = torch.zeros(64, 140)
-    kernels.dequantize(weight, out[:, :128])
-    assert torch.equal(out[:, :128], bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
-    assert not out[:, 128:].any()
+def test_4_bit_weights_become_the_very_values_that_bitsandbytes_makes(kind: str, nested: bool) -> None:
+    weights = [
+        bnb.nn.Params4bit(some(rows, 512, seed=rows), requires_grad=False, quant_type=kind, compress_statistics=nested)
+        .to(_device())
+        for rows in (64, 160)
+    ]  # fmt: skip
+    out = torch.zeros(224, 520, device=_device())
+    triton_kernels.dequantize(weights, [out[:64, :512], out[64:, :512]])
+    wanted = torch.cat([bnb.functional.dequantize_4bit(weight.data, weight.quant_state) for weight in weights])
+    assert torch.equal(out[:, :512], wanted)
+    assert not out[:, 512:].any()
+
+
+class Compiler:
+    """Stands for `triton.jit` as far as `Kernel` knows it: notes what it is asked to compile, and what is launched."""
+
+    arg_names = ("x", "columns", "scale", "BLOCK")
+
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+        self.launched: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*arguments: Any, **named: Any) -> Any:
+            self.compiled.append((grid, arguments, named))
+            launched = self.launched
+
+            class Compiled:
+                def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                    return lambda *rest: launched.append((grid, rest))
+
+            return Compiled()
+
+        return launch
+
+
+def test_a_kernel_is_looked_up_once_for_each_kind_of_arguments() -> None:
+    compiler = Compiler()
+    kernel, x = Kernel(compiler), torch.zeros(64)
+    kernel[(3,)](x, 32, 0.5, BLOCK=8, num_warps=4)
+    kernel[(4, 2)](x[4:], 48, 0.25, BLOCK=8, num_warps=4)
+    assert len(compiler.compiled) == 1
+    ((grid, (same, columns, scale, block)),) = compiler.launched
+    assert (grid, columns, scale, block) == ((4, 2, 1), 48, 0.25, 8)
+    assert same.data_ptr() == x[4:].data_ptr()
+    others = [
+        ((x[1:], 32, 0.5), 8, 4), ((x.double(), 32, 0.5), 8, 4), ((x, 33, 0.5), 8, 4), ((x, 1, 0.5), 8, 4),
+        ((x, 2**40, 0.5), 8, 4), ((x, 32, 0.5), 16, 4), ((x, 32, 0.5), 8, 8),
+    ]  # fmt: skip
+    for arguments, block, warps in others:
+        kernel[(3,)](*arguments, BLOCK=block, num_warps=warps)
+    assert len(compiler.compiled) == 1 + len(others)
+    assert len(compiler.launched) == 1

@@ -11,6 +11,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from job.model.fused import pointwise
+from job.model.fused.rounding import Rounded
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,22 @@ class Frozen:
     def __init__(self) -> None:
         self._copied: Any = None
 
-    def product(self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
+        """Where `product` and `gradient` want what they are given in 8 bits as well; None if they do not."""
+        return None
+
+    def product(
+        self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
+    ) -> torch.Tensor:
         """x Wᵀ + `narrow` bᵀ: (tokens, all outputs)."""
         raise NotImplementedError
 
-    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None) -> torch.Tensor:
-        """`of_y` W + `of_narrow` a: (tokens, inputs)."""
+    def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
+        """`of_y` b: (tokens, all ranks)."""
+        raise NotImplementedError
+
+    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
+        """`of_y` W, and if `of_narrow` is given, which `narrow_gradient` made of the same, + `of_narrow` a: (tokens, inputs)."""
         raise NotImplementedError
 
     def refresh(self, adapters: Sequence[Adapter]) -> None:
@@ -49,10 +60,17 @@ class Frozen:
         state = (_Updates.count, *(part._version for adapter in adapters for part in (adapter.a, adapter.b)))
         if state == self._copied:
             return
-        for adapter in adapters:
-            pointwise.place(adapter.a, self.a[adapter.ranks])
-            pointwise.place(adapter.b, self.b[adapter.outputs, adapter.ranks], adapter.scale)
+        if adapters:
+            pointwise.place_all(*self._copies(adapters))
         self._copied = state
+
+    def _copies(self, adapters: Sequence[Adapter]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+        """From where, to where, and times what."""
+        values = [part.detach() for adapter in adapters for part in (adapter.a, adapter.b)]
+        places = [
+            place for adapter in adapters for place in (self.a[adapter.ranks], self.b[adapter.outputs, adapter.ranks])
+        ]
+        return values, places, [scale for adapter in adapters for scale in (1.0, adapter.scale)]
 
 
 class _Updates:
@@ -80,16 +98,18 @@ class Bordered(Frozen):
         self.border, self._widths = border, outputs
         self._outputs, self._inputs = sum(outputs), inputs
 
-    def product(self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
+    ) -> torch.Tensor:
         if narrow is not None:
             pointwise.place(narrow, x[:, self._inputs :])
         return torch.mm(x, self._above.T, out=out)
 
-    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None) -> torch.Tensor:
-        if of_narrow is None:
-            return of_y[:, : self._outputs] @ self._inner
-        pointwise.place(of_narrow, of_y[:, self._outputs :])
-        return of_y @ self._left
+    def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
+        return torch.mm(of_y[:, : self._outputs], self.b, out=of_y[:, self._outputs :])
+
+    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
+        return of_y[:, : self._outputs] @ self._inner if of_narrow is None else of_y @ self._left
 
     def _empty(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         shape = (self._outputs + self.border, self._inputs + self.border)
@@ -129,8 +149,7 @@ class FourBit(Bordered):
 
     def refresh(self, adapters: Sequence[Adapter]) -> None:
         """Take the matrix over from whoever used it last."""
-        for weight, part in zip(self._weights, self._parts, strict=True):
-            pointwise.dequantize(weight, out=part)
+        pointwise.dequantize(self._weights, self._parts)
         self._copied = None
         super().refresh(adapters)
 
@@ -155,11 +174,20 @@ class EightBit(Frozen):
                 layer.weight.new_empty(0), requires_grad=False
             )  # nobody multiplies with it
 
-    def product(self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
+        return Rounded.empty(like, columns)
+
+    def product(
+        self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
+    ) -> torch.Tensor:
         assert out is None, "there is no border to leave room for"
-        y = pointwise.eight_bit_product(x, *self._by_output, fast=True)
+        y = pointwise.eight_bit_product(rounded or pointwise.quantize_rows(x), self._by_output, x.dtype, fast=True)
         return y if narrow is None else y.addmm_(narrow, self.b.T)
 
-    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None) -> torch.Tensor:
-        gradient = pointwise.eight_bit_product(of_y, *self._by_input, fast=False)
+    def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
+        return of_y @ self.b
+
+    def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
+        values = rounded or pointwise.quantize_rows(of_y)
+        gradient = pointwise.eight_bit_product(values, self._by_input, of_y.dtype, fast=False)
         return gradient if of_narrow is None else gradient.addmm_(of_narrow, self.a)

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from job.model.attention import attend
 from job.model.fused import pointwise
 from job.model.fused.products import Draw, Products, base_of
+from job.model.fused.rounding import Rounded
 from job.model.quantization import make_resident
 
 Weights = Literal["4-bit", "resident", "fp8"]
@@ -98,13 +99,16 @@ class FusedLayer:
 
     def forward(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> tuple[torch.Tensor, _Kept]:
         kept = self._middle(x, rows, seeds)
-        act = pointwise.gated(kept.gate_up, out=self.down.new_input(x))
-        y, kept.narrow_down = self.down.forward(act, seeds[_DOWN])
+        rounded = self.down.rounded_input(x)
+        act = pointwise.gated(kept.gate_up, self.down.new_input(x), rounded)
+        y, kept.narrow_down = self.down.forward(act, seeds[_DOWN], rounded=rounded)
         return y.add_(kept.middle), kept
 
     def _middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> _Kept:
         """The layer without its last product, whose result no gradient needs."""
-        packed, narrow_inputs = self.inputs.forward(self._norm(0, x, self.inputs), seeds[_ATTENTION_INPUTS])
+        rounded = self.inputs.rounded_input(x)
+        normed = self._norm(0, x, self.inputs, rounded)
+        packed, narrow_inputs = self.inputs.forward(normed, seeds[_ATTENTION_INPUTS], rounded=rounded)
         heads = self._split_heads(packed)
         rotated = packed[:, : (self._heads + self._shared_heads) * self._dim].unflatten(1, (-1, self._dim))  # type: ignore[no-untyped-call]
         pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
@@ -115,13 +119,15 @@ class FusedLayer:
         flat = _first_columns(self.output.new_input(x), attended.detach().flatten(1))
         middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
         middle += x
-        whole, narrow_gates = self.gates.forward(self._norm(1, middle, self.gates), seeds[_GATES], room=True)
+        rounded = self.gates.rounded_input(x)
+        normed = self._norm(1, middle, self.gates, rounded)
+        whole, narrow_gates = self.gates.forward(normed, seeds[_GATES], room=True, rounded=rounded)
         gate_up = whole[:, : self._gate_width]
         return _Kept(narrow_inputs, heads, attended, narrow_output, middle, whole, gate_up, narrow_gates)
 
-    def _norm(self, which: int, x: torch.Tensor, then: Products) -> torch.Tensor:
+    def _norm(self, which: int, x: torch.Tensor, then: Products, rounded: Rounded | None = None) -> torch.Tensor:
         norm = self._norms[which]
-        return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, out=then.new_input(x))
+        return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, then.new_input(x), rounded)
 
     def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         counts = [self._heads, self._shared_heads, self._shared_heads]
@@ -134,9 +140,9 @@ class FusedLayer:
         self, of_out: torch.Tensor, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw], kept: _Kept, *, of_x: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
-        of_middle, of_gates, of_down = self._gate_backward(of_out, seeds, kept)
+        (of_middle, rounded), of_gates, of_down = self._gate_backward(of_out, seeds, kept)
         del kept.gate_up, kept.gate_up_whole, kept.middle
-        packed, of_output = self._attention_backward(of_middle, rows, seeds, kept)
+        packed, of_output = self._attention_backward(of_middle, rounded, rows, seeds, kept)
         of_normed, of_narrow = self.inputs.input_gradient(packed, seeds[_ATTENTION_INPUTS], wanted=of_x)
         of_inputs = self.inputs.parameter_gradients(
             packed, of_narrow, self._norm(0, x, self.inputs), kept.narrow_inputs, seeds[_ATTENTION_INPUTS]
@@ -146,43 +152,49 @@ class FusedLayer:
 
     def _gate_backward(
         self, of_out: torch.Tensor, seeds: Sequence[Draw], kept: _Kept
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[tuple[torch.Tensor, Rounded | None], list[torch.Tensor], list[torch.Tensor]]:
         """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
         of_down_out = _first_columns(self.down.new_output(of_out), of_out)
         of_act, of_narrow = self.down.input_gradient(of_down_out, seeds[_DOWN])
-        act = pointwise.gated_backward_(of_act, kept.gate_up)  # from here on gate_up is its gradient
+        rounded = self.gates.rounded_output(of_out)
+        act = pointwise.gated_backward_(of_act, kept.gate_up, rounded)  # from here on gate_up is its gradient
         narrow = self.down.narrow(act, seeds[_DOWN]) if kept.narrow_down is None else kept.narrow_down
         of_down = self.down.parameter_gradients(of_out, of_narrow, act, narrow, seeds[_DOWN])
         del act, of_act, of_down_out
-        of_normed, of_narrow = self.gates.input_gradient(kept.gate_up_whole, seeds[_GATES])
+        of_normed, of_narrow = self.gates.input_gradient(kept.gate_up_whole, seeds[_GATES], rounded=rounded)
+        del rounded
         of_gates = self.gates.parameter_gradients(
             kept.gate_up, of_narrow, self._norm(1, kept.middle, self.gates), kept.narrow_gates, seeds[_GATES]
         )
-        of_middle = self._norm_backward(1, of_normed, kept.middle, of_out, self.output.new_output(of_out))
-        return of_middle, of_gates, of_down
+        rounded = self.output.rounded_output(of_out)
+        of_middle = self._norm_backward(1, of_normed, kept.middle, of_out, self.output.new_output(of_out), rounded)
+        return (of_middle, rounded), of_gates, of_down
 
     def _attention_backward(
-        self, of_middle: torch.Tensor, rows: Rows, seeds: Sequence[Draw], kept: _Kept
+        self, of_middle: torch.Tensor, rounded: Rounded | None, rows: Rows, seeds: Sequence[Draw], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
-        of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT])
+        of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT], rounded=rounded)
         attended = kept.attended.detach().flatten(1)
         of_output = self.output.parameter_gradients(
             of_middle, of_narrow, attended, kept.narrow_output, seeds[_ATTENTION_OUTPUT]
         )
-        of_heads = torch.autograd.grad(kept.attended, kept.heads, of_attended.view_as(kept.attended))
+        query, key, value = torch.autograd.grad(kept.attended, kept.heads, of_attended.view_as(kept.attended))
         packed = self.inputs.new_output(of_attended)
-        places = self._split_heads(packed[:, : sum(part[0].numel() for part in of_heads)])
-        for of_part, place in zip(of_heads[:2], places, strict=False):
-            pointwise.rotate(of_part, rows.cos, rows.sin, out=place, back=True)
-        pointwise.place(of_heads[2].flatten(1), places[2].flatten(1))
+        pointwise.rotate_back(query, key, value, rows.cos, rows.sin, packed)
         return packed, of_output
 
     def _norm_backward(
-        self, which: int, gradient: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, out: torch.Tensor
+        self,
+        which: int,
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        out: torch.Tensor,
+        rounded: Rounded | None = None,
     ) -> torch.Tensor:
         norm = self._norms[which]
-        return pointwise.rms_norm_backward(gradient, x, norm.weight, norm.variance_epsilon, residual, out)
+        return pointwise.rms_norm_backward(gradient, x, norm.weight, norm.variance_epsilon, residual, out, rounded)
 
 
 def _first_columns(of: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

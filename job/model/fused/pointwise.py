@@ -1,23 +1,31 @@
 """What a decoder layer does between its matrix products: norms, rotations, the gate, dropout, and their gradients.
 
 On a GPU each is one Triton kernel that reads and writes its tensors once. Elsewhere each is a few lines of PyTorch with
-the same results: those lines say what the kernels must do. Tokens are rows: `x` is (tokens, features).
+the same results: those lines say what the kernels must do. Tokens are rows: `x` is (tokens, features). `rounded`, where it
+is given, gets the result in 8 bits as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import bitsandbytes as bnb
 import torch
 
+from job.model.fused.rounding import Rounded
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, rounded: Rounded | None = None
+) -> torch.Tensor:
     """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) in float32, rounded before the weight as Llama has
     it, into the first columns of `out`, which is returned."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rms_norm(x, weight, epsilon, out)
+        return triton_kernels.rms_norm(x, weight, epsilon, out, rounded)
     out[:, : x.shape[1]] = _normalised(x, epsilon)[0].to(x.dtype) * weight
+    _round(out[:, : x.shape[1]], rounded)
     return out
 
 
@@ -28,17 +36,19 @@ def rms_norm_backward(
     epsilon: float,
     residual: torch.Tensor,
     out: torch.Tensor,
+    rounded: Rounded | None = None,
 ) -> torch.Tensor:
     """The gradient of `x` behind a norm whose result's gradient is `gradient`, plus the first columns of `residual`, what
     came past it; into the first columns of `out`, which is returned."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rms_norm_backward(gradient, x, weight, epsilon, residual, out)
+        return triton_kernels.rms_norm_backward(gradient, x, weight, epsilon, residual, out, rounded)
     normalised, inverse = _normalised(x, epsilon)
     scaled = gradient.float() * weight.float()
     own = inverse * (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True))
     out[:, : x.shape[1]] = (own + residual[:, : x.shape[1]].float()).to(x.dtype)
+    _round(out[:, : x.shape[1]], rounded)
     return out
 
 
@@ -48,70 +58,95 @@ def _normalised(x: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Te
     return wide * inverse, inverse
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, *, back: bool = False) -> None:
+def _round(x: torch.Tensor, rounded: Rounded | None) -> None:
+    for part, found in zip(rounded or (), quantize_rows(x) if rounded is not None else (), strict=True):
+        part.copy_(found)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864): `heads` and `out` are (tokens, heads, head_dim) and may be one,
-    `cos` and `sin` (tokens, head_dim). Rotated `back` it is its own gradient."""
+    `cos` and `sin` (tokens, head_dim)."""
     if heads.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rotate(heads, cos, sin, out, back)
-    sin = -sin if back else sin
+        return triton_kernels.rotate(heads, cos, sin, out)
     first, second = heads.float().chunk(2, dim=-1)
     c, s = (half.float().unsqueeze(1).chunk(2, dim=-1) for half in (cos, sin))
     out.copy_(torch.cat([first * c[0] - second * s[0], second * c[1] + first * s[1]], dim=-1))
     return None
 
 
-def gated(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def rotate_back(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+) -> None:
+    """The gradients of queries, keys and values, (tokens, heads, head_dim) each, side by side into the first columns of `out`,
+    (tokens, …); the first two rotated back, which is the gradient of `rotate`."""
+    if query.is_cuda:
+        from job.model.fused import triton_kernels
+
+        return triton_kernels.rotate_back(query, key, value, cos, sin, out)
+    begin = 0
+    for part in (query, key, value):
+        place = out[:, begin : begin + part[0].numel()].unflatten(1, part.shape[1:])  # type: ignore[no-untyped-call]
+        rotate(part, cos, -sin, out=place) if part is not value else place.copy_(part)
+        begin += part[0].numel()
+    return None
+
+
+def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
     """silu(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202) of gates and values side by side, (tokens, 2 n), into the first
     n columns of `out`, which is returned."""
     if gate_up.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.gated(gate_up, out)
+        return triton_kernels.gated(gate_up, out, rounded)
     gate, up = gate_up.float().chunk(2, dim=-1)
     out[:, : gate.shape[1]] = (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
+    _round(out[:, : gate.shape[1]], rounded)
     return out
 
 
-def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) · up once more, (tokens, n); `gate_up` is overwritten by its gradient."""
+def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
+    """silu(gate) · up once more, (tokens, n); `gate_up` is overwritten by its gradient, which `rounded` gets as well."""
     if gate_up.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.gated_backward_(gradient, gate_up)
+        return triton_kernels.gated_backward_(gradient, gate_up, rounded)
     gate, up = gate_up.float().chunk(2, dim=-1)
     sigmoid, wide = torch.sigmoid(gate), gradient.float()
     out = gated(gate_up, torch.empty_like(gradient))
     of_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
     gate_up.copy_(torch.cat([of_gate, wide * gate * sigmoid], dim=-1))
+    _round(gate_up, rounded)
     return out
 
 
-def dropout(x: torch.Tensor, probability: float, seed: int, first_row: int = 0) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
     """`x` with each value dropped at `probability`, the others scaled up; the same ones again for the same `seed`, so that
     nothing has to be kept for the backward pass, which is this very function of the gradient. Rows are counted from
-    `first_row`: a part of a batch loses what it would lose within the whole."""
+    `first_row`: a part of a batch loses what it would lose within the whole. The sum with `add_to` is written there."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.dropout(x, probability, seed, first_row)
-    if not probability:
-        return x
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(first_row + len(x), x.shape[1], generator=generator)[first_row:] >= probability
-    return x * kept / (1 - probability)
+        return triton_kernels.dropout(x, probability, seed, first_row, add_to)
+    if probability:
+        generator = torch.Generator().manual_seed(seed)
+        kept = torch.rand(first_row + len(x), x.shape[1], generator=generator)[first_row:] >= probability
+        x = x * kept / (1 - probability)
+    return x if add_to is None else add_to.add_(x)
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row in 8-bit floats (e4m3), its largest value at their largest, 448: the values, and a float32 scale a row."""
+def quantize_rows(x: torch.Tensor) -> Rounded:
+    """Each row in 8-bit floats, its largest value at their largest, 448."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
         return triton_kernels.quantize_rows(x)
     wide = x.float()
     scales = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448.0
-    return (wide / scales).to(torch.float8_e4m3fn), scales
+    return Rounded((wide / scales).to(torch.float8_e4m3fn), scales)
 
 
 def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,30 +163,44 @@ def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
     return chosen.squeeze(1), entropy, first
 
 
-def dequantize(weight: bnb.nn.Params4bit, out: torch.Tensor) -> None:
-    """The values of a 4-bit weight, as bitsandbytes makes them, into `out` (outputs, inputs), whose rows may lie apart."""
-    if out.is_cuda:
+def dequantize(weights: Sequence[bnb.nn.Params4bit], outs: Sequence[torch.Tensor]) -> None:
+    """The values of 4-bit weights, as bitsandbytes makes them, into `outs`, (outputs, inputs) each, whose rows may lie apart;
+    the weights have as many inputs and are quantised alike, and `outs` are parts of one matrix."""
+    if outs[0].is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.dequantize(weight, out)
-    out.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+        return triton_kernels.dequantize(weights, outs)
+    for weight, out in zip(weights, outs, strict=True):
+        out.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
     return None
 
 
-def place(values: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> None:
-    """`values`, (rows, columns), times `scale` into `out`, whose rows may lie apart and whose type may be another."""
+def place(values: torch.Tensor, out: torch.Tensor) -> None:
+    """`values`, (rows, columns), into `out`, whose rows may lie apart and whose type may be another."""
     if out.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.place(values, out, scale)
-    torch.mul(values, scale, out=out)
+        return triton_kernels.place(values, out)
+    out.copy_(values)
     return None
 
 
-def eight_bit_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, *, fast: bool) -> torch.Tensor:
-    """x, rounded row by row, times the transpose of a weight that `quantize_rows` gave, (outputs, inputs) and (outputs, 1).
-    `fast` sums up in fewer digits than float32, which forward products stand and gradients do less."""
-    values, own = quantize_rows(x)
-    if not x.is_cuda:
-        return ((values.float() * own) @ (weight.float() * scales).T).to(x.dtype)
-    return torch._scaled_mm(values, weight.T, scale_a=own, scale_b=scales.T, out_dtype=x.dtype, use_fast_accum=fast)
+def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scales: Sequence[float]) -> None:
+    """Each of `values`, contiguous and all of one type, times its scale into its `out`, as `place` does, in few launches."""
+    if outs[0].is_cuda:
+        from job.model.fused import triton_kernels
+
+        return triton_kernels.place_all(values, outs, scales)
+    for one, out, scale in zip(values, outs, scales, strict=True):
+        torch.mul(one, scale, out=out)
+    return None
+
+
+def eight_bit_product(x: Rounded, weight: Rounded, dtype: torch.dtype, *, fast: bool) -> torch.Tensor:
+    """x times the transpose of a weight, (outputs, inputs). `fast` sums up in fewer digits than float32, which forward
+    products stand and gradients do less."""
+    if not x.values.is_cuda:
+        return ((x.values.float() * x.scales) @ (weight.values.float() * weight.scales).T).to(dtype)
+    return torch._scaled_mm(
+        x.values, weight.values.T, scale_a=x.scales, scale_b=weight.scales.T, out_dtype=dtype, use_fast_accum=fast
+    )

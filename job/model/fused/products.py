@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from job.model.fused import pointwise
 from job.model.fused.frozen import Adapter, EightBit, FourBit, Frozen, Resident
+from job.model.fused.rounding import Rounded
 from job.model.merge import ADAPTER
 
 Draw = tuple[int, int]  # what dropout draws from: a seed, and where in the batch the tokens begin
@@ -53,17 +54,25 @@ class Products:
         """(tokens of `like`, all outputs and border), for y or its gradient in its first columns."""
         return like.new_empty(len(like), self._outputs + self._frozen.border)
 
+    def rounded_input(self, like: torch.Tensor) -> Rounded | None:
+        """Where `forward` wants its input in 8 bits as well, if it does."""
+        return self._frozen.new_rounded(like, self._inputs)
+
+    def rounded_output(self, like: torch.Tensor) -> Rounded | None:
+        """Where `input_gradient` wants the outputs' gradient in 8 bits as well, if it does."""
+        return self._frozen.new_rounded(like, self._outputs)
+
     def forward(
-        self, x: torch.Tensor, seeds: Sequence[Draw], *, room: bool = False
+        self, x: torch.Tensor, seeds: Sequence[Draw], *, room: bool = False, rounded: Rounded | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y (tokens, all outputs), with `room` for the border beside it; and for the gradients dropout(x) Aᵀ (tokens, all
         ranks), if anything is trained."""
         self._frozen.refresh(self.adapters)
         narrow = self._narrow(x, seeds)
         if not (room and self._frozen.border):
-            return self._frozen.product(x, narrow, None), narrow
+            return self._frozen.product(x, narrow, None, rounded), narrow
         whole = self.new_output(x)
-        self._frozen.product(x, narrow, whole[:, : self._outputs])
+        self._frozen.product(x, narrow, whole[:, : self._outputs], rounded)
         return whole, narrow
 
     def narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
@@ -84,20 +93,20 @@ class Products:
         return narrow
 
     def input_gradient(
-        self, of_y: torch.Tensor, seeds: Sequence[Draw], *, wanted: bool = True
+        self, of_y: torch.Tensor, seeds: Sequence[Draw], *, wanted: bool = True, rounded: Rounded | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient of x, if it is `wanted`, else nothing of any use; and that of dropout(x) Aᵀ."""
         if isinstance(self._frozen, FourBit):
             self._frozen.refresh(self.adapters)
-        of_narrow = of_y[:, : self._outputs] @ self._frozen.b if self.adapters else None
+        of_narrow = self._frozen.narrow_gradient(of_y) if self.adapters else None
         if not wanted:
             return of_y, of_narrow
-        if of_narrow is None or not self._drops:
-            return self._frozen.gradient(of_y, of_narrow), of_narrow
-        gradient = self._frozen.gradient(of_y, None)
-        for adapter in self.adapters:
-            of_dropped = of_narrow[:, adapter.ranks] @ self._frozen.a[adapter.ranks]
-            gradient += pointwise.dropout(of_dropped, adapter.dropout, *seeds[adapter.seed])
+        drops = self._drops
+        gradient = self._frozen.gradient(of_y, None if drops else of_narrow, rounded)
+        if of_narrow is not None and drops:
+            for adapter in self.adapters:
+                of_dropped = of_narrow[:, adapter.ranks] @ self._frozen.a[adapter.ranks]
+                pointwise.dropout(of_dropped, adapter.dropout, *seeds[adapter.seed], add_to=gradient)
         return gradient, of_narrow
 
     def parameter_gradients(

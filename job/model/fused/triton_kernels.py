@@ -4,31 +4,53 @@ once. All arithmetic is in float32; results are rounded where the plain versions
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import bitsandbytes as bnb
 import torch
 import triton
 import triton.language as tl
+
+from job.model.fused.launch import Kernel
+from job.model.fused.rounding import Rounded
 
 _BLOCK = 2048
 _HEADS = 8  # rotated by one program
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, columns, out_stride, epsilon, BLOCK: tl.constexpr):
+def _scale_of(largest):
+    """Of a row whose largest value becomes the largest that 8 bits hold."""
+    return tl.maximum(largest, 1e-12) / 448.0
+
+
+@Kernel
+@triton.jit
+def _rms_norm_kernel(
+    x, weight, out, rounded, scales, columns, out_stride, epsilon, BLOCK: tl.constexpr, ROUND: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
     values = tl.load(x + row * columns + offsets, mask=inside, other=0.0)
     wide = values.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
-    scales = tl.load(weight + offsets, mask=inside, other=0.0)
+    by = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
     normalised = (wide * inverse).to(values.dtype).to(tl.float32)  # rounded here, as the plain version has it
-    tl.store(out + row * out_stride + offsets, (normalised * scales.to(tl.float32)).to(values.dtype), mask=inside)
+    result = (normalised * by).to(values.dtype)
+    tl.store(out + row * out_stride + offsets, result, mask=inside)
+    if ROUND:
+        scale = _scale_of(tl.max(tl.abs(result.to(tl.float32)), 0))
+        tl.store(scales + row, scale)
+        tl.store(rounded + row * columns + offsets, (result.to(tl.float32) / scale).to(tl.float8e4nv), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _rms_norm_backward_kernel(
-    gradient, x, weight, residual, out, columns, residual_stride, out_stride, epsilon, BLOCK: tl.constexpr
+    gradient, x, weight, residual, out, rounded, scales, columns, residual_stride, out_stride, epsilon,
+    BLOCK: tl.constexpr, ROUND: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -41,12 +63,18 @@ def _rms_norm_backward_kernel(
     normalised = wide * inverse
     own = inverse * (scaled - normalised * (tl.sum(scaled * normalised, 0) / columns))
     passed = tl.load(residual + row * residual_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + offsets, (own + passed).to(out.dtype.element_ty), mask=inside)
+    result = (own + passed).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + offsets, result, mask=inside)
+    if ROUND:
+        scale = _scale_of(tl.max(tl.abs(result.to(tl.float32)), 0))
+        tl.store(scales + row, scale)
+        tl.store(rounded + row * columns + offsets, (result.to(tl.float32) / scale).to(tl.float8e4nv), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _rotate_kernel(
-    heads, cos, sin, out, count, half, heads_stride, out_stride, BACK: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr
+    heads, cos, sin, out, count, half, heads_stride, out_stride, BLOCK: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -57,8 +85,6 @@ def _rotate_kernel(
     cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_first = tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_second = tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
-    if BACK:
-        sin_first, sin_second = -sin_first, -sin_second
     at = rows[:, None] * (2 * half) + columns[None, :]
     inside = (rows < count)[:, None] & known[None, :]
     first = tl.load(heads + token * heads_stride + at, mask=inside, other=0.0).to(tl.float32)
@@ -69,6 +95,40 @@ def _rotate_kernel(
     tl.store(to + half, (second * cos_second + first * sin_second).to(kind), mask=inside)
 
 
+@Kernel
+@triton.jit
+def _rotate_back_kernel(
+    query, key, value, cos, sin, out, heads, shared, half, out_stride, BLOCK: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    known = (columns < half)[None, :]
+    rows = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    of_query = (rows < heads) & known
+    of_key = (rows >= heads) & (rows < heads + shared) & known
+    of_value = (rows >= heads + shared) & (rows < heads + 2 * shared) & known
+    dim = 2 * half
+    q = query + (token * heads + rows) * dim + columns[None, :]
+    k = key + (token * shared + rows - heads) * dim + columns[None, :]
+    v = value + (token * shared + rows - heads - shared) * dim + columns[None, :]
+    first = tl.load(q, mask=of_query, other=0.0).to(tl.float32) + tl.load(k, mask=of_key, other=0.0).to(tl.float32)
+    second = tl.load(q + half, mask=of_query, other=0.0).to(tl.float32)
+    second += tl.load(k + half, mask=of_key, other=0.0).to(tl.float32)
+    angles = (token * dim + columns)[None, :]
+    cos_first = tl.load(cos + angles, mask=known, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)
+    sin_first = -tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)
+    sin_second = -tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    to = out + token * out_stride + rows * dim + columns[None, :]
+    rotated = of_query | of_key
+    tl.store(to, (first * cos_first - second * sin_first).to(kind), mask=rotated)
+    tl.store(to + half, (second * cos_second + first * sin_second).to(kind), mask=rotated)
+    tl.store(to, tl.load(v, mask=of_value, other=0.0), mask=of_value)
+    tl.store(to + half, tl.load(v + half, mask=of_value, other=0.0), mask=of_value)
+
+
+@Kernel
 @triton.jit
 def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -81,6 +141,7 @@ def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.cons
     tl.store(out + row * out_stride + offsets, (opened * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -98,28 +159,94 @@ def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: 
     tl.store(ups, (given * gate * sigmoid).to(kind), mask=inside)
 
 
+@Kernel
+@triton.jit
+def _gated_rounded_kernel(gate_up, out, rounded, scales, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
+    """A whole row by one program: its scale is known at its end, and what was written is read again while it is in the
+    cache."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.full((), 0.0, tl.float32)
+    for begin in range(0, columns, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        inside = offsets < columns
+        gate = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0)
+        up = tl.load(gate_up + row * gate_stride + columns + offsets, mask=inside, other=0.0)
+        wide = gate.to(tl.float32)
+        opened = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
+        result = (opened * up.to(tl.float32)).to(gate.dtype)
+        tl.store(out + row * out_stride + offsets, result, mask=inside)
+        largest = tl.maximum(largest, tl.max(tl.abs(result.to(tl.float32)), 0))
+    tl.debug_barrier()
+    scale = _scale_of(largest)
+    tl.store(scales + row, scale)
+    for begin in range(0, columns, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        inside = offsets < columns
+        wide = tl.load(out + row * out_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(rounded + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
+
+
+@Kernel
+@triton.jit
+def _gated_backward_rounded_kernel(
+    gradient, gate_up, out, rounded, scales, columns, gate_stride, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    kind = gate_up.dtype.element_ty
+    largest = tl.full((), 0.0, tl.float32)
+    for begin in range(0, columns, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        inside = offsets < columns
+        gates, ups = gate_up + row * gate_stride + offsets, gate_up + row * gate_stride + columns + offsets
+        gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
+        given = tl.load(gradient + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        opened = (gate * sigmoid).to(kind).to(tl.float32)
+        tl.store(out + row * columns + offsets, (opened * up).to(kind), mask=inside)
+        of_gate = (given * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
+        of_up = (given * gate * sigmoid).to(kind)
+        tl.store(gates, of_gate, mask=inside)
+        tl.store(ups, of_up, mask=inside)
+        both = tl.maximum(tl.abs(of_gate.to(tl.float32)), tl.abs(of_up.to(tl.float32)))
+        largest = tl.maximum(largest, tl.max(both, 0))
+    tl.debug_barrier()
+    scale = _scale_of(largest)
+    tl.store(scales + row, scale)
+    for begin in range(0, 2 * columns, BLOCK):
+        offsets = begin + tl.arange(0, BLOCK)
+        inside = offsets < 2 * columns
+        wide = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(rounded + row * 2 * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
+
+
+@Kernel
 @triton.jit(do_not_specialize=["seed", "first_row"])
-def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, BLOCK: tl.constexpr):
+def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
     kept = tl.rand(seed, (first_row + row) * columns + offsets) >= probability
     values = tl.load(x + row.to(tl.int64) * stride + offsets, mask=inside, other=0.0).to(tl.float32)
     dropped = tl.where(kept, values / (1 - probability), 0.0)
+    if ADD:
+        dropped += tl.load(out + row.to(tl.int64) * columns + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64) * columns + offsets, dropped.to(out.dtype.element_ty), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _quantize_kernel(x, out, scales, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
     wide = tl.load(x + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(wide), 0), 1e-12) / 448.0
+    scale = _scale_of(tl.max(tl.abs(wide), 0))
     tl.store(scales + row, scale)
     tl.store(out + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
 
 
+@Kernel
 @triton.jit
 def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -151,33 +278,75 @@ def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns
         tl.store(start + offsets, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
+_WEIGHT = tl.constexpr(8)  # numbers that describe a 4-bit weight
+
+
+@Kernel
 @triton.jit
-def _dequantize_kernel(packed, scales, codes, out, columns, out_stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize_kernel(
+    weights, like, columns, out_stride, GROUP: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One of several weights by its number in the grid. Scales are in 8 bits themselves if `SCALES` is not 0 but the number
+    of them that share a scale."""
     row = tl.program_id(0).to(tl.int64)
-    pairs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = pairs < columns // 2
-    place = row * (columns // 2) + pairs
-    both = tl.load(packed + place, mask=inside, other=0)
-    scale = tl.load(scales + place * 2 // GROUP, mask=inside, other=0.0)
-    first = tl.load(codes + (both >> 4).to(tl.int32)) * scale
-    second = tl.load(codes + (both & 15).to(tl.int32)) * scale
-    columns_of = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-    values = tl.interleave(first, second).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + columns_of, values, mask=columns_of < columns)
+    weight = weights + tl.program_id(2) * _WEIGHT
+    if row < tl.load(weight + 7):
+        pairs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = pairs < columns // 2
+        place = row * (columns // 2) + pairs
+        both = tl.load(tl.load(weight).to(tl.pointer_type(tl.uint8)) + place, mask=inside, other=0)
+        group = place * 2 // GROUP
+        if SCALES:
+            stored = tl.load(tl.load(weight + 1).to(tl.pointer_type(tl.uint8)) + group, mask=inside, other=0)
+            values = tl.load(tl.load(weight + 2).to(tl.pointer_type(tl.float32)) + stored.to(tl.int32))
+            shared = tl.load(weight + 3).to(tl.pointer_type(tl.float32)) + group // SCALES
+            scale = values * tl.load(shared, mask=inside, other=0.0)
+            scale += tl.load(tl.load(weight + 4).to(tl.pointer_type(tl.float32)))
+        else:
+            scale = tl.load(tl.load(weight + 1).to(tl.pointer_type(tl.float32)) + group, mask=inside, other=0.0)
+        codes = tl.load(weight + 5).to(tl.pointer_type(tl.float32))
+        first = tl.load(codes + (both >> 4).to(tl.int32)) * scale
+        second = tl.load(codes + (both & 15).to(tl.int32)) * scale
+        columns_of = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+        out = tl.load(weight + 6).to(like.dtype) + row * out_stride
+        tl.store(out + columns_of, tl.interleave(first, second).to(like.dtype.element_ty), mask=columns_of < columns)
 
 
-@triton.jit(do_not_specialize=["scale"])
-def _place_kernel(values, out, rows, columns, stride, out_stride, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+_COPY = tl.constexpr(5)  # numbers that describe a copy
+
+
+@Kernel
+@triton.jit
+def _place_all_kernel(copies, scales, like_values, like_out, BLOCK: tl.constexpr):
+    """One of several copies by its number in the grid."""
+    copy = copies + tl.program_id(1) * _COPY
+    columns, rows, out_stride = tl.load(copy + 2), tl.load(copy + 3), tl.load(copy + 4)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < rows * columns
+    found = tl.load(tl.load(copy).to(like_values.dtype) + place, mask=inside, other=0.0).to(tl.float32)
+    found *= tl.load(scales + tl.program_id(1))
+    to = tl.load(copy + 1).to(like_out.dtype) + place // columns * out_stride + place % columns
+    tl.store(to, found.to(like_out.dtype.element_ty), mask=inside)
+
+
+@Kernel
+@triton.jit
+def _place_kernel(values, out, rows, columns, stride, out_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (offsets < columns)
-    found = tl.load(values + row * stride + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + offsets, (found * scale).to(out.dtype.element_ty), mask=inside)
+    found = tl.load(values + row * stride + offsets, mask=inside, other=0.0)
+    tl.store(out + row * out_stride + offsets, found.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, rounded: Rounded | None = None
+) -> torch.Tensor:
     rows, columns = x.shape
-    _rms_norm_kernel[(rows,)](x, weight, out, columns, out.stride(0), epsilon, **_one_row(columns))
+    _rms_norm_kernel[(rows,)](
+        x, weight, out, *(rounded or (x, x)), columns, out.stride(0), epsilon,
+        **_one_row(columns), ROUND=rounded is not None,
+    )  # fmt: skip
     return out
 
 
@@ -188,51 +357,76 @@ def rms_norm_backward(
     epsilon: float,
     residual: torch.Tensor,
     out: torch.Tensor,
+    rounded: Rounded | None = None,
 ) -> torch.Tensor:
     rows, columns = x.shape
     _rms_norm_backward_kernel[(rows,)](
-        gradient, x, weight, residual, out, columns, residual.stride(0), out.stride(0), epsilon, **_one_row(columns)
-    )
+        gradient, x, weight, residual, out, *(rounded or (x, x)), columns, residual.stride(0), out.stride(0), epsilon,
+        **_one_row(columns), ROUND=rounded is not None,
+    )  # fmt: skip
     return out
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, back: bool) -> None:
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
     tokens, count, dim = heads.shape
     grid, block = (tokens, triton.cdiv(count, _HEADS)), triton.next_power_of_2(dim // 2)
     strides = heads.stride(0), out.stride(0)
-    _rotate_kernel[grid](heads, cos, sin, out, count, dim // 2, *strides, BACK=back, BLOCK=block, HEADS=_HEADS)
+    _rotate_kernel[grid](heads, cos, sin, out, count, dim // 2, *strides, BLOCK=block, HEADS=_HEADS)
 
 
-def gated(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def rotate_back(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+) -> None:
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    tokens, heads, dim = query.shape
+    shared = key.shape[1]
+    grid, block = (tokens, triton.cdiv(heads + 2 * shared, _HEADS)), triton.next_power_of_2(dim // 2)
+    _rotate_back_kernel[grid](
+        query, key, value, cos, sin, out, heads, shared, dim // 2, out.stride(0), BLOCK=block, HEADS=_HEADS
+    )
+
+
+def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-    grid = (rows, triton.cdiv(columns, _BLOCK))
-    _gated_kernel[grid](gate_up, out, columns, gate_up.stride(0), out.stride(0), BLOCK=_BLOCK)
+    strides = gate_up.stride(0), out.stride(0)
+    if rounded is not None:
+        _gated_rounded_kernel[(rows,)](gate_up, out, *rounded, columns, *strides, BLOCK=_BLOCK)
+        return out
+    _gated_kernel[(rows, triton.cdiv(columns, _BLOCK))](gate_up, out, columns, *strides, BLOCK=_BLOCK)
     return out
 
 
-def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
     rows, columns = gradient.shape
     out = torch.empty_like(gradient)
+    if rounded is not None:
+        _gated_backward_rounded_kernel[(rows,)](
+            gradient, gate_up, out, *rounded, columns, gate_up.stride(0), BLOCK=_BLOCK
+        )
+        return out
     grid = (rows, triton.cdiv(columns, _BLOCK))
     _gated_backward_kernel[grid](gradient, gate_up, out, columns, gate_up.stride(0), BLOCK=_BLOCK)
     return out
 
 
-def dropout(x: torch.Tensor, probability: float, seed: int, first_row: int = 0) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
     rows, columns = x.shape
-    out = torch.empty(rows, columns, device=x.device, dtype=x.dtype)
+    out = torch.empty(rows, columns, device=x.device, dtype=x.dtype) if add_to is None else add_to
     grid = (rows, triton.cdiv(columns, _BLOCK))
-    _dropout_kernel[grid](x, out, columns, x.stride(0), probability, seed, first_row, BLOCK=_BLOCK)
+    _dropout_kernel[grid](
+        x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to is not None, BLOCK=_BLOCK
+    )
     return out
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor) -> Rounded:
     x = x.contiguous()
     rows, columns = x.shape
-    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
-    _quantize_kernel[(rows,)](x, out, scales, columns, **_one_row(columns))
-    return out, scales
+    found = Rounded.empty(x, columns)
+    _quantize_kernel[(rows,)](x, *found, columns, **_one_row(columns))
+    return found
 
 
 def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,31 +438,45 @@ def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.
     return log_probs, entropies, first
 
 
-def dequantize(weight: bnb.nn.Params4bit, out: torch.Tensor) -> None:
-    state = weight.quant_state
-    scales = state.absmax
-    if state.nested:
-        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
-    rows, columns = out.shape
-    grid = (rows, triton.cdiv(columns, _BLOCK))
+def dequantize(weights: Sequence[bnb.nn.Params4bit], outs: Sequence[torch.Tensor]) -> None:
+    described: list[int] = []
+    for weight, out in zip(weights, outs, strict=True):
+        state, first = weight.quant_state, weight.data
+        inner = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (first, first, first)
+        parts = (first, state.absmax, *inner, state.code, out)
+        described += [*(part.data_ptr() for part in parts), len(out)]
+    state, columns = weights[0].quant_state, outs[0].shape[1]
+    grid = (max(map(len, outs)), triton.cdiv(columns, _BLOCK), len(outs))
     _dequantize_kernel[grid](
-        weight.data.view(torch.uint8),
-        scales,
-        state.code,
-        out,
-        columns,
-        out.stride(0),
-        GROUP=state.blocksize,
-        BLOCK=_BLOCK // 2,
+        _numbers(outs[0].device, *described), outs[0], columns, outs[0].stride(0), GROUP=state.blocksize,
+        SCALES=state.state2.blocksize if state.nested else 0, BLOCK=_BLOCK // 2,
+        enable_fp_fusion=False,  # a scale's product and sum are rounded one by one, as bitsandbytes does
+    )  # fmt: skip
+
+
+def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scales: Sequence[float]) -> None:
+    described: list[int] = []
+    for one, out in zip(values, outs, strict=True):
+        described += [one.data_ptr(), out.data_ptr(), one.shape[1], one.shape[0], out.stride(0)]
+    device, most = outs[0].device, max(one.numel() for one in values)
+    _place_all_kernel[(triton.cdiv(most, _BLOCK), len(outs))](
+        _numbers(device, *described), _numbers(device, *map(float, scales)), values[0], outs[0], BLOCK=_BLOCK
     )
 
 
-def place(values: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+@functools.lru_cache(maxsize=4096, typed=True)
+def _numbers(device: torch.device, *values: float) -> torch.Tensor:
+    """Addresses and shapes, which stay the same from step to step, or factors; on the GPU."""
+    whole = isinstance(values[0], int)
+    return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
+
+
+def place(values: torch.Tensor, out: torch.Tensor) -> None:
     rows, columns = values.shape
     block = min(1024, triton.next_power_of_2(columns))
     height = max(1, 4096 // block)
     grid = (triton.cdiv(rows, height), triton.cdiv(columns, block))
-    _place_kernel[grid](values, out, rows, columns, values.stride(0), out.stride(0), scale, ROWS=height, BLOCK=block)
+    _place_kernel[grid](values, out, rows, columns, values.stride(0), out.stride(0), ROWS=height, BLOCK=block)
 
 
 def _one_row(columns: int) -> dict[str, int]:

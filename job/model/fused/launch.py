@@ -1,0 +1,46 @@
+"""Launches of Triton kernels that cost the host little.
+
+A step of a small batch is a few thousand kernels of some microseconds each, and the GPU waits for whoever launches them. At
+each launch Triton asks anew for what it compiles by: types, alignments, special values, options, versions. That takes twice
+as long as the launch itself. Here it is asked once for each kind of arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_ALIGNED = 16  # bytes, or a multiple of: what Triton compiles different code for
+_INT32 = 2**31
+
+
+class Kernel:
+    """A function of `triton.jit`, launched as it is: `kernel[grid](*arguments, CONSTANT=…, num_warps=…)`."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._compiled: dict[Any, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+        kind = (*map(_kind, arguments), *named.items())
+        compiled = self._compiled.get(kind)
+        if compiled is None:
+            self._compiled[kind] = self._function[grid](*arguments, **named)  # None from Triton's interpreter
+            return
+        constants = [named[name] for name in self._function.arg_names[len(arguments) :]]
+        compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton may compile other code for; finer than it need be, never coarser."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % _ALIGNED == 0, argument.get_device()
+    if isinstance(argument, int):
+        return argument == 1, argument % _ALIGNED == 0, -_INT32 <= argument < _INT32
+    return type(argument)
