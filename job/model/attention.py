@@ -6,9 +6,11 @@ further package and builds no mask, of which a dense one would take memory by th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ def _is_plain_attention(config: Mapping[str, Any]) -> bool:
     )
 
 
+@functools.cache
 def _has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -103,14 +106,61 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention within each row: (tokens, heads, head_dim) each, `key` and `value` with fewer heads if they like.
     Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and `longest` the most of them."""
-    if not (_has_kernel(query.device) and query.dtype in (torch.bfloat16, torch.float16)):
+    if not _is_served(query):
         return _row_by_row(query, key, value, boundaries.tolist(), scaling)
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:  # torch 2.11's kernel wants as many heads of each
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    key, value = _for_each_head(query, key), _for_each_head(query, value)
     out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scaling, **_CAUSAL)
     assert isinstance(out, torch.Tensor)
     return out
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What `attend` gives, without a graph; and the gradients of query, key and value for one of `out`."""
+
+    out: torch.Tensor
+    gradients: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def attend_by_hand(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+) -> Attended:
+    """`attend` for who writes out the backward pass: autograd's part in it costs the host more than all of the rest."""
+    if not _is_served(query):
+        with torch.enable_grad():
+            query, key, value = inputs = [part.detach().requires_grad_() for part in (query, key, value)]
+            out = _row_by_row(query, key, value, boundaries.tolist(), scaling)
+        return Attended(out.detach(), lambda of_out: torch.autograd.grad(out, inputs, of_out))
+    shared, key, value = key.shape[1], _for_each_head(query, key), _for_each_head(query, value)
+    rows = (boundaries, boundaries, longest, longest, 0.0, True)  # no dropout; causal
+    out, normalisers, *seeds, _ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *rows, False, scale=scaling
+    )
+
+    def gradients(of_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        of_query, *of_shared = torch.ops.aten._flash_attention_backward(
+            of_out, query, key, value, out, normalisers, *rows, *seeds, scale=scaling
+        )
+        if shared != query.shape[1]:
+            of_shared = [part.unflatten(1, (shared, -1)).sum(2) for part in of_shared]
+        return (of_query, *of_shared)
+
+    return Attended(out, gradients)
+
+
+def _is_served(query: torch.Tensor) -> bool:
+    return _has_kernel(query.device) and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _for_each_head(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Keys or values once for each head of `query`, as torch 2.11's kernel wants them."""
+    repeats = query.shape[1] // states.shape[1]
+    return states.repeat_interleave(repeats, 1) if repeats > 1 else states
 
 
 def _row_by_row(

@@ -239,11 +239,23 @@ def _free_bytes(settings: Settings, device: torch.device) -> float:
     return min(float(free), math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB)
 
 
+def switch_mode_only_if_another(model: torch.nn.Module) -> None:
+    """Let `model.train()` return at once while the model is in that mode, as a whole: transformers calls it at each pass, and
+    there are thousands of modules to visit."""
+    model.train(model.training)  # from now on the modules agree
+    switch = model.train
+
+    def train(mode: bool = True) -> torch.nn.Module:
+        return model if model.training == mode else switch(mode)
+
+    model.train = train  # type: ignore[method-assign]
+
+
 class Attempt:
     """What a training step changes before its gradients are whole, to undo it: gradients and running figures."""
 
-    def __init__(self, model: torch.nn.Module, metrics: dict[str, list[Any]], *, accumulates: bool) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __init__(self, trained: list[torch.nn.Parameter], metrics: dict[str, list[Any]], *, accumulates: bool) -> None:
+        self._parameters = trained
         self._gradients = [
             parameter.grad.clone() if accumulates and parameter.grad is not None else None
             for parameter in self._parameters

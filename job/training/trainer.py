@@ -25,7 +25,7 @@ from trl import SFTTrainer
 from job.errors import InputError, NodeError
 from job.training.best import KeepBest
 from job.training.data_order import DataOrder
-from job.training.execution import Attempt, Execution, with_less_memory
+from job.training.execution import Attempt, Execution, switch_mode_only_if_another, with_less_memory
 from job.training.goodput import Goodput
 from job.training.pace import SavePace
 from job.training.sharding import allow_on_cpu, keep_loss_exact, shard_optimizer_state, whole
@@ -53,6 +53,8 @@ class AdapterTrainer(SFTTrainer):
         self._running_sums: dict[str, Any] | None = None
         self._step_begun = self._batches_of_step = -1
         super().__init__(*args, **kwargs)
+        self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        switch_mode_only_if_another(self.model)
         self.goodput = Goodput(lambda: float(self._total_train_tokens) / self.args.world_size)
         self.add_callback(self.goodput)
         if best is not None:
@@ -95,13 +97,21 @@ class AdapterTrainer(SFTTrainer):
             except torch.OutOfMemoryError as error:
                 raise self.execution.full(error) from error
         tokens, accumulates = self._total_train_tokens, self.args.gradient_accumulation_steps > 1
-        before = Attempt(model, self._metrics["train"], accumulates=accumulates)
+        before = Attempt(self._trained, self._metrics["train"], accumulates=accumulates)
 
         def undo() -> None:
             before.undo()
             self._total_train_tokens = tokens
 
         return with_less_memory(lambda: self._in_parts(model, inputs, num_items_in_batch), self.execution, undo)
+
+    @functools.cached_property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' figure, without going through all parameters at each step."""
+        return 6 * int(inputs["input_ids"].numel()) * int(self._parameters)
 
     def _in_parts(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
         """Forward and backward pass of the batch, as many tokens at once as planned. Each part's loss is the sum over its

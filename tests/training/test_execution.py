@@ -15,7 +15,7 @@ from job.model.fused import pointwise
 from job.model.fused.layer import FusedLayer
 from job.run import Run, read_json
 from job.stages.train import train
-from job.training.execution import _parts
+from job.training.execution import _parts, switch_mode_only_if_another
 from job.training.planner import Plan
 from job.training.workload import Shape
 
@@ -51,6 +51,25 @@ def test_fused_layers_train_what_plain_ones_train(prepared: Prepared, accumulate
         for other in values[1:]:
             assert other == pytest.approx(values[0], rel=1e-4)
     assert read_json(parts.paths.metrics_file)["plan"]["micro_batch_tokens"] == 100
+
+
+def test_a_model_changes_its_mode_as_a_whole_and_only_if_it_is_another() -> None:
+    inner = torch.nn.Dropout()
+    model = torch.nn.Sequential(inner)
+    inner.eval()  # as a loaded model is within an adapter's
+    switch_mode_only_if_another(model)
+    model.train()
+    assert inner.training
+    model.eval()
+    assert not inner.training
+    model.train()
+    assert inner.training
+    visited: list[bool] = []
+    inner.train = visited.append  # type: ignore[assignment]
+    model.train()
+    assert not visited
+    model.eval()
+    assert visited == [False]
 
 
 def test_parts_drop_what_the_whole_batch_drops(prepared: Prepared) -> None:

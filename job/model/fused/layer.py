@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from job.model.attention import attend
+from job.model.attention import Attended, attend_by_hand
 from job.model.fused import pointwise
 from job.model.fused.products import Draw, Products, base_of
 from job.model.fused.rounding import Rounded
@@ -42,11 +42,10 @@ class Rows:
 
 @dataclass
 class _Kept:
-    """What the backward pass of one layer needs. `attended` hangs on the graph of the attention alone."""
+    """What the backward pass of one layer needs."""
 
     narrow_inputs: torch.Tensor | None
-    heads: tuple[torch.Tensor, ...]
-    attended: torch.Tensor
+    attended: Attended
     narrow_output: torch.Tensor | None
     middle: torch.Tensor
     gate_up_whole: torch.Tensor
@@ -109,21 +108,18 @@ class FusedLayer:
         rounded = self.inputs.rounded_input(x)
         normed = self._norm(0, x, self.inputs, rounded)
         packed, narrow_inputs = self.inputs.forward(normed, seeds[_ATTENTION_INPUTS], rounded=rounded)
-        heads = self._split_heads(packed)
         rotated = packed[:, : (self._heads + self._shared_heads) * self._dim].unflatten(1, (-1, self._dim))  # type: ignore[no-untyped-call]
         pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
-        with torch.enable_grad():
-            heads = tuple(part.detach().requires_grad_() for part in heads)
-            query, key, value = heads
-            attended = attend(query, key, value, rows.boundaries, rows.longest, self._scaling)
-        flat = _first_columns(self.output.new_input(x), attended.detach().flatten(1))
+        query, key, value = self._split_heads(packed)
+        attended = attend_by_hand(query, key, value, rows.boundaries, rows.longest, self._scaling)
+        flat = _first_columns(self.output.new_input(x), attended.out.flatten(1))
         middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
         middle += x
         rounded = self.gates.rounded_input(x)
         normed = self._norm(1, middle, self.gates, rounded)
         whole, narrow_gates = self.gates.forward(normed, seeds[_GATES], room=True, rounded=rounded)
         gate_up = whole[:, : self._gate_width]
-        return _Kept(narrow_inputs, heads, attended, narrow_output, middle, whole, gate_up, narrow_gates)
+        return _Kept(narrow_inputs, attended, narrow_output, middle, whole, gate_up, narrow_gates)
 
     def _norm(self, which: int, x: torch.Tensor, then: Products, rounded: Rounded | None = None) -> torch.Tensor:
         norm = self._norms[which]
@@ -175,11 +171,11 @@ class FusedLayer:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
         of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT], rounded=rounded)
-        attended = kept.attended.detach().flatten(1)
+        attended = kept.attended.out.flatten(1)
         of_output = self.output.parameter_gradients(
             of_middle, of_narrow, attended, kept.narrow_output, seeds[_ATTENTION_OUTPUT]
         )
-        query, key, value = torch.autograd.grad(kept.attended, kept.heads, of_attended.view_as(kept.attended))
+        query, key, value = kept.attended.gradients(of_attended.view_as(kept.attended.out))
         packed = self.inputs.new_output(of_attended)
         pointwise.rotate_back(query, key, value, rows.cos, rows.sin, packed)
         return packed, of_output
@@ -216,7 +212,7 @@ class _Layer(torch.autograd.Function):
             out, kept = layer.forward(x, rows, seeds)
         ctx.layer, ctx.rows, ctx.seeds = layer, rows, seeds
         ctx.save_for_backward(x)
-        # not by save_for_backward, which takes no results that hang on graphs of their own
+        # not by save_for_backward, which takes tensors alone
         ctx.kept = kept if layer.kept and any(ctx.needs_input_grad) else None
         return out
 
