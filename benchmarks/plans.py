@@ -8,6 +8,7 @@ is then measured too, and compared with the fastest plan that fits by these meas
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -51,8 +52,8 @@ class Bench:
         self._layers: list[FusedLayer] = []
 
     def take(self, weights: Weights) -> None:
-        self._layers = []
         self._layers = fuse_layers(self.model, weights)
+        gc.collect()  # the weights of the form before
         torch.cuda.empty_cache()
 
     def measure(self, recomputed: int, tokens: int, runs: int = 3) -> tuple[float, float]:

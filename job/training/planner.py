@@ -158,12 +158,12 @@ def _activation_bytes(shape: Shape, plan: Plan) -> float:
 # -- time -------------------------------------------------------------------------------------------------------------
 
 _NARROW = 0.35  # of the rate of large products, for an adapter's
-_ATTENTION = 0.30
-_TRAFFIC = 0.85  # of the bandwidth
-_FP8 = 1.75  # times the 16-bit rate, rounding included
+_ATTENTION = 0.33
+_TRAFFIC = 0.9  # of the bandwidth
+_FP8 = 1.73  # times the 16-bit rate, rounding included
 # Seconds that a slow CPU needs to launch a layer's kernels, forward and backward, and what recomputing all adds to them
-_LAUNCH: dict[Weights, tuple[float, float]] = {"resident": (3.1e-3, 0.45), "4-bit": (6e-3, 0.8), "fp8": (5e-3, 0.5)}
-_RAMP_SECONDS = 0.3e-3  # that a layer's kernels lose together in coming up and running out
+_LAUNCH: dict[Weights, tuple[float, float]] = {"resident": (3e-3, 0.45), "4-bit": (3.3e-3, 0.5), "fp8": (3.7e-3, 0.5)}
+_RAMP_SECONDS = 0.2e-3  # that a layer's kernels lose together in coming up and running out
 
 
 def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float:
