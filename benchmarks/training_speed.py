@@ -85,7 +85,10 @@ def main() -> int:
             result = _run(variant, options, prepared)
             if result is not None:
                 results[variant.name].append(result)
-                print(json.dumps({"variant": variant.name, **result}), flush=True)
+                line = json.dumps({"variant": variant.name, **result})
+                print(line, flush=True)
+                with (options.folder / "results.jsonl").open("a", encoding="utf-8") as stream:
+                    stream.write(line + "\n")  # what was measured outlives a call that is cut off
     print(table(results))
     return 0
 

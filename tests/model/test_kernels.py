@@ -213,7 +213,7 @@ def test_results_in_8_bits_beside_those_in_16(kernel: bool) -> None:
 
     width = 2100  # more than one turn of the kernel's loops
     gate_up, of_act = (some(ROWS, count, dtype=torch.bfloat16).to(device) for count in (2 * width, width))
-    of_act[:, -1] = 99.0  # the largest comes last
+    gate_up[:, width - 1] = gate_up[:, -1] = of_act[:, -1] = 9.0  # the largest comes last
     act, rounded = torch.empty_like(of_act), Rounded.empty(x, width)
     _rounds(functions.gated(gate_up, act, rounded), rounded)
     close(act, functions.gated(gate_up, torch.empty_like(act)))

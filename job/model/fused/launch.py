@@ -38,7 +38,7 @@ class Kernel:
 
 
 def _kind(argument: Any) -> Any:
-    """What Triton may compile other code for; finer than it need be, never coarser."""
+    """What Triton may compile other code for on NVIDIA's cards; finer than it need be, never coarser."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % _ALIGNED == 0, argument.get_device()
     if isinstance(argument, int):

@@ -50,19 +50,21 @@ def sample(model: PeftModel, *, with_dropout: bool = False) -> Sample:
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     training = layer.training
     layer.train(with_dropout)
-    with torch.autocast(x.device.type, enabled=False):
-        out = layer(
-            x,
-            position_ids=positions,
-            position_embeddings=base.rotary_emb(x, position_ids=positions),
-            cu_seq_lens_q=boundaries,
-            cu_seq_lens_k=boundaries,
-            max_length_q=max(_LENGTHS),
-            max_length_k=max(_LENGTHS),
-        )
-    out = out[0] if isinstance(out, tuple) else out
-    of_x, *of_trained = torch.autograd.grad(out, [x, *trained], of_out)
-    layer.train(training)
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            out = layer(
+                x,
+                position_ids=positions,
+                position_embeddings=base.rotary_emb(x, position_ids=positions),
+                cu_seq_lens_q=boundaries,
+                cu_seq_lens_k=boundaries,
+                max_length_q=max(_LENGTHS),
+                max_length_k=max(_LENGTHS),
+            )
+        out = out[0] if isinstance(out, tuple) else out
+        of_x, *of_trained = torch.autograd.grad(out, [x, *trained], of_out)
+    finally:
+        layer.train(training)
     return Sample(
         (out.detach().float() - x.detach().float()),
         of_x.float() - of_out.float(),

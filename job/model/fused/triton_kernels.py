@@ -414,6 +414,7 @@ def dropout(
 ) -> torch.Tensor:
     rows, columns = x.shape
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype) if add_to is None else add_to
+    assert out.is_contiguous()
     grid = (rows, triton.cdiv(columns, _BLOCK))
     _dropout_kernel[grid](
         x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to is not None, BLOCK=_BLOCK
