@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.distributed import DistNetworkError, DistStoreError
@@ -82,9 +83,10 @@ def _killed(by_signal: dict[int, int], oom_kills_before: int, *, others: bool) -
     return JobError(what, "A library crashed; its last words are in the stage's log file.")
 
 
-def _oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory: in this container if it says so, else on the machine."""
-    for file in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+def _oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed for want of memory: in this process's control group if it says so, in this
+    container, else on the machine, where they may have been a neighbour's."""
+    for file in _oom_counters(root):
         try:
             counts = dict(line.split() for line in file.read_text(encoding="ascii").splitlines())
         except OSError:
@@ -92,3 +94,18 @@ def _oom_kills() -> int:
         if "oom_kill" in counts:
             return int(counts["oom_kill"])
     return 0
+
+
+def _oom_counters(root: Path) -> Iterator[Path]:
+    """Files of the second and the first version of control groups (cgroups(7)); the last one is the whole machine's."""
+    groups = root / "sys/fs/cgroup"
+    own = root / "proc/self/cgroup"
+    for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield groups / path.lstrip("/") / "memory.events"
+        elif "memory" in controllers.split(","):
+            yield groups / "memory" / path.lstrip("/") / "memory.oom_control"
+    yield groups / "memory.events"
+    yield groups / "memory" / "memory.oom_control"
+    yield root / "proc/vmstat"

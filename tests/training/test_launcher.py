@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +33,25 @@ def test_a_killed_process_is_tried_again_one_without_memory_elsewhere_and_a_cras
 
 def test_processes_that_never_reach_each_other_are_not_tried_again_for_nothing() -> None:
     assert launcher.unreachable(ConnectionError("timed out\nand more")).exit_code == 69
+
+
+@pytest.mark.parametrize(
+    ("group", "counter"),
+    [
+        ("0::/job/step", "sys/fs/cgroup/job/step/memory.events"),
+        ("4:cpu,memory:/job\n0::/", "sys/fs/cgroup/memory/job/memory.oom_control"),
+        ("4:memory:/seen/from/outside", "sys/fs/cgroup/memory/memory.oom_control"),
+        ("0::/seen/from/outside", "sys/fs/cgroup/memory.events"),
+        (None, "proc/vmstat"),
+    ],
+)
+def test_the_memory_that_ran_out_is_that_of_this_jobs_group_and_not_a_neighbours(
+    tmp_path: Path, group: str | None, counter: str
+) -> None:
+    files = {"proc/vmstat": "oom_kill 7", counter: "low 0\noom_kill 2"}
+    if group is not None:
+        files["proc/self/cgroup"] = group
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n", encoding="ascii")
+    assert launcher._oom_kills(tmp_path) == 2
