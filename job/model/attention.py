@@ -130,7 +130,7 @@ def attend_by_hand(
     longest: int,
     scaling: float | None,
 ) -> Attended:
-    """`attend` for who writes out the backward pass: autograd's part in it costs the host more than all of the rest."""
+    """`attend` for who writes out the backward pass: the two kernels, without the host's time for autograd."""
     if not _is_served(query):
         with torch.enable_grad():
             query, key, value = inputs = [part.detach().requires_grad_() for part in (query, key, value)]
