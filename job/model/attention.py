@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -106,64 +105,26 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention within each row: (tokens, heads, head_dim) each, `key` and `value` with fewer heads if they like.
     Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and `longest` the most of them."""
-    if not _is_served(query):
-        return _row_by_row(query, key, value, boundaries.tolist(), scaling)
-    key, value = _for_each_head(query, key), _for_each_head(query, value)
+    if not is_served(query):
+        return row_by_row(query, key, value, boundaries.tolist(), scaling)
+    key, value = for_each_head(query, key), for_each_head(query, value)
     out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scaling, **_CAUSAL)
     assert isinstance(out, torch.Tensor)
     return out
 
 
-@dataclass(frozen=True)
-class Attended:
-    """What `attend` gives, without a graph; and the gradients of query, key and value for one of `out`."""
-
-    out: torch.Tensor
-    gradients: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-def attend_by_hand(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: torch.Tensor,
-    longest: int,
-    scaling: float | None,
-) -> Attended:
-    """`attend` for who writes out the backward pass: the two kernels, without the host's time for autograd."""
-    if not _is_served(query):
-        with torch.enable_grad():
-            query, key, value = inputs = [part.detach().requires_grad_() for part in (query, key, value)]
-            out = _row_by_row(query, key, value, boundaries.tolist(), scaling)
-        return Attended(out.detach(), lambda of_out: torch.autograd.grad(out, inputs, of_out))
-    shared, key, value = key.shape[1], _for_each_head(query, key), _for_each_head(query, value)
-    rows = (boundaries, boundaries, longest, longest, 0.0, True)  # no dropout; causal
-    out, normalisers, *seeds, _ = torch.ops.aten._flash_attention_forward(
-        query, key, value, *rows, False, scale=scaling
-    )
-
-    def gradients(of_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        of_query, *of_shared = torch.ops.aten._flash_attention_backward(
-            of_out, query, key, value, out, normalisers, *rows, *seeds, scale=scaling
-        )
-        if shared != query.shape[1]:
-            of_shared = [part.unflatten(1, (shared, -1)).sum(2) for part in of_shared]
-        return (of_query, *of_shared)
-
-    return Attended(out, gradients)
-
-
-def _is_served(query: torch.Tensor) -> bool:
+def is_served(query: torch.Tensor) -> bool:
+    """Whether PyTorch's kernel is for this type and this card."""
     return _has_kernel(query.device) and query.dtype in (torch.bfloat16, torch.float16)
 
 
-def _for_each_head(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def for_each_head(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Keys or values once for each head of `query`, as torch 2.11's kernel wants them."""
     repeats = query.shape[1] // states.shape[1]
     return states.repeat_interleave(repeats, 1) if repeats > 1 else states
 
 
-def _row_by_row(
+def row_by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: list[int], scaling: float | None
 ) -> torch.Tensor:
     """The same by PyTorch's plain attention, for machines and types that the kernel does not serve."""

@@ -1,8 +1,13 @@
-"""How the attention kernels are called. They run on GPUs alone: here functions of PyTorch's own take their places."""
+"""Attention in the fused layer: every way gives what `attend` and autograd give.
+
+PyTorch's kernels run on GPUs alone: here functions of PyTorch's own take their places. Our own run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +15,8 @@ import pytest
 import torch
 
 from job.model import attention
+from job.model.fused import attention as fused_attention
+from job.model.fused import attention_kernels, pointwise
 
 
 class Kernels:
@@ -24,7 +31,7 @@ class Kernels:
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         assert query.shape == key.shape == value.shape and cum_seq_q is cum_seq_k
         assert (dropout_p, is_causal, return_debug_mask, max_q, max_k) == (0.0, True, False, 9, 9)
-        out = attention._row_by_row(query, key, value, cum_seq_q.tolist(), scale)
+        out = attention.row_by_row(query, key, value, cum_seq_q.tolist(), scale)
         return out, torch.full((1,), 3.0), self.random_state, self.unused, torch.zeros(0)
 
     def backward(
@@ -35,7 +42,7 @@ class Kernels:
         assert (dropout_p, is_causal, max_q, max_k) == (0.0, True, 9, 9)
         with torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in (query, key, value)]
-            again = attention._row_by_row(parts[0], parts[1], parts[2], cum_seq_q.tolist(), scale)
+            again = attention.row_by_row(parts[0], parts[1], parts[2], cum_seq_q.tolist(), scale)
         assert torch.equal(again, out)
         return torch.autograd.grad(again, parts, grad_out)
 
@@ -49,27 +56,80 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return [parameter.name for parameter in kinds if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
 
 
+HEADS, DIM, SCALING = 6, 16, 0.4
+BORDER = 8
+
+
+class Case:
+    """Heads within one tensor, as a product leaves them; what autograd gives for them; what was found."""
+
+    def __init__(self, shared: int, boundaries: list[int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tokens, self.counts = boundaries[-1], [HEADS, shared, shared]
+
+        def some(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        longest = max(end - begin for begin, end in itertools.pairwise(boundaries))
+        where = torch.tensor(boundaries, dtype=torch.int32)
+        self.rows = fused_attention.Rows(some(tokens, DIM), some(tokens, DIM), where, longest)
+        self.of_out = some(tokens, HEADS * DIM)
+        self.packed = some(tokens, sum(self.counts) * DIM + BORDER)
+        parts = [part.detach().clone().requires_grad_() for part in self.heads()]
+        out = attention.attend(parts[0], parts[1], parts[2], where, longest, SCALING)
+        gradients = torch.autograd.grad(out, parts, self.of_out.view_as(out))
+        self.out = out.detach().flatten(1)
+        self.gradients = torch.empty(tokens, sum(self.counts) * DIM)
+        pointwise.rotate_back(*gradients, self.rows.cos, self.rows.sin, self.gradients)
+
+    def heads(self) -> list[torch.Tensor]:
+        parts = torch.split(self.packed[:, :-BORDER], [count * DIM for count in self.counts], 1)
+        return [part.unflatten(1, (-1, DIM)) for part in parts]  # type: ignore[no-untyped-call]
+
+    def check(self, way: Callable[..., fused_attention.Attended]) -> None:
+        out, place = (
+            torch.full((len(self.of_out), width + BORDER), 7.0) for width in (HEADS * DIM, sum(self.counts) * DIM)
+        )
+        query, key, value = self.heads()
+        with torch.no_grad():
+            found = way(query, key, value, self.rows, SCALING, out)
+            found.gradients_into(self.of_out, place)
+        assert not found.out.requires_grad
+        for one, other in ((found.out, self.out), (out, self.out), (place, self.gradients)):
+            torch.testing.assert_close(one[:, : other.shape[1]], other, rtol=1e-5, atol=1e-5)
+        assert bool((out[:, -BORDER:] == 7).all() and (place[:, -BORDER:] == 7).all()), "the borders belong to others"
+
+
 @pytest.mark.parametrize("shared", [6, 2])
-def test_attention_by_hand_has_the_gradients_of_attention(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+def test_pytorchs_attention_has_the_gradients_of_attention(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
     operations, kernels = torch.ops.aten, Kernels()
     assert _parameters(kernels.forward) == _names(operations._flash_attention_forward)
     assert _parameters(kernels.backward) == _names(operations._flash_attention_backward)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, of_out = (
-        torch.randn(14, heads, 8, generator=generator).requires_grad_() for heads in (6, shared, shared, 6)
-    )
-    rows = torch.tensor([0, 5, 14], dtype=torch.int32)
-    out = attention.attend(query, key, value, rows, 9, 0.4)
-    wanted = torch.autograd.grad(out, [query, key, value], of_out)
-    for by_kernel in (False, True):
-        if by_kernel:
-            monkeypatch.setattr(attention, "_is_served", lambda states: True)
-            monkeypatch.setattr(operations, "_flash_attention_forward", kernels.forward)
-            monkeypatch.setattr(operations, "_flash_attention_backward", kernels.backward)
-        with torch.no_grad():
-            found = attention.attend_by_hand(query, key, value, rows, 9, 0.4)
-            gradients = found.gradients(of_out.detach())
-        torch.testing.assert_close(found.out, out.detach())
-        assert not found.out.requires_grad
-        for one, other in zip(gradients, wanted, strict=True):
-            torch.testing.assert_close(one, other)
+    case = Case(shared, [0, 5, 14])
+    case.check(fused_attention.attend)
+    monkeypatch.setattr(fused_attention, "is_served", lambda states: True)
+    monkeypatch.setattr(operations, "_flash_attention_forward", kernels.forward)
+    monkeypatch.setattr(operations, "_flash_attention_backward", kernels.backward)
+    monkeypatch.setattr(fused_attention, "_is_served_by_own", lambda states: False)
+    case.check(fused_attention.attend)
+
+
+@pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="tensors of this test are on the CPU")
+@pytest.mark.parametrize("shared", [6, 2])
+@pytest.mark.parametrize("boundaries", [[0, 5, 14], [0, 1, 65, 65, 129, 300]])
+def test_our_attention_has_the_gradients_of_attention(
+    monkeypatch: pytest.MonkeyPatch, shared: int, boundaries: list[int]
+) -> None:
+    case = Case(shared, boundaries)
+    monkeypatch.setattr(fused_attention, "is_served", lambda states: True)
+    monkeypatch.setattr(fused_attention, "_is_served_by_own", lambda states: True)
+    case.check(fused_attention.attend)
+
+
+def test_every_token_is_in_one_tile_that_begins_where_its_row_does() -> None:
+    boundaries = [0, 1, 65, 65, 129, 300]
+    tiles = attention_kernels.tiles_of(torch.tensor(boundaries, dtype=torch.int32), 300).tolist()
+    own = attention_kernels.OWN
+    wanted = [[begin, end, first] for begin, end in itertools.pairwise(boundaries) for first in range(begin, end, own)]
+    assert tiles[: len(wanted)] == wanted
+    assert all(first >= end for _, end, first in tiles[len(wanted) :])

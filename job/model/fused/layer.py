@@ -17,8 +17,8 @@ import torch
 from peft import PeftModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from job.model.attention import Attended, attend_by_hand
 from job.model.fused import pointwise
+from job.model.fused.attention import Attended, Rows, attend
 from job.model.fused.products import Draw, Products, base_of
 from job.model.fused.rounding import Rounded
 from job.model.quantization import make_resident
@@ -28,16 +28,6 @@ Weights = Literal["4-bit", "resident", "fp8"]
 _ATTENTION_INPUTS, _ATTENTION_OUTPUT = slice(0, 3), slice(3, 4)
 _GATES, _DOWN = slice(4, 6), slice(6, 7)
 LINEAR_LAYERS = 7
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where each token stands: cos and sin of its position (tokens, head_dim), and where in the batch rows begin and end."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    boundaries: torch.Tensor
-    longest: int
 
 
 @dataclass
@@ -111,8 +101,8 @@ class FusedLayer:
         rotated = packed[:, : (self._heads + self._shared_heads) * self._dim].unflatten(1, (-1, self._dim))  # type: ignore[no-untyped-call]
         pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
         query, key, value = self._split_heads(packed)
-        attended = attend_by_hand(query, key, value, rows.boundaries, rows.longest, self._scaling)
-        flat = _first_columns(self.output.new_input(x), attended.out.flatten(1))
+        flat = self.output.new_input(x)
+        attended = attend(query, key, value, rows, self._scaling, flat)
         middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
         middle += x
         rounded = self.gates.rounded_input(x)
@@ -133,12 +123,12 @@ class FusedLayer:
     # -- backward ---------------------------------------------------------------------------------------------------
 
     def backward(
-        self, of_out: torch.Tensor, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw], kept: _Kept, *, of_x: bool
+        self, of_out: torch.Tensor, x: torch.Tensor, seeds: Sequence[Draw], kept: _Kept, *, of_x: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
         (of_middle, rounded), of_gates, of_down = self._gate_backward(of_out, seeds, kept)
         del kept.gate_up, kept.gate_up_whole, kept.middle
-        packed, of_output = self._attention_backward(of_middle, rounded, rows, seeds, kept)
+        packed, of_output = self._attention_backward(of_middle, rounded, seeds, kept)
         of_normed, of_narrow = self.inputs.input_gradient(packed, seeds[_ATTENTION_INPUTS], wanted=of_x)
         of_inputs = self.inputs.parameter_gradients(
             packed, of_narrow, self._norm(0, x, self.inputs), kept.narrow_inputs, seeds[_ATTENTION_INPUTS]
@@ -167,17 +157,15 @@ class FusedLayer:
         return (of_middle, rounded), of_gates, of_down
 
     def _attention_backward(
-        self, of_middle: torch.Tensor, rounded: Rounded | None, rows: Rows, seeds: Sequence[Draw], kept: _Kept
+        self, of_middle: torch.Tensor, rounded: Rounded | None, seeds: Sequence[Draw], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
         of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT], rounded=rounded)
-        attended = kept.attended.out.flatten(1)
         of_output = self.output.parameter_gradients(
-            of_middle, of_narrow, attended, kept.narrow_output, seeds[_ATTENTION_OUTPUT]
+            of_middle, of_narrow, kept.attended.out, kept.narrow_output, seeds[_ATTENTION_OUTPUT]
         )
-        query, key, value = kept.attended.gradients(of_attended.view_as(kept.attended.out))
         packed = self.inputs.new_output(of_attended)
-        pointwise.rotate_back(query, key, value, rows.cos, rows.sin, packed)
+        kept.attended.gradients_into(of_attended, packed)
         return packed, of_output
 
     def _norm_backward(
@@ -224,7 +212,7 @@ class _Layer(torch.autograd.Function):
             if kept is None:
                 kept = ctx.layer._middle(x, ctx.rows, ctx.seeds)
             of_x, of_trained = ctx.layer.backward(
-                of_outputs[0].contiguous(), x, ctx.rows, ctx.seeds, kept, of_x=ctx.needs_input_grad[0]
+                of_outputs[0].contiguous(), x, ctx.seeds, kept, of_x=ctx.needs_input_grad[0]
             )
         return of_x, None, None, None, *of_trained
 

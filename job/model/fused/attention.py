@@ -1,0 +1,120 @@
+"""Attention in the fused layer, without a graph: forward, and the gradients up to before the rotary positions.
+
+Three ways to the same numbers: kernels of our own where they were measured to be faster, PyTorch's, and row by row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from job.model.attention import for_each_head, is_served, row_by_row
+from job.model.fused import pointwise
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each token stands: cos and sin of its position (tokens, head_dim), and where in the batch rows begin and end."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    boundaries: torch.Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What attention gives, (tokens, heads x head_dim). `gradients_into(of_out, place)` writes for the gradient of `out` those
+    of queries, keys and values before they were rotated side by side into the first columns of `place`."""
+
+    out: torch.Tensor
+    gradients_into: Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float, out: torch.Tensor
+) -> Attended:
+    """Causal attention within each row, also written into the first columns of `out`. `query`, `key` and `value` are parts of
+    one tensor, (tokens, heads, head_dim) each, the latter two with fewer heads if they like; the first two are rotated."""
+    if not is_served(query):
+        return _row_by_row(query, key, value, rows, scaling, out)
+    way = _by_own_kernels if _is_served_by_own(query) else _by_torch_kernels
+    return way(query, key, value, rows, scaling, out)
+
+
+def _is_served_by_own(query: torch.Tensor) -> bool:
+    """Measured on Hopper alone; elsewhere PyTorch's are the safer choice."""
+    return query.shape[-1] in (64, 128) and _is_hopper(query.device)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _by_own_kernels(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float, out: torch.Tensor
+) -> Attended:
+    from job.model.fused import attention_kernels
+
+    tiles = _tiles(rows.boundaries, len(query))
+    attended = out[:, : query[0].numel()]
+    normalisers = attention_kernels.forward(query, key, value, tiles, scaling, attended.view_as(query))
+
+    def gradients_into(of_out: torch.Tensor, place: torch.Tensor) -> None:
+        attention_kernels.backward(
+            query, key, value, attended.view_as(query), of_out.view_as(query), normalisers, rows.cos, rows.sin, tiles, scaling,
+            place,
+        )  # fmt: skip
+
+    return Attended(attended, gradients_into)
+
+
+@functools.lru_cache(maxsize=1)
+def _tiles(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Once for all layers, which are given the very same tensor."""
+    from job.model.fused import attention_kernels
+
+    return attention_kernels.tiles_of(boundaries, tokens)
+
+
+def _by_torch_kernels(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float, out: torch.Tensor
+) -> Attended:
+    """By the two operations behind `varlen_attn`, without the host's time for autograd."""
+    shared, key, value = key.shape[1], for_each_head(query, key), for_each_head(query, value)
+    arguments = (rows.boundaries, rows.boundaries, rows.longest, rows.longest, 0.0, True)  # no dropout; causal
+    attended, normalisers, *seeds, _ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *arguments, False, scale=scaling
+    )
+    flat = attended.flatten(1)
+    pointwise.place(flat, out[:, : flat.shape[1]])
+
+    def gradients_into(of_out: torch.Tensor, place: torch.Tensor) -> None:
+        of_query, of_key, of_value = torch.ops.aten._flash_attention_backward(
+            of_out.view_as(attended), query, key, value, attended, normalisers, *arguments, *seeds, scale=scaling
+        )
+        if shared != query.shape[1]:
+            of_key, of_value = (part.unflatten(1, (shared, -1)).sum(2) for part in (of_key, of_value))
+        pointwise.rotate_back(of_query, of_key, of_value, rows.cos, rows.sin, place)
+
+    return Attended(flat, gradients_into)
+
+
+def _row_by_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float, out: torch.Tensor
+) -> Attended:
+    with torch.enable_grad():
+        query, key, value = inputs = [part.detach().requires_grad_() for part in (query, key, value)]
+        attended = row_by_row(query, key, value, rows.boundaries.tolist(), scaling)
+    flat = attended.detach().flatten(1)
+    pointwise.place(flat, out[:, : flat.shape[1]])
+
+    def gradients_into(of_out: torch.Tensor, place: torch.Tensor) -> None:
+        of_query, of_key, of_value = torch.autograd.grad(attended, inputs, of_out.view_as(attended))
+        pointwise.rotate_back(of_query, of_key, of_value, rows.cos, rows.sin, place)
+
+    return Attended(flat, gradients_into)
