@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--bfloat16", action="store_true", help="the notebook in the type that the others compute in")
     parser.add_argument("--memory-gib", type=float)
     options = parser.parse_args()
     needed = {"unsloth": "unsloth", "trl-liger": "liger_kernel"}.get(options.name)
@@ -52,7 +53,7 @@ def _measure(options: argparse.Namespace, began: float) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.memory_gib * 2**30 / total)
     notebook = options.name == "trl-notebook"
-    dtype = torch.float16 if notebook else torch.bfloat16
+    dtype = torch.float16 if notebook and not options.bfloat16 else torch.bfloat16
     model, tokenizer, peft_config = _load(options, dtype, notebook)
     marks: list[float] = []
 

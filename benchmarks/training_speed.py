@@ -50,6 +50,13 @@ def variants() -> list[Variant]:
         Variant("job, the seed's recipe", 4, packed=False),
         Variant("job, the seed's recipe, plain layers", 4, _PLAIN, packed=False),
         Variant("TRL, the seed's notebook", 4, peer="trl-notebook", arguments=("--recompute",), packed=False),
+        Variant(
+            "TRL, the seed's notebook in bfloat16",
+            4,
+            peer="trl-notebook",
+            arguments=("--recompute", "--bfloat16"),
+            packed=False,
+        ),
     ]
     for gib in (8, 16, 40):
         found.append(Variant(f"job, {gib} GiB", 16, {**_OURS, "FT_GPU_MEMORY_GIB": str(gib)}))
