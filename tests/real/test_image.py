@@ -145,19 +145,29 @@ def test_the_image_holds_no_secret_no_tests_and_nothing_for_root_to_do(container
 def test_more_memory_than_the_limit_ends_with_the_code_for_an_unfit_node(
     containers: Containers, work: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
+    """The limit holds what is loaded, and one batch asks for many times as much: a lower one would keep the kernel reading
+    libraries again and again instead of ending anything."""
+    rows = tmp_path / "many.jsonl"
+    rows.write_text(LIGHTHOUSE.read_text(encoding="utf-8") * 20, encoding="utf-8")
+    rows.chmod(0o644)
     options = [
         "--network=none",
         "--read-only",
         "--tmpfs=/tmp",
-        "--memory=300m",
-        "--memory-swap=300m",
+        "--memory=1200m",
+        "--memory-swap=1200m",
         f"--volume={work}:/work",
+        f"--volume={rows}:/inputs/many.jsonl:ro",
     ]
     settings = {
         "FT_MODEL_NAME": "/inputs/model",
-        "FT_DATASET_NAME": "/inputs/lighthouse.jsonl",
+        "FT_DATASET_NAME": "/inputs/many.jsonl",
         "FT_DEVICE": "cpu",
         "FT_STAGES": "train",
+        "FT_LORA_R": "4096",
+        "FT_LORA_TARGET_MODULES": "all-linear",
+        "FT_DECODER_LAYERS": "plain",
+        "FT_PER_DEVICE_TRAIN_BATCH_SIZE": "4096",
     }
     options += [
         *inputs(tmp_path / "inputs", tiny_model),
