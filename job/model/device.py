@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from job.errors import NodeError
@@ -29,6 +31,12 @@ def require_fp8(device: torch.device) -> None:
             f"FT_FROZEN_PRECISION=fp8, but the {torch.cuda.get_device_name(device)} has no 8-bit floats.",
             "Rent an L4, L40S, H100, H200 or B200, or unset it.",
         )
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is the kind of card that the kernels of our own were measured on: an H100, H200 or GH200."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:

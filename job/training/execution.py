@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from job.errors import InputError, MemoryFull, NodeError
 from job.model.compilation import compile_layers
 from job.model.device import device_of, require_fp8
+from job.model.fused import MANY_TOKENS, proof
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
 from job.model.fused.proof import sample
@@ -89,10 +90,11 @@ class Execution:
 
     def _fuse(self, model: PeftModel, plan: Plan) -> str | None:
         """Fuse the layers, and compute the first both ways; returns what went wrong, if anything did."""
+        kinds = [proof.FEW] if plan.micro_batch_tokens < MANY_TOKENS else [proof.FEW, proof.MANY]  # have other kernels
         try:
-            plain = sample(model)
+            plain = [sample(model, lengths) for lengths in kinds]
             self._layers = fuse_layers(model, plan.weights)
-            difference = sample(model).differs(plain)
+            difference = max(sample(model, lengths).differs(one) for lengths, one in zip(kinds, plain, strict=True))
             finite = sample(model, with_dropout=True).is_finite
         except torch.OutOfMemoryError:
             raise

@@ -147,12 +147,11 @@ def _activation_bytes(shape: Shape, plan: Plan) -> float:
     behind_gate = 2 * hidden + 2 * gate
     behind_attention = hidden + 3 * shape.query + 2 * shape.packed + repeated - 2 * gate - hidden
     at_once = kept if plan.recomputed else 0.0
-    per_token = shape.layers * hidden + (shape.layers - plan.recomputed) * kept + at_once
-    per_token += max(behind_gate, behind_attention)
+    all_layers = shape.layers * hidden + plan.recomputed * shape.groups[3][2] + (shape.layers - plan.recomputed) * kept
+    per_token = all_layers + at_once + max(behind_gate, behind_attention)
     head = min(plan.micro_batch_tokens, _HEAD_TOKENS) * shape.vocabulary
     in_head = 4 * plan.micro_batch_tokens * hidden + head
-    before_head = plan.micro_batch_tokens * (shape.layers * hidden + (shape.layers - plan.recomputed) * kept)
-    return _ELEMENT * max(plan.micro_batch_tokens * per_token, before_head + in_head)
+    return _ELEMENT * max(plan.micro_batch_tokens * per_token, plan.micro_batch_tokens * all_layers + in_head)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -117,10 +117,12 @@ def test_pytorchs_attention_has_the_gradients_of_attention(monkeypatch: pytest.M
 @pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="tensors of this test are on the CPU")
 @pytest.mark.parametrize("shared", [6, 2])
 @pytest.mark.parametrize("boundaries", [[0, 5, 14], [0, 1, 65, 65, 129, 300]])
+@pytest.mark.parametrize("by_descriptors", [True, False])
 def test_our_attention_has_the_gradients_of_attention(
-    monkeypatch: pytest.MonkeyPatch, shared: int, boundaries: list[int]
+    monkeypatch: pytest.MonkeyPatch, shared: int, boundaries: list[int], by_descriptors: bool
 ) -> None:
     case = Case(shared, boundaries)
+    monkeypatch.setattr(attention_kernels, "MANY_TOKENS", 1 if by_descriptors else 1000)
     monkeypatch.setattr(fused_attention, "is_served", lambda states: True)
     monkeypatch.setattr(fused_attention, "_is_served_by_own", lambda states: True)
     case.check(fused_attention.attend)

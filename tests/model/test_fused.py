@@ -17,7 +17,7 @@ from job.model.adapters import lora_config
 from job.model.attention import register_varlen
 from job.model.compilation import compile_layers
 from job.model.fused import pointwise
-from job.model.fused.head import _LabelLogProbs
+from job.model.fused.head import _LabelLogProbs, _Norm, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, Weights, can_fuse, fuse_layers
 from job.model.loading import load_base
 from job.model.quantization import make_resident
@@ -286,19 +286,44 @@ def test_no_token_sees_another_row_nor_what_comes_behind_it(build: Build, fused:
         assert torch.equal(sees, may), token
 
 
-def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits() -> None:
+@pytest.mark.parametrize("ignored", [[], [0, 5, 8], list(range(9))])
+def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits(ignored: list[int]) -> None:
     generator = torch.Generator().manual_seed(3)
     states = torch.randn(9, 16, generator=generator, requires_grad=True)
-    weight = torch.randn(40, 16, generator=generator)
+    weight, norm = torch.randn(40, 16, generator=generator), torch.randn(16, generator=generator)
     labels = torch.randint(0, 40, (9,), generator=generator)
-    log_p = torch.log_softmax(states @ weight.T, -1)
-    chosen = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+    labels[ignored] = -100
+    learned = labels != -100
+    log_p = torch.log_softmax(torch.nn.functional.rms_norm(states, (16,), norm, 1e-5) @ weight.T, -1)
+    chosen = log_p.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1) * learned
     scales = torch.linspace(0.1, 2, 9)
     (wanted,) = torch.autograd.grad((chosen * scales).sum(), states)
 
-    found, entropy, first = _LabelLogProbs.apply(states, weight, labels)
+    found, entropy, first = _LabelLogProbs.apply(states, _Norm(norm, 1e-5), weight, labels)
     (gradient,) = torch.autograd.grad((found * scales).sum(), states)
     torch.testing.assert_close(found, chosen, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-6)
-    assert torch.equal(first, log_p.argmax(-1) == labels)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1) * learned, rtol=1e-5, atol=1e-6)
+    assert torch.equal(first, (log_p.argmax(-1) == labels) & learned)
+
+
+def test_a_model_with_a_fused_head_gives_trl_what_the_model_gives(build: Build) -> None:
+    model = build(attention=register_varlen())
+    rows = _rows()
+    labels = torch.cat(rows).unsqueeze(0).clone()
+    labels[0, [*torch.tensor([0, *LENGTHS[:-1]]).cumsum(0).tolist(), 3]] = -100  # first tokens are nobody's next ones
+    inputs = {
+        "input_ids": torch.cat(rows).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0),
+        "cu_seq_lens_q": torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32),
+        "max_length_q": max(LENGTHS),
+    }
+    logits = model(**inputs).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="none")
+    fuse_head(model)
+    found = model(**inputs, labels=labels, fused_lm_head=True)
+    torch.testing.assert_close(-found.log_probs[0], losses, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.label_mask, labels[:, 1:] != -100)
+    assert torch.equal(found.is_top1[0], (logits.argmax(-1) == labels[0, 1:]))
+    torch.testing.assert_close(found.loss, losses.sum() / found.label_mask.sum())
+    assert torch.equal(model(**inputs).logits[0, :-1], logits), "the norm is back in its place"

@@ -11,11 +11,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from job.model.fused import pointwise, triton_kernels
+from job.model.fused import gate_kernels, pointwise, triton_kernels
 from job.model.fused.launch import Kernel
 from job.model.fused.rounding import Rounded
 
 DTYPES = (torch.float32, torch.bfloat16)
+MULTIPLIED = (torch.float32, torch.float16)  # the interpreter cannot multiply matrices in bfloat16
 ROWS, WIDTH = 5, 96
 
 
@@ -23,7 +24,8 @@ class Kernels:
     """The kernels of tensors on the CPU: interpreted there, or carried to the GPU and back."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        kernel: Callable[..., Any] = getattr(triton_kernels, name)
+        module = gate_kernels if name.startswith("gated") else triton_kernels
+        kernel: Callable[..., Any] = getattr(module, name)
         return kernel if os.environ.get("TRITON_INTERPRET") else functools.partial(_on_gpu, kernel)
 
 
@@ -56,18 +58,38 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
+def close_sums(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Of sums over many values, whose rounding is that of the largest."""
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    tolerance = 1e-5 if wanted.dtype == torch.float32 else 1 / 64
+    assert float((found.float() - wanted.float()).norm() / wanted.float().norm()) < tolerance
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_write_only_the_columns_that_are_theirs(kernels: Kernels, dtype: torch.dtype) -> None:
     x, weight = some(ROWS, WIDTH, dtype=dtype), some(WIDTH, dtype=dtype, seed=1)
     outs = [torch.full((ROWS, WIDTH + 8), 7.0, dtype=dtype) for _ in range(2)]
-    pointwise.rms_norm(x, weight, 1e-5, outs[0])
-    kernels.rms_norm(x, weight, 1e-5, outs[1])
+    inverses = [norm.rms_norm(x, weight, 1e-5, out) for norm, out in zip((pointwise, kernels), outs, strict=True)]
     close(outs[1], outs[0])
+    close(inverses[1], inverses[0])
+    close(inverses[0], x.float().square().mean(-1, keepdim=True).add(1e-5).rsqrt())
     assert bool((outs[1][:, WIDTH:] == 7).all())
     gradient, residual = some(ROWS, WIDTH, dtype=dtype, seed=2), some(ROWS, WIDTH + 8, dtype=dtype, seed=3)
     pointwise.rms_norm_backward(gradient, x, weight, 1e-5, residual, outs[0])
     kernels.rms_norm_backward(gradient, x, weight, 1e-5, residual, outs[1])
     close(outs[1], outs[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_added_before_a_norm_is_kept_and_rounded(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, add, weight = some(ROWS, WIDTH, dtype=dtype), some(ROWS, WIDTH, dtype=dtype, seed=1), some(WIDTH, dtype=dtype)
+    both, wanted = x + add, torch.empty_like(x)
+    pointwise.rms_norm(both, weight, 1e-5, wanted)
+    for norm in (pointwise, kernels):
+        found, out = x.clone(), torch.empty_like(x)
+        norm.rms_norm(found, weight, 1e-5, out, None, add)
+        close(found, both)
+        close(out, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,6 +137,79 @@ def test_the_gate_and_its_gradient(kernels: Kernels, dtype: torch.dtype) -> None
     again = pointwise.gated_backward_(gradient, copies[0][:, : 2 * width])
     close(kernels.gated_backward_(gradient, copies[1][:, : 2 * width]), again)
     close(copies[1], copies[0])
+
+
+# rows and columns that fill no tile, and several parts of either
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("ranks", [4, 16])
+def test_the_gate_with_the_narrow_product_of_its_result(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ranks: int
+) -> None:
+    monkeypatch.setattr(gate_kernels, "_multiprocessors", lambda device: 1)
+    tokens, width = 70, 200
+    gate_up, a = (
+        some(tokens, 2 * width + 8, dtype=dtype).to(_device()),
+        some(ranks, width + 8, dtype=dtype).to(_device()),
+    )
+    outs = [torch.full((tokens, width + 4), 7.0, dtype=dtype, device=_device()) for _ in range(2)]
+    narrow = [
+        way(gate_up[:, : 2 * width], a[:, :width], out)
+        for way, out in zip((pointwise.gated_narrow, gate_kernels.gated_narrow), outs, strict=True)
+    ]
+    close(outs[1], outs[0])
+    assert bool((outs[1][:, width:] == 7).all())
+    close_sums(narrow[1], narrow[0])
+    close_sums(narrow[0], outs[0][:, :width] @ a[:, :width].T)
+
+
+BESIDE = [(4, 4, 4), (16, 0, 8), (0, 4, 0), (0, 0, 0)]  # ranks of down, gate and up
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("ranks", BESIDE)
+def test_the_gates_gradients_with_those_of_the_adapters_around_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ranks: tuple[int, int, int]
+) -> None:
+    monkeypatch.setattr(gate_kernels, "_multiprocessors", lambda device: 3)
+    tokens, width = 70, 104
+    gradient = some(tokens, width, dtype=dtype, seed=1).to(_device())
+    of_down = some(tokens, 40, dtype=dtype, seed=2).to(_device())[:, 8 : 8 + ranks[0]] if ranks[0] else None
+    wide = some(tokens, 40, dtype=dtype, seed=3).to(_device())
+    gate, up = (wide[:, begin : begin + rank] if rank else None for begin, rank in ((0, ranks[1]), (16, ranks[2])))
+    beside = pointwise.Beside(of_down, gate, up, (0.5, 2.0))
+    copies = [some(tokens, 2 * width + 8, dtype=dtype).to(_device()) for _ in range(3)]
+    halves = [copy[:, : 2 * width] for copy in copies]
+    act = pointwise.gated_backward_(gradient, halves[2])
+    wanted = pointwise.gated_backward_adapted_(gradient, halves[0], beside)
+    found = gate_kernels.gated_backward_adapted_(gradient, halves[1], beside)
+    close(copies[1], copies[0])
+    by_hand = [
+        None if left is None or right is None else (left.float().T @ right.float() * scale).to(dtype)
+        for left, right, scale in ((of_down, act, 1), (halves[2][:, :width], gate, 0.5), (halves[2][:, width:], up, 2))
+    ]
+    for one, other, exact in zip(found, wanted, by_hand, strict=True):
+        assert (one is None) == (other is None) == (exact is None)
+        if one is not None and other is not None and exact is not None:
+            close_sums(one, exact)
+            close_sums(other, exact)
+
+
+def test_the_gates_kernels_serve_many_tokens_of_aligned_tensors_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tensor(rows: int, columns: int, stride: int) -> torch.Tensor:
+        return torch.empty(rows, stride, dtype=torch.bfloat16, device="meta")[:, :columns]
+
+    many = gate_kernels.MANY_TOKENS
+    gate_up, a, narrow = tensor(many, 22016, 22144), tensor(64, 11008, 11072), tensor(many, 64, 128)
+    assert not gate_kernels.serves(gate_up, a), "this is no GPU"
+    monkeypatch.setattr(gate_kernels, "is_hopper", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
+    assert gate_kernels.serves(gate_up, a)
+    assert gate_kernels.serves(gate_up, None, narrow, narrow)
+    assert gate_kernels.serves(gate_up, tensor(128, 11008, 11072))
+    for refused in (tensor(256, 11008, 11008), tensor(many, 256, 256), tensor(many, 4, 12), narrow.T):
+        assert not gate_kernels.serves(gate_up, refused), (refused.shape, refused.stride())
+    assert not gate_kernels.serves(gate_up[: many - 1], a)
+    assert not gate_kernels.serves(gate_up.float(), a)
 
 
 def test_the_plain_gradients_are_those_of_autograd() -> None:
@@ -204,21 +299,25 @@ def _rounds(out: torch.Tensor, rounded: Rounded) -> None:
 @pytest.mark.parametrize("kernel", [True, False])
 def test_results_in_8_bits_beside_those_in_16(kernel: bool) -> None:
     functions: Any = triton_kernels if kernel else pointwise
+    gates: Any = gate_kernels if kernel else pointwise
     device = _device() if kernel else "cpu"
     x, weight, gradient = (some(ROWS, WIDTH, dtype=torch.bfloat16, seed=seed).to(device) for seed in range(3))
     normed, rounded = torch.empty_like(x), Rounded.empty(x, WIDTH)
-    _rounds(functions.rms_norm(x, weight[0], 1e-5, normed, rounded), rounded)
-    assert torch.equal(normed, functions.rms_norm(x, weight[0], 1e-5, torch.empty_like(x)))
+    functions.rms_norm(x, weight[0], 1e-5, normed, rounded)
+    _rounds(normed, rounded)
+    alone = torch.empty_like(x)
+    functions.rms_norm(x, weight[0], 1e-5, alone)
+    assert torch.equal(normed, alone)
     _rounds(functions.rms_norm_backward(gradient, x, weight[0], 1e-5, x, normed, rounded), rounded)
 
     width = 2100  # more than one turn of the kernel's loops
     gate_up, of_act = (some(ROWS, count, dtype=torch.bfloat16).to(device) for count in (2 * width, width))
     gate_up[:, width - 1] = gate_up[:, -1] = of_act[:, -1] = 9.0  # the largest comes last
     act, rounded = torch.empty_like(of_act), Rounded.empty(x, width)
-    _rounds(functions.gated(gate_up, act, rounded), rounded)
-    close(act, functions.gated(gate_up, torch.empty_like(act)))
+    _rounds(gates.gated(gate_up, act, rounded), rounded)
+    close(act, gates.gated(gate_up, torch.empty_like(act)))
     alone, rounded = gate_up.clone(), Rounded.empty(x, 2 * width)
-    close(functions.gated_backward_(of_act, gate_up, rounded), functions.gated_backward_(of_act, alone))
+    close(gates.gated_backward_(of_act, gate_up, rounded), gates.gated_backward_(of_act, alone))
     _rounds(gate_up, rounded)
     close(gate_up, alone)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from job.model.attention import for_each_head, is_served, row_by_row
+from job.model.device import is_hopper
 from job.model.fused import pointwise
 
 
@@ -47,12 +48,7 @@ def attend(
 
 def _is_served_by_own(query: torch.Tensor) -> bool:
     """Measured on Hopper alone; elsewhere PyTorch's are the safer choice."""
-    return query.shape[-1] in (64, 128) and _is_hopper(query.device)
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    return query.shape[-1] in (64, 128) and is_hopper(query.device)
 
 
 def _by_own_kernels(

@@ -7,17 +7,16 @@ rotated back to before their rotary positions on the way out.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from job.model.fused.launch import Kernel
+from job.model.fused import MANY_TOKENS
+from job.model.fused.launch import Kernel, can_describe, described
 
 _LOG2_E = 1.4426950408889634
-
-
 OWN = 64  # tokens of a program
 
 
@@ -29,43 +28,58 @@ class Tuned(NamedTuple):
     stages: int
 
 
-# found on an H200 among some ten of each, for rows of guanaco's lengths: BENCHMARKS.md
-FORWARD, OF_QUERY, OF_KEY = Tuned(32, 4, 3), Tuned(32, 4, 3), Tuned(64, 4, 2)
+# found on an H100 among some ten of each, for rows of guanaco's lengths: BENCHMARKS.md
+FORWARD, OF_QUERY, OF_KEY = Tuned(64, 4, 3), Tuned(32, 4, 4), Tuned(64, 4, 2)
+
+# Loops load their tiles by descriptors (TMA) where these pay, without a thought for where rows end: of another row's tokens, or
+# of zeros behind the last, nothing is counted, since a row's own tokens come before them, and theirs are not stored.
+
+
+@triton.jit
+def _tile(states, first, end, rows, column, stride, DIM: tl.constexpr, DESCRIBED: tl.constexpr):
+    """Some of (tokens, heads x head_dim), from `first` on: one head's, which begins at `column`."""
+    if DESCRIBED:
+        return states.load([first, column])
+    else:  # noqa: RET505 - of the two, Triton compiles one
+        start = states + tl.cast(first, tl.int64) * stride + column
+        known = (rows < end - first)[:, None]
+        return tl.load(start + (rows[:, None] * stride + tl.arange(0, DIM)[None, :]), mask=known, other=0.0)
 
 
 @Kernel
 @triton.jit
 def _forward_kernel(
     query, key, value, out, normalisers, tiles, scale, tokens, stride, out_stride,
-    GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr
+    GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
     begin, end, first = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     if first >= end:
         return
-    columns = tl.arange(0, DIM)
-    rows = first + tl.arange(0, OWN)
-    inside = rows < end
-    q = tl.load(_at(query, rows, head, columns, stride, DIM), mask=inside[:, None], other=0.0)
+    own, other = tl.arange(0, OWN), tl.arange(0, OTHER)
+    inside = own < end - first
+    q = _tile(query, first, end, own, head * DIM, stride, DIM, False)
     highest = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     weighted = tl.zeros((OWN, DIM), tl.float32)
+    column = head // GROUP * DIM
     for start in tl.range(begin, tl.minimum(first + OWN, end), OTHER, num_stages=STAGES):
-        others = start + tl.arange(0, OTHER)
-        known = (others < end)[:, None]
-        k = tl.load(_at(key, others, head // GROUP, columns, stride, DIM), mask=known, other=0.0)
+        k = _tile(key, start, end, other, column, stride, DIM, DESCRIBED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(rows[:, None] >= others[None, :], scores, float("-inf"))
+        if start + OTHER > first:  # on the diagonal
+            scores = tl.where((own + (first - start))[:, None] >= other[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         p = tl.exp2(scores - higher[:, None])
         kept = tl.exp2(highest - higher)
         total = total * kept + tl.sum(p, 1)
-        v = tl.load(_at(value, others, head // GROUP, columns, stride, DIM), mask=known, other=0.0)
+        v = _tile(value, start, end, other, column, stride, DIM, DESCRIBED)
         weighted = tl.dot(p.to(v.dtype), v, weighted * kept[:, None], input_precision="ieee")
         highest = higher
     result = (weighted / total[:, None]).to(out.dtype.element_ty)
-    tl.store(_at(out, rows, head, columns, out_stride, DIM), result, mask=inside[:, None])
-    tl.store(normalisers + head * tokens + rows, highest + tl.log2(total), mask=inside)
+    to = out + tl.cast(first, tl.int64) * out_stride + head * DIM
+    tl.store(to + (own[:, None] * out_stride + tl.arange(0, DIM)[None, :]), result, mask=inside[:, None])
+    tl.store(normalisers + head * tokens + first + own, highest + tl.log2(total), mask=inside)
 
 
 @Kernel
@@ -73,33 +87,33 @@ def _forward_kernel(
 def _of_query_kernel(
     query, key, value, out, of_out, of_query, normalisers, products, cos, sin, tiles, scale, by, tokens, stride,
     out_stride, of_out_stride, of_stride,
-    GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr
+    GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
     begin, end, first = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     if first >= end:
         return
-    columns = tl.arange(0, DIM)
-    rows = first + tl.arange(0, OWN)
-    inside = rows < end
-    q = tl.load(_at(query, rows, head, columns, stride, DIM), mask=inside[:, None], other=0.0)
-    of_o = tl.load(_at(of_out, rows, head, columns, of_out_stride, DIM), mask=inside[:, None], other=0.0)
-    o = tl.load(_at(out, rows, head, columns, out_stride, DIM), mask=inside[:, None], other=0.0)
+    own, other = tl.arange(0, OWN), tl.arange(0, OTHER)
+    inside = own < end - first
+    q = _tile(query, first, end, own, head * DIM, stride, DIM, False)
+    of_o = _tile(of_out, first, end, own, head * DIM, of_out_stride, DIM, False)
+    o = _tile(out, first, end, own, head * DIM, out_stride, DIM, False)
     product = tl.sum(o.to(tl.float32) * of_o.to(tl.float32), 1)
-    tl.store(products + head * tokens + rows, product, mask=inside)
-    normaliser = tl.load(normalisers + head * tokens + rows, mask=inside, other=float("inf"))
+    tl.store(products + head * tokens + first + own, product, mask=inside)
+    normaliser = tl.load(normalisers + head * tokens + first + own, mask=inside, other=float("inf"))
     gradient = tl.zeros((OWN, DIM), tl.float32)
+    column = head // GROUP * DIM
     for start in tl.range(begin, tl.minimum(first + OWN, end), OTHER, num_stages=STAGES):
-        others = start + tl.arange(0, OTHER)
-        known = (others < end)[:, None]
-        k = tl.load(_at(key, others, head // GROUP, columns, stride, DIM), mask=known, other=0.0)
-        v = tl.load(_at(value, others, head // GROUP, columns, stride, DIM), mask=known, other=0.0)
+        k = _tile(key, start, end, other, column, stride, DIM, DESCRIBED)
+        v = _tile(value, start, end, other, column, stride, DIM, DESCRIBED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        p = tl.where(rows[:, None] >= others[None, :], tl.exp2(scores - normaliser[:, None]), 0.0)
+        p = tl.exp2(scores - normaliser[:, None])
+        p = tl.where((own + (first - start))[:, None] >= other[None, :], p, 0.0)
         of_p = tl.dot(of_o, tl.trans(v), input_precision="ieee")
         of_scores = p * (of_p - product[:, None])
         gradient = tl.dot(of_scores.to(k.dtype), k, gradient, input_precision="ieee")
-    _store_rotated_back(gradient * by, of_query, cos, sin, rows, inside, head, of_stride, DIM, OWN)
+    _store_rotated_back(gradient * by, of_query, cos, sin, first, own, inside, head, of_stride, DIM, OWN)
 
 
 @Kernel
@@ -107,63 +121,58 @@ def _of_query_kernel(
 def _of_key_kernel(
     query, key, value, of_out, of_key, of_value, normalisers, products, cos, sin, tiles, scale, by, tokens, stride,
     of_out_stride, of_stride,
-    GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr
+    GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr
 ):  # fmt: skip
     tile, shared = tl.program_id(0), tl.program_id(1)
     end, first = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     if first >= end:
         return
-    columns = tl.arange(0, DIM)
-    rows = first + tl.arange(0, OWN)
-    inside = rows < end
-    k = tl.load(_at(key, rows, shared, columns, stride, DIM), mask=inside[:, None], other=0.0)
-    v = tl.load(_at(value, rows, shared, columns, stride, DIM), mask=inside[:, None], other=0.0)
+    own, other = tl.arange(0, OWN), tl.arange(0, OTHER)
+    inside = own < end - first
+    k = _tile(key, first, end, own, shared * DIM, stride, DIM, False)
+    v = _tile(value, first, end, own, shared * DIM, stride, DIM, False)
     of_k = tl.zeros((OWN, DIM), tl.float32)
     of_v = tl.zeros((OWN, DIM), tl.float32)
     for member in range(GROUP):
         head = shared * GROUP + member
         for start in tl.range(first, end, OTHER, num_stages=STAGES):
-            others = start + tl.arange(0, OTHER)
-            known = others < end
-            q = tl.load(_at(query, others, head, columns, stride, DIM), mask=known[:, None], other=0.0)
-            normaliser = tl.load(normalisers + head * tokens + others, mask=known, other=float("inf"))
+            known = other < end - start
+            q = _tile(query, start, end, other, head * DIM, stride, DIM, DESCRIBED)
+            normaliser = tl.load(normalisers + head * tokens + start + other, mask=known, other=float("inf"))
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-            p = tl.where(others[None, :] >= rows[:, None], tl.exp2(scores - normaliser[None, :]), 0.0)
-            of_o = tl.load(_at(of_out, others, head, columns, of_out_stride, DIM), mask=known[:, None], other=0.0)
+            p = tl.exp2(scores - normaliser[None, :])
+            if start < first + OWN:  # on the diagonal
+                p = tl.where((other + (start - first))[None, :] >= own[:, None], p, 0.0)
+            of_o = _tile(of_out, start, end, other, head * DIM, of_out_stride, DIM, DESCRIBED)
             of_v = tl.dot(p.to(of_o.dtype), of_o, of_v, input_precision="ieee")
             of_p = tl.dot(v, tl.trans(of_o), input_precision="ieee")
-            product = tl.load(products + head * tokens + others, mask=known, other=0.0)
+            product = tl.load(products + head * tokens + start + other, mask=known, other=0.0)
             of_scores = p * (of_p - product[None, :])
             of_k = tl.dot(of_scores.to(q.dtype), q, of_k, input_precision="ieee")
-    tl.store(
-        _at(of_value, rows, shared, columns, of_stride, DIM), of_v.to(of_value.dtype.element_ty), mask=inside[:, None]
-    )
-    _store_rotated_back(of_k * by, of_key, cos, sin, rows, inside, shared, of_stride, DIM, OWN)
-
-
-@triton.jit
-def _at(states, rows, head, columns, stride, DIM: tl.constexpr):
-    """Of (tokens, heads, head_dim), whose tokens lie `stride` apart."""
-    return states + rows.to(tl.int64)[:, None] * stride + head * DIM + columns[None, :]
+    to = of_value + tl.cast(first, tl.int64) * of_stride + shared * DIM
+    to += own[:, None] * of_stride + tl.arange(0, DIM)[None, :]
+    tl.store(to, of_v.to(of_value.dtype.element_ty), mask=inside[:, None])
+    _store_rotated_back(of_k * by, of_key, cos, sin, first, own, inside, shared, of_stride, DIM, OWN)
 
 
 @triton.jit
 def _store_rotated_back(
-    gradient, to, cos, sin, rows, inside, head, stride, DIM: tl.constexpr, OWN: tl.constexpr
+    gradient, to, cos, sin, first, own, inside, head, stride, DIM: tl.constexpr, OWN: tl.constexpr
 ):  # fmt: skip
     half: tl.constexpr = DIM // 2
-    first, second = tl.split(tl.permute(tl.reshape(gradient, (OWN, 2, half)), (0, 2, 1)))
-    columns = tl.arange(0, half)
-    angles = rows.to(tl.int64)[:, None] * DIM + columns[None, :]
+    one, two = tl.split(tl.permute(tl.reshape(gradient, (OWN, 2, half)), (0, 2, 1)))
+    columns = tl.arange(0, half)[None, :]
+    angles = tl.cast(first, tl.int64) * DIM + (own[:, None] * DIM + columns)
     known = inside[:, None]
     cos_first = tl.load(cos + angles, mask=known, other=0.0).to(tl.float32)
     cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)
     sin_first = tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)
     sin_second = tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)
     kind = to.dtype.element_ty
-    place = _at(to, rows, head, columns, stride, DIM)
-    tl.store(place, (first * cos_first + second * sin_first).to(kind), mask=known)
-    tl.store(place + half, (second * cos_second - first * sin_second).to(kind), mask=known)
+    place = to + tl.cast(first, tl.int64) * stride + head * DIM + (own[:, None] * stride + columns)
+    tl.store(place, (one * cos_first + two * sin_first).to(kind), mask=known)
+    tl.store(place + half, (two * cos_second - one * sin_second).to(kind), mask=known)
 
 
 def tiles_of(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -188,9 +197,11 @@ def forward(
     tokens, heads, dim = query.shape
     assert key.stride() == value.stride() == query.stride()
     normalisers = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
+    shared = key.shape[1]
+    (key, value), shape = _loaded(FORWARD, key, value)
     _forward_kernel[(len(tiles), heads)](
         query, key, value, out, normalisers, tiles, scaling * _LOG2_E, tokens, query.stride(0), out.stride(0),
-        GROUP=heads // key.shape[1], DIM=dim, OWN=OWN, OTHER=FORWARD.other, STAGES=FORWARD.stages, num_warps=FORWARD.warps,
+        GROUP=heads // shared, DIM=dim, **shape,
     )  # fmt: skip
     return normalisers
 
@@ -202,18 +213,28 @@ def backward(
 ) -> None:  # fmt: skip
     """For the gradient of `forward`'s `out`, those of query, key and value, side by side into the first columns of `place`,
     (tokens, ...), the first two rotated back by `cos` and `sin`, (tokens, head_dim)."""
-    tokens, heads, dim = query.shape
-    shared = key.shape[1]
+    (tokens, heads, dim), shared = query.shape, key.shape[1]
     products = torch.empty_like(normalisers)  # of each result and its gradient
-    factors = scaling * _LOG2_E, scaling
+    factors, group = (scaling * _LOG2_E, scaling), heads // shared
     strides = query.stride(0), out.stride(0), of_out.stride(0), place.stride(0)
-    shape = {"GROUP": heads // shared, "DIM": dim, "OWN": OWN}
-    of_key, of_value = place[:, heads * dim :], place[:, (heads + shared) * dim :]
+    (keys, values), shape = _loaded(OF_QUERY, key, value)
     _of_query_kernel[(len(tiles), heads)](
-        query, key, value, out, of_out, place, normalisers, products, cos, sin, tiles, *factors, tokens, *strides,
-        **shape, OTHER=OF_QUERY.other, STAGES=OF_QUERY.stages, num_warps=OF_QUERY.warps,
+        query, keys, values, out, of_out, place, normalisers, products, cos, sin, tiles, *factors, tokens, *strides,
+        GROUP=group, DIM=dim, **shape,
     )  # fmt: skip
+    (queries, of_outs), shape = _loaded(OF_KEY, query, of_out)
+    of_key, of_value = place[:, heads * dim :], place[:, (heads + shared) * dim :]
     _of_key_kernel[(len(tiles), shared)](
-        query, key, value, of_out, of_key, of_value, normalisers, products, cos, sin, tiles, *factors, tokens,
-        strides[0], *strides[2:], **shape, OTHER=OF_KEY.other, STAGES=OF_KEY.stages, num_warps=OF_KEY.warps,
+        queries, key, value, of_outs, of_key, of_value, normalisers, products, cos, sin, tiles, *factors, tokens,
+        strides[0], *strides[2:], GROUP=group, DIM=dim, **shape,
     )  # fmt: skip
+
+
+def _loaded(tuned: Tuned, *parts: torch.Tensor) -> tuple[list[Any], dict[str, Any]]:
+    """What a loop loads, each (tokens, heads, head_dim), in the form in which it does, and the constants that say how."""
+    matrices = [part.flatten(1) for part in parts]
+    by_descriptors = len(parts[0]) >= MANY_TOKENS and all(map(can_describe, matrices))
+    if by_descriptors:
+        matrices = [described(matrix, tuned.other, parts[0].shape[2]) for matrix in matrices]
+    constants = {"OWN": OWN, "OTHER": tuned.other, "STAGES": tuned.stages, "DESCRIBED": by_descriptors}
+    return matrices, {**constants, "num_warps": tuned.warps}

@@ -6,6 +6,9 @@ known as soon as the logits are: it goes through the head while they are at hand
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,40 +21,62 @@ _IGNORED = -100  # the label of what is not learned, as transformers has it
 _TOKENS = 4096  # whose logits exist at once
 
 
+@dataclass(frozen=True)
+class _Norm:
+    """The model's last norm, which comes before the head."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+
 class _LabelLogProbs(torch.autograd.Function):
-    """(tokens, width) states, (vocabulary, width) weights and labels → of each token the label's log-probability, the
-    distribution's entropy, and whether the label comes first; the first alone has a gradient."""
+    """(tokens, width) states before the last norm, (vocabulary, width) weights and labels → of each token the label's
+    log-probability, the distribution's entropy, and whether the label comes first; the first alone has a gradient. Tokens
+    without a label have zeros, and nothing is computed for them."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+        ctx: Any, states: torch.Tensor, norm: _Norm, weight: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(states.device.type, enabled=False):
-            return _label_log_probs(ctx, states, weight, labels)
+            return _label_log_probs(ctx, states, norm, weight, labels)
 
     @staticmethod
-    def backward(ctx: Any, *of_results: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (of_log_prob,) = ctx.saved_tensors
-        return of_log_prob * of_results[0].unsqueeze(1).to(of_log_prob.dtype), None, None
+    def backward(ctx: Any, *of_results: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_log_prob, rows, learned = ctx.saved_tensors
+        norm: _Norm = ctx.norm
+        of_normed = of_log_prob.mul_(of_results[0][learned].unsqueeze(1).to(of_log_prob.dtype))
+        of_states = rows.new_zeros(len(of_results[0]), rows.shape[1])
+        of_rows = torch.empty_like(rows)
+        pointwise.rms_norm_backward(of_normed, rows, norm.weight, norm.epsilon, None, of_rows)
+        return of_states.index_copy_(0, learned, of_rows), None, None, None
 
 
 def _label_log_probs(
-    ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    ctx: Any, states: torch.Tensor, norm: _Norm, weight: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (learned,) = torch.where(labels != _IGNORED)
+    rows, labels = states.index_select(0, learned), labels.index_select(0, learned)
+    normed = torch.empty_like(rows)
+    pointwise.rms_norm(rows, norm.weight, norm.epsilon, normed)
     needed = ctx.needs_input_grad[0]
-    gradient = torch.empty_like(states) if needed else None
+    gradient = torch.empty_like(rows) if needed else None
     results = []
-    for begin in range(0, max(1, len(states)), _TOKENS):
+    for begin in range(0, max(1, len(rows)), _TOKENS):
         part = slice(begin, begin + _TOKENS)
-        logits = states[part] @ weight.T
+        logits = normed[part] @ weight.T
         results.append(pointwise.label_log_probs_(logits, labels[part]))
         if gradient is not None:
             torch.mm(logits, weight, out=gradient[part])
         del logits
-    log_probs, entropy, first = (torch.cat(parts) for parts in zip(*results, strict=True))
+    log_probs, entropy, first = (
+        parts[0].new_zeros(len(states)).index_copy_(0, learned, torch.cat(parts))
+        for parts in zip(*results, strict=True)
+    )
     ctx.mark_non_differentiable(entropy, first)
     if gradient is not None:
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, rows, learned)
+        ctx.norm = norm
     return log_probs, entropy, first
 
 
@@ -62,24 +87,37 @@ def can_fuse_head(model: PeftModel) -> bool:
 
 
 def fuse_head(model: PeftModel) -> None:
-    """Answer trl's trainer, which asks a model for `fused_lm_head` outputs; every other call goes where it went."""
+    """Answer trl's trainer, which asks a Llama for `fused_lm_head` outputs; every other call goes where it went."""
     base = model.get_base_model()
-    forward = base.forward
+    forward, norm = base.forward, base.base_model.norm
 
     def answer(*, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
             return forward(**inputs)
-        labels = inputs.pop("labels")[:, 1:]
+        labels = inputs.pop("labels")
         inputs.pop("num_items_in_batch", None)
-        states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state[:, :-1]
-        mask = labels != _IGNORED
+        with _skipped(norm):
+            states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)  # each token's next
         found = _LabelLogProbs.apply(  # type: ignore[no-untyped-call]
-            states[mask], base.get_output_embeddings().weight, labels[mask]
-        )
-        log_probs, entropy, first = (part.new_zeros(mask.shape).masked_scatter(mask, part) for part in found)
+            states.flatten(0, 1), _Norm(norm.weight, norm.variance_epsilon), base.get_output_embeddings().weight,
+            shifted.flatten(),
+        )  # fmt: skip
+        log_probs, entropy, first = (part.view(labels.shape)[:, :-1] for part in found)
+        mask = shifted[:, :-1] != _IGNORED
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / mask.sum().clamp(min=1),
             log_probs=log_probs, entropy=entropy, is_top1=first, label_mask=mask,
         )  # fmt: skip
 
     base.forward = answer
+
+
+@contextlib.contextmanager
+def _skipped(norm: torch.nn.Module) -> Iterator[None]:
+    """Let a module pass on what it is given: the norm is part of what comes behind it here."""
+    norm.forward = lambda states: states
+    try:
+        yield
+    finally:
+        del norm.forward

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-_ALIGNED = 16  # bytes, or a multiple of: what Triton compiles different code for
+ALIGNED = 16  # bytes, or a multiple of: what Triton compiles different code for, and what descriptors need
 _INT32 = 2**31
 
 
@@ -40,7 +41,20 @@ class Kernel:
 def _kind(argument: Any) -> Any:
     """What Triton may compile other code for on NVIDIA's cards; finer than it need be, never coarser."""
     if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % _ALIGNED == 0, argument.get_device()
+        return argument.dtype, argument.data_ptr() % ALIGNED == 0, argument.get_device()
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape, argument.base.get_device()
     if isinstance(argument, int):
-        return argument == 1, argument % _ALIGNED == 0, -_INT32 <= argument < _INT32
+        return argument == 1, argument % ALIGNED == 0, -_INT32 <= argument < _INT32
     return type(argument)
+
+
+def can_describe(matrix: torch.Tensor) -> bool:
+    """Whether tiles of it can be loaded by a descriptor, through Hopper's tensor memory accelerator."""
+    size = matrix.element_size()
+    return matrix.stride(1) == 1 and (matrix.stride(0) * size) % ALIGNED == 0 and matrix.data_ptr() % ALIGNED == 0
+
+
+def described(matrix: torch.Tensor, *tile: int) -> TensorDescriptor:
+    """A matrix from which a kernel loads tiles; what lies outside of it is zero."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(tile))

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from job.model.fused import pointwise
 from job.model.fused.attention import Attended, Rows, attend
-from job.model.fused.products import Draw, Products, base_of
+from job.model.fused.products import Draw, Normed, Products, base_of
 from job.model.fused.rounding import Rounded
 from job.model.quantization import make_resident
 
@@ -34,14 +34,14 @@ LINEAR_LAYERS = 7
 class _Kept:
     """What the backward pass of one layer needs."""
 
+    first_normed: Normed
     narrow_inputs: torch.Tensor | None
     attended: Attended
     narrow_output: torch.Tensor | None
-    middle: torch.Tensor
+    second_normed: Normed
     gate_up_whole: torch.Tensor
     gate_up: torch.Tensor
     narrow_gates: torch.Tensor | None
-    narrow_down: torch.Tensor | None = None
 
 
 class FusedLayer:
@@ -78,7 +78,7 @@ class FusedLayer:
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
         trained = [p for products in self._products() for p in products.parameters]
         seeds = [(self.dropout_seed + place, self.first_token) for place in range(LINEAR_LAYERS)]
-        out: torch.Tensor = _Layer.apply(hidden_states[0], self, rows, seeds, *trained)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Layer.apply(hidden_states.squeeze(0), self, rows, seeds, *trained)  # type: ignore[no-untyped-call]
         return out.unsqueeze(0)
 
     def _products(self) -> tuple[Products, ...]:
@@ -86,17 +86,18 @@ class FusedLayer:
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> tuple[torch.Tensor, _Kept]:
-        kept = self._middle(x, rows, seeds)
-        rounded = self.down.rounded_input(x)
-        act = pointwise.gated(kept.gate_up, self.down.new_input(x), rounded)
-        y, kept.narrow_down = self.down.forward(act, seeds[_DOWN], rounded=rounded)
-        return y.add_(kept.middle), kept
+    def forward(
+        self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]
+    ) -> tuple[torch.Tensor, _Kept, torch.Tensor | None]:
+        """The result, what the backward pass needs, and what it needs even of a layer that is recomputed."""
+        kept = self.middle(x, rows, seeds)
+        y, narrow_down = self.down.forward_gated(kept.gate_up, seeds[_DOWN])
+        return y.add_(kept.second_normed.x), kept, narrow_down
 
-    def _middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> _Kept:
+    def middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> _Kept:
         """The layer without its last product, whose result no gradient needs."""
         rounded = self.inputs.rounded_input(x)
-        normed = self._norm(0, x, self.inputs, rounded)
+        normed, first = self._norm(0, x, self.inputs, rounded)
         packed, narrow_inputs = self.inputs.forward(normed, seeds[_ATTENTION_INPUTS], rounded=rounded)
         rotated = packed[:, : (self._heads + self._shared_heads) * self._dim].unflatten(1, (-1, self._dim))  # type: ignore[no-untyped-call]
         pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
@@ -104,16 +105,18 @@ class FusedLayer:
         flat = self.output.new_input(x)
         attended = attend(query, key, value, rows, self._scaling, flat)
         middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
-        middle += x
         rounded = self.gates.rounded_input(x)
-        normed = self._norm(1, middle, self.gates, rounded)
+        normed, second = self._norm(1, middle, self.gates, rounded, add=x)
         whole, narrow_gates = self.gates.forward(normed, seeds[_GATES], room=True, rounded=rounded)
         gate_up = whole[:, : self._gate_width]
-        return _Kept(narrow_inputs, attended, narrow_output, middle, whole, gate_up, narrow_gates)
+        return _Kept(first, narrow_inputs, attended, narrow_output, second, whole, gate_up, narrow_gates)
 
-    def _norm(self, which: int, x: torch.Tensor, then: Products, rounded: Rounded | None = None) -> torch.Tensor:
-        norm = self._norms[which]
-        return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, then.new_input(x), rounded)
+    def _norm(
+        self, which: int, x: torch.Tensor, then: Products, rounded: Rounded | None, add: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Normed]:
+        norm, out = self._norms[which], then.new_input(x)
+        inverse = pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, out, rounded, add)
+        return out, Normed(x, inverse, norm.weight, norm.variance_epsilon)
 
     def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         counts = [self._heads, self._shared_heads, self._shared_heads]
@@ -123,70 +126,99 @@ class FusedLayer:
     # -- backward ---------------------------------------------------------------------------------------------------
 
     def backward(
-        self, of_out: torch.Tensor, x: torch.Tensor, seeds: Sequence[Draw], kept: _Kept, *, of_x: bool
+        self,
+        of_out: torch.Tensor,
+        seeds: Sequence[Draw],
+        kept: _Kept,
+        narrow_down: torch.Tensor | None,
+        *,
+        of_x: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
-        (of_middle, rounded), of_gates, of_down = self._gate_backward(of_out, seeds, kept)
-        del kept.gate_up, kept.gate_up_whole, kept.middle
+        (of_middle, rounded), of_gates, of_down = self._gate_backward(of_out, seeds, kept, narrow_down)
+        del kept.gate_up, kept.gate_up_whole, kept.second_normed
         packed, of_output = self._attention_backward(of_middle, rounded, seeds, kept)
         of_normed, of_narrow = self.inputs.input_gradient(packed, seeds[_ATTENTION_INPUTS], wanted=of_x)
-        of_inputs = self.inputs.parameter_gradients(
-            packed, of_narrow, self._norm(0, x, self.inputs), kept.narrow_inputs, seeds[_ATTENTION_INPUTS]
+        of_inputs = self.inputs.in_order(
+            self.inputs.of_a(of_narrow, kept.first_normed, seeds[_ATTENTION_INPUTS]),
+            self.inputs.of_b(packed, kept.narrow_inputs),
         )
-        gradient = self._norm_backward(0, of_normed, x, of_middle, torch.empty_like(x)) if of_x else None
+        gradient = None
+        if of_x:  # with room for the border of the layer before this one
+            room = self.down.new_output(of_normed)
+            gradient = self._norm_backward(of_normed, kept.first_normed, of_middle, room)[:, : of_normed.shape[1]]
         return gradient, [*of_inputs, *of_output, *of_gates, *of_down]
 
     def _gate_backward(
-        self, of_out: torch.Tensor, seeds: Sequence[Draw], kept: _Kept
+        self, of_out: torch.Tensor, seeds: Sequence[Draw], kept: _Kept, narrow_down: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, Rounded | None], list[torch.Tensor], list[torch.Tensor]]:
         """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
-        of_down_out = _first_columns(self.down.new_output(of_out), of_out)
+        of_down_out = _with_room(of_out, self.down)
         of_act, of_narrow = self.down.input_gradient(of_down_out, seeds[_DOWN])
         rounded = self.gates.rounded_output(of_out)
-        act = pointwise.gated_backward_(of_act, kept.gate_up, rounded)  # from here on gate_up is its gradient
-        narrow = self.down.narrow(act, seeds[_DOWN]) if kept.narrow_down is None else kept.narrow_down
-        of_down = self.down.parameter_gradients(of_out, of_narrow, act, narrow, seeds[_DOWN])
-        del act, of_act, of_down_out
+        of_down_a, of_gates_b = self._gated_backward(of_act, of_narrow, rounded, seeds, kept)
+        of_down = self.down.in_order(of_down_a, self.down.of_b(of_out, narrow_down))
+        del of_act, of_down_out
         of_normed, of_narrow = self.gates.input_gradient(kept.gate_up_whole, seeds[_GATES], rounded=rounded)
         del rounded
-        of_gates = self.gates.parameter_gradients(
-            kept.gate_up, of_narrow, self._norm(1, kept.middle, self.gates), kept.narrow_gates, seeds[_GATES]
-        )
+        of_gates = self.gates.in_order(self.gates.of_a(of_narrow, kept.second_normed, seeds[_GATES]), of_gates_b)
         rounded = self.output.rounded_output(of_out)
-        of_middle = self._norm_backward(1, of_normed, kept.middle, of_out, self.output.new_output(of_out), rounded)
+        room = self.output.new_output(of_out)
+        of_middle = self._norm_backward(of_normed, kept.second_normed, of_out, room, rounded)
         return (of_middle, rounded), of_gates, of_down
+
+    def _gated_backward(
+        self,
+        of_act: torch.Tensor,
+        of_narrow: torch.Tensor | None,
+        rounded: Rounded | None,
+        seeds: Sequence[Draw],
+        kept: _Kept,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Overwrite `gate_up` by its gradient; returns those of the adapters that multiply the gate's values: `down`'s A and
+        `gates`' B."""
+        if rounded is not None or self.down.drops:
+            act = pointwise.gated_backward_(of_act, kept.gate_up, rounded)
+            return self.down.of_a(of_narrow, act, seeds[_DOWN]), self.gates.of_b(kept.gate_up, kept.narrow_gates)
+        parts: list[torch.Tensor | None] = [None, None]
+        scales = [1.0, 1.0]
+        for adapter in self.gates.adapters:
+            assert kept.narrow_gates is not None
+            parts[adapter.seed], scales[adapter.seed] = kept.narrow_gates[:, adapter.ranks], adapter.scale
+        beside = pointwise.Beside(of_narrow, parts[0], parts[1], (scales[0], scales[1]))
+        of_a, *of_b = pointwise.gated_backward_adapted_(of_act, kept.gate_up, beside)
+        return [] if of_a is None else [of_a], [part for part in of_b if part is not None]
 
     def _attention_backward(
         self, of_middle: torch.Tensor, rounded: Rounded | None, seeds: Sequence[Draw], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
         of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT], rounded=rounded)
-        of_output = self.output.parameter_gradients(
-            of_middle, of_narrow, kept.attended.out, kept.narrow_output, seeds[_ATTENTION_OUTPUT]
+        of_output = self.output.in_order(
+            self.output.of_a(of_narrow, kept.attended.out, seeds[_ATTENTION_OUTPUT]),
+            self.output.of_b(of_middle, kept.narrow_output),
         )
         packed = self.inputs.new_output(of_attended)
         kept.attended.gradients_into(of_attended, packed)
         return packed, of_output
 
+    @staticmethod
     def _norm_backward(
-        self,
-        which: int,
-        gradient: torch.Tensor,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        out: torch.Tensor,
-        rounded: Rounded | None = None,
+        gradient: torch.Tensor, of: Normed, residual: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None
     ) -> torch.Tensor:
-        norm = self._norms[which]
-        return pointwise.rms_norm_backward(gradient, x, norm.weight, norm.variance_epsilon, residual, out, rounded)
+        return pointwise.rms_norm_backward(gradient, of.x, of.weight, of.epsilon, residual, out, rounded)
 
 
-def _first_columns(of: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`values`, in the first columns of a wider tensor, unless it is no wider."""
-    if of.shape == values.shape:
-        return values
-    pointwise.place(values, of[:, : values.shape[1]])
-    return of
+def _with_room(of_y: torch.Tensor, products: Products) -> torch.Tensor:
+    """`of_y` in a tensor with room for the border of `products`: that which it lies in, if the layer behind made it so, or
+    a new one."""
+    width = of_y.shape[1] + products.border
+    lies_so = of_y.stride() == (width, 1) and of_y.untyped_storage().nbytes() == len(of_y) * width * of_y.element_size()
+    if not products.border or lies_so:
+        return of_y.as_strided((len(of_y), width), (of_y.stride(0), 1))
+    room = products.new_output(of_y)
+    pointwise.place(of_y, room[:, : of_y.shape[1]])
+    return room
 
 
 class _Layer(torch.autograd.Function):
@@ -197,23 +229,26 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, layer: FusedLayer, rows: Rows, seeds: Sequence[Draw], *trained: torch.Tensor
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            out, kept = layer.forward(x, rows, seeds)
+            out, kept, narrow_down = layer.forward(x, rows, seeds)
         ctx.layer, ctx.rows, ctx.seeds = layer, rows, seeds
         ctx.save_for_backward(x)
         # not by save_for_backward, which takes tensors alone
-        ctx.kept = kept if layer.kept and any(ctx.needs_input_grad) else None
+        ctx.kept, ctx.narrow_down = None, None
+        if any(ctx.needs_input_grad):
+            ctx.kept, ctx.narrow_down = kept if layer.kept else None, narrow_down
         return out
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        (x,), of_out = ctx.saved_tensors, of_outputs[0]
         kept, ctx.kept = ctx.kept, None  # the graph outlives this call, and its memory need not
         with torch.autocast(x.device.type, enabled=False):
             if kept is None:
-                kept = ctx.layer._middle(x, ctx.rows, ctx.seeds)
+                kept = ctx.layer.middle(x, ctx.rows, ctx.seeds)
             of_x, of_trained = ctx.layer.backward(
-                of_outputs[0].contiguous(), x, ctx.seeds, kept, of_x=ctx.needs_input_grad[0]
-            )
+                of_out if of_out.stride(1) == 1 else of_out.contiguous(),
+                ctx.seeds, kept, ctx.narrow_down, of_x=ctx.needs_input_grad[0],
+            )  # fmt: skip
         return of_x, None, None, None, *of_trained
 
 

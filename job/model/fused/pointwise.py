@@ -8,6 +8,7 @@ is given, gets the result in 8 bits as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -16,17 +17,26 @@ from job.model.fused.rounding import Rounded
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, rounded: Rounded | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    out: torch.Tensor,
+    rounded: Rounded | None = None,
+    add: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) in float32, rounded before the weight as Llama has
-    it, into the first columns of `out`, which is returned."""
+    it, into the first columns of `out`. With `add`, that is first added to `x`, which is overwritten. Returns what each row
+    was multiplied with, (tokens, 1) in float32."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rms_norm(x, weight, epsilon, out, rounded)
-    out[:, : x.shape[1]] = _normalised(x, epsilon)[0].to(x.dtype) * weight
+        return triton_kernels.rms_norm(x, weight, epsilon, out, rounded, add)
+    if add is not None:
+        x += add
+    normalised, inverse = _normalised(x, epsilon)
+    out[:, : x.shape[1]] = normalised.to(x.dtype) * weight
     _round(out[:, : x.shape[1]], rounded)
-    return out
+    return inverse
 
 
 def rms_norm_backward(
@@ -34,12 +44,12 @@ def rms_norm_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     out: torch.Tensor,
     rounded: Rounded | None = None,
 ) -> torch.Tensor:
     """The gradient of `x` behind a norm whose result's gradient is `gradient`, plus the first columns of `residual`, what
-    came past it; into the first columns of `out`, which is returned."""
+    came past it, if anything did; into the first columns of `out`, which is returned."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -47,7 +57,7 @@ def rms_norm_backward(
     normalised, inverse = _normalised(x, epsilon)
     scaled = gradient.float() * weight.float()
     own = inverse * (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True))
-    out[:, : x.shape[1]] = (own + residual[:, : x.shape[1]].float()).to(x.dtype)
+    out[:, : x.shape[1]] = (own if residual is None else own + residual[:, : x.shape[1]].float()).to(x.dtype)
     _round(out[:, : x.shape[1]], rounded)
     return out
 
@@ -97,9 +107,9 @@ def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = No
     """silu(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202) of gates and values side by side, (tokens, 2 n), into the first
     n columns of `out`, which is returned."""
     if gate_up.is_cuda:
-        from job.model.fused import triton_kernels
+        from job.model.fused import gate_kernels
 
-        return triton_kernels.gated(gate_up, out, rounded)
+        return gate_kernels.gated(gate_up, out, rounded)
     gate, up = gate_up.float().chunk(2, dim=-1)
     out[:, : gate.shape[1]] = (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
     _round(out[:, : gate.shape[1]], rounded)
@@ -109,9 +119,9 @@ def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = No
 def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
     """silu(gate) · up once more, (tokens, n); `gate_up` is overwritten by its gradient, which `rounded` gets as well."""
     if gate_up.is_cuda:
-        from job.model.fused import triton_kernels
+        from job.model.fused import gate_kernels
 
-        return triton_kernels.gated_backward_(gradient, gate_up, rounded)
+        return gate_kernels.gated_backward_(gradient, gate_up, rounded)
     gate, up = gate_up.float().chunk(2, dim=-1)
     sigmoid, wide = torch.sigmoid(gate), gradient.float()
     out = gated(gate_up, torch.empty_like(gradient))
@@ -119,6 +129,50 @@ def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Roun
     gate_up.copy_(torch.cat([of_gate, wide * gate * sigmoid], dim=-1))
     _round(gate_up, rounded)
     return out
+
+
+def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`gated`, and the product of its result with `a`ᵀ, (tokens, ranks), for `a` (ranks, n)."""
+    if gate_up.is_cuda:
+        from job.model.fused import gate_kernels
+
+        if gate_kernels.serves(gate_up, a):
+            return gate_kernels.gated_narrow(gate_up, a, out)
+    return gated(gate_up, out)[:, : a.shape[1]] @ a.T
+
+
+class Beside(NamedTuple):
+    """What the gate's gradient is multiplied with for the gradients of the adapters around it, (tokens, ranks) each, None where
+    there is no adapter: the gradient of `down`'s narrow product, and the narrow products of gate and up, with their scales."""
+
+    of_down: torch.Tensor | None
+    gate: torch.Tensor | None
+    up: torch.Tensor | None
+    scales: tuple[float, float]
+
+
+class Adapted(NamedTuple):
+    """The gradients of `down`'s A, (ranks, n), and of the gate's B and up's B, (n, ranks) each, scaled; None where there is none."""
+
+    of_down: torch.Tensor | None
+    of_gate: torch.Tensor | None
+    of_up: torch.Tensor | None
+
+
+def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, beside: Beside) -> Adapted:
+    """`gated_backward_`, whose result and gradients are multiplied here with what lies `beside` them, and not returned."""
+    if gate_up.is_cuda:
+        from job.model.fused import gate_kernels
+
+        if gate_kernels.serves(gate_up, *beside[:3]):
+            return gate_kernels.gated_backward_adapted_(gradient, gate_up, beside)
+    act = gated_backward_(gradient, gate_up)
+    of_a = None if beside.of_down is None else beside.of_down.T @ act
+    of_gate, of_up = (
+        None if narrow is None else torch.addmm(act.new_empty(()), half.T, narrow, beta=0, alpha=scale)
+        for half, narrow, scale in zip(gate_up.chunk(2, dim=-1), beside[1:3], beside.scales, strict=True)
+    )
+    return Adapted(of_a, of_gate, of_up)
 
 
 def dropout(
@@ -175,13 +229,14 @@ def dequantize(weights: Sequence[bnb.nn.Params4bit], outs: Sequence[torch.Tensor
     return None
 
 
-def place(values: torch.Tensor, out: torch.Tensor) -> None:
-    """`values`, (rows, columns), into `out`, whose rows may lie apart and whose type may be another."""
+def place(values: torch.Tensor, out: torch.Tensor, factors: torch.Tensor | None = None) -> None:
+    """`values`, (rows, columns), into `out`; the rows of both may lie apart, and the types differ. With `factors`, (rows, 1)
+    in float32, each row times its own."""
     if out.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.place(values, out)
-    out.copy_(values)
+        return triton_kernels.place(values, out, factors)
+    out.copy_(values if factors is None else values * factors)
     return None
 
 

@@ -8,6 +8,7 @@ products, and of its gradients', is one for all layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,6 +21,30 @@ from job.model.fused.rounding import Rounded
 from job.model.merge import ADAPTER
 
 Draw = tuple[int, int]  # what dropout draws from: a seed, and where in the batch the tokens begin
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A norm's result, which is not kept: `x` (tokens, width), times `inverse` (tokens, 1), times `weight` (width)."""
+
+    x: torch.Tensor
+    inverse: torch.Tensor
+    weight: torch.Tensor
+    epsilon: float
+
+    def values(self) -> torch.Tensor:
+        """The result once more."""
+        out = torch.empty_like(self.x)
+        pointwise.rms_norm(self.x, self.weight, self.epsilon, out)
+        return out
+
+    def products(self, other: torch.Tensor) -> torch.Tensor:
+        """otherᵀ (tokens, ranks) times the result: a row's factor goes to the narrow side, a column's to the small sum."""
+        if self.x.dtype == torch.float16:  # whose range the factor may leave
+            return other.T @ self.values()
+        scaled = other.new_empty(other.shape)
+        pointwise.place(other, scaled, self.inverse)
+        return (scaled.T @ self.x).mul_(self.weight)
 
 
 class Products:
@@ -45,6 +70,11 @@ class Products:
     def parameters(self) -> list[torch.nn.Parameter]:
         """What is trained, A before B, layer by layer."""
         return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
+
+    @property
+    def border(self) -> int:
+        """Columns that inputs and outputs have beside their own."""
+        return self._frozen.border
 
     def new_input(self, like: torch.Tensor) -> torch.Tensor:
         """(tokens of `like`, inputs and border), for x in its first columns."""
@@ -75,16 +105,22 @@ class Products:
         self._frozen.product(x, narrow, whole[:, : self._outputs], rounded)
         return whole, narrow
 
-    def narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
-        """dropout(x) Aᵀ alone."""
+    def forward_gated(self, gate_up: torch.Tensor, seeds: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`forward` of x = silu(gate) · up, of gates and values side by side."""
+        x, rounded = self.new_input(gate_up), self._frozen.new_rounded(gate_up, self._inputs)
+        if rounded is not None or self.drops or not self.adapters:
+            pointwise.gated(gate_up, x, rounded)
+            return self.forward(x, seeds, rounded=rounded)
         self._frozen.refresh(self.adapters)
-        return self._narrow(x, seeds)
+        narrow = pointwise.gated_narrow(gate_up, self._frozen.a, x)
+        return self._frozen.product(x, narrow, None, None), narrow
 
     def _narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
+        """dropout(x) Aᵀ."""
         if not self.adapters:
             return None
         x = x[:, : self._inputs]
-        if not self._drops:
+        if not self.drops:
             return x @ self._frozen.a.T
         narrow = x.new_empty(len(x), self._border)
         for adapter in self.adapters:
@@ -101,7 +137,7 @@ class Products:
         of_narrow = self._frozen.narrow_gradient(of_y) if self.adapters else None
         if not wanted:
             return of_y, of_narrow
-        drops = self._drops
+        drops = self.drops
         gradient = self._frozen.gradient(of_y, None if drops else of_narrow, rounded)
         if of_narrow is not None and drops:
             for adapter in self.adapters:
@@ -109,33 +145,39 @@ class Products:
                 pointwise.dropout(of_dropped, adapter.dropout, *seeds[adapter.seed], add_to=gradient)
         return gradient, of_narrow
 
-    def parameter_gradients(
-        self,
-        of_y: torch.Tensor,
-        of_narrow: torch.Tensor | None,
-        x: torch.Tensor,
-        narrow: torch.Tensor | None,
-        seeds: Sequence[Draw],
+    def of_a(
+        self, of_narrow: torch.Tensor | None, x: torch.Tensor | Normed, seeds: Sequence[Draw]
     ) -> list[torch.Tensor]:
-        """The gradients of `parameters`."""
-        if of_narrow is None or narrow is None:
+        """The gradients of the A, adapter by adapter."""
+        if of_narrow is None:
             return []
-        x = x[:, : self._inputs]
-        together = None if self._drops else of_narrow.T @ x
+        if not self.drops:
+            together = x.products(of_narrow) if isinstance(x, Normed) else of_narrow.T @ x[:, : self._inputs]
+            return [together[adapter.ranks] for adapter in self.adapters]
+        x = x.values() if isinstance(x, Normed) else x[:, : self._inputs]
+        return [
+            of_narrow[:, adapter.ranks].T @ pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
+            for adapter in self.adapters
+        ]
+
+    def of_b(self, of_y: torch.Tensor, narrow: torch.Tensor | None) -> list[torch.Tensor]:
+        """The gradients of the B, adapter by adapter."""
+        if narrow is None:
+            return []
         found = []
         for adapter in self.adapters:
-            if together is not None:
-                of_a = together[adapter.ranks]
-            else:
-                of_a = of_narrow[:, adapter.ranks].T @ pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
             of_b = of_y.new_empty(adapter.b.shape)
             own, beside = of_y[:, adapter.outputs].T, narrow[:, adapter.ranks]
-            torch.addmm(of_b, own, beside, beta=0, alpha=adapter.scale, out=of_b)
-            found += [of_a.to(adapter.a.dtype), of_b.to(adapter.b.dtype)]
+            found.append(torch.addmm(of_b, own, beside, beta=0, alpha=adapter.scale, out=of_b))
         return found
 
+    def in_order(self, of_a: Sequence[torch.Tensor], of_b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradients of `parameters`, in their types."""
+        both = [part for pair in zip(of_a, of_b, strict=True) for part in pair]
+        return [gradient.to(parameter.dtype) for gradient, parameter in zip(both, self.parameters, strict=True)]
+
     @property
-    def _drops(self) -> bool:
+    def drops(self) -> bool:
         return self._module.training and any(adapter.dropout for adapter in self.adapters)
 
 

@@ -20,7 +20,7 @@ _HEADS = 8  # rotated by one program
 
 
 @triton.jit
-def _scale_of(largest):
+def scale_of(largest):
     """Of a row whose largest value becomes the largest that 8 bits hold."""
     return tl.maximum(largest, 1e-12) / 448.0
 
@@ -28,20 +28,27 @@ def _scale_of(largest):
 @Kernel
 @triton.jit
 def _rms_norm_kernel(
-    x, weight, out, rounded, scales, columns, out_stride, epsilon, BLOCK: tl.constexpr, ROUND: tl.constexpr
+    x, add, weight, out, inverses, rounded, scales, columns, out_stride, epsilon,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
-    values = tl.load(x + row * columns + offsets, mask=inside, other=0.0)
+    at = row * columns + offsets
+    values = tl.load(x + at, mask=inside, other=0.0)
+    if ADD:
+        both = values.to(tl.float32) + tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+        values = both.to(values.dtype)
+        tl.store(x + at, values, mask=inside)
     wide = values.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
+    tl.store(inverses + row, inverse)
     by = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
     normalised = (wide * inverse).to(values.dtype).to(tl.float32)  # rounded here, as the plain version has it
     result = (normalised * by).to(values.dtype)
     tl.store(out + row * out_stride + offsets, result, mask=inside)
     if ROUND:
-        scale = _scale_of(tl.max(tl.abs(result.to(tl.float32)), 0))
+        scale = scale_of(tl.max(tl.abs(result.to(tl.float32)), 0))
         tl.store(scales + row, scale)
         tl.store(rounded + row * columns + offsets, (result.to(tl.float32) / scale).to(tl.float8e4nv), mask=inside)
 
@@ -50,7 +57,7 @@ def _rms_norm_kernel(
 @triton.jit
 def _rms_norm_backward_kernel(
     gradient, x, weight, residual, out, rounded, scales, columns, residual_stride, out_stride, epsilon,
-    BLOCK: tl.constexpr, ROUND: tl.constexpr
+    BLOCK: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -61,12 +68,13 @@ def _rms_norm_backward_kernel(
     scaled *= tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
     normalised = wide * inverse
-    own = inverse * (scaled - normalised * (tl.sum(scaled * normalised, 0) / columns))
-    passed = tl.load(residual + row * residual_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-    result = (own + passed).to(out.dtype.element_ty)
+    whole = inverse * (scaled - normalised * (tl.sum(scaled * normalised, 0) / columns))
+    if ADD:
+        whole += tl.load(residual + row * residual_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    result = whole.to(out.dtype.element_ty)
     tl.store(out + row * out_stride + offsets, result, mask=inside)
     if ROUND:
-        scale = _scale_of(tl.max(tl.abs(result.to(tl.float32)), 0))
+        scale = scale_of(tl.max(tl.abs(result.to(tl.float32)), 0))
         tl.store(scales + row, scale)
         tl.store(rounded + row * columns + offsets, (result.to(tl.float32) / scale).to(tl.float8e4nv), mask=inside)
 
@@ -129,98 +137,6 @@ def _rotate_back_kernel(
 
 
 @Kernel
-@triton.jit
-def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < columns
-    gate = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0)
-    up = tl.load(gate_up + row * gate_stride + columns + offsets, mask=inside, other=0.0)
-    wide = gate.to(tl.float32)
-    opened = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
-    tl.store(out + row * out_stride + offsets, (opened * up.to(tl.float32)).to(gate.dtype), mask=inside)
-
-
-@Kernel
-@triton.jit
-def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < columns
-    gates, ups = gate_up + row * gate_stride + offsets, gate_up + row * gate_stride + columns + offsets
-    gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
-    given = tl.load(gradient + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    kind = gate_up.dtype.element_ty
-    opened = (gate * sigmoid).to(kind).to(tl.float32)
-    tl.store(out + row * columns + offsets, (opened * up).to(kind), mask=inside)
-    tl.store(gates, (given * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind), mask=inside)
-    tl.store(ups, (given * gate * sigmoid).to(kind), mask=inside)
-
-
-@Kernel
-@triton.jit
-def _gated_rounded_kernel(gate_up, out, rounded, scales, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
-    """A whole row by one program: its scale is known at its end, and what was written is read again while it is in the
-    cache."""
-    row = tl.program_id(0).to(tl.int64)
-    largest = tl.full((), 0.0, tl.float32)
-    for begin in range(0, columns, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        inside = offsets < columns
-        gate = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0)
-        up = tl.load(gate_up + row * gate_stride + columns + offsets, mask=inside, other=0.0)
-        wide = gate.to(tl.float32)
-        opened = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
-        result = (opened * up.to(tl.float32)).to(gate.dtype)
-        tl.store(out + row * out_stride + offsets, result, mask=inside)
-        largest = tl.maximum(largest, tl.max(tl.abs(result.to(tl.float32)), 0))
-    tl.debug_barrier()
-    scale = _scale_of(largest)
-    tl.store(scales + row, scale)
-    for begin in range(0, columns, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        inside = offsets < columns
-        wide = tl.load(out + row * out_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(rounded + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
-
-
-@Kernel
-@triton.jit
-def _gated_backward_rounded_kernel(
-    gradient, gate_up, out, rounded, scales, columns, gate_stride, BLOCK: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    kind = gate_up.dtype.element_ty
-    largest = tl.full((), 0.0, tl.float32)
-    for begin in range(0, columns, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        inside = offsets < columns
-        gates, ups = gate_up + row * gate_stride + offsets, gate_up + row * gate_stride + columns + offsets
-        gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
-        given = tl.load(gradient + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        opened = (gate * sigmoid).to(kind).to(tl.float32)
-        tl.store(out + row * columns + offsets, (opened * up).to(kind), mask=inside)
-        of_gate = (given * up * sigmoid * (1 + gate * (1 - sigmoid))).to(kind)
-        of_up = (given * gate * sigmoid).to(kind)
-        tl.store(gates, of_gate, mask=inside)
-        tl.store(ups, of_up, mask=inside)
-        both = tl.maximum(tl.abs(of_gate.to(tl.float32)), tl.abs(of_up.to(tl.float32)))
-        largest = tl.maximum(largest, tl.max(both, 0))
-    tl.debug_barrier()
-    scale = _scale_of(largest)
-    tl.store(scales + row, scale)
-    for begin in range(0, 2 * columns, BLOCK):
-        offsets = begin + tl.arange(0, BLOCK)
-        inside = offsets < 2 * columns
-        wide = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(rounded + row * 2 * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
-
-
-@Kernel
 @triton.jit(do_not_specialize=["seed", "first_row"])
 def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
@@ -241,7 +157,7 @@ def _quantize_kernel(x, out, scales, columns, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     inside = offsets < columns
     wide = tl.load(x + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
-    scale = _scale_of(tl.max(tl.abs(wide), 0))
+    scale = scale_of(tl.max(tl.abs(wide), 0))
     tl.store(scales + row, scale)
     tl.store(out + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
 
@@ -331,23 +247,34 @@ def _place_all_kernel(copies, scales, like_values, like_out, BLOCK: tl.constexpr
 
 @Kernel
 @triton.jit
-def _place_kernel(values, out, rows, columns, stride, out_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _place_kernel(
+    values, factors, out, rows, columns, stride, out_stride, TIMES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (offsets < columns)
     found = tl.load(values + row * stride + offsets, mask=inside, other=0.0)
+    if TIMES:
+        found = found.to(tl.float32) * tl.load(factors + row, mask=row < rows, other=0.0)
     tl.store(out + row * out_stride + offsets, found.to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor, rounded: Rounded | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    out: torch.Tensor,
+    rounded: Rounded | None = None,
+    add: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows, columns = x.shape
-    _rms_norm_kernel[(rows,)](
-        x, weight, out, *(rounded or (x, x)), columns, out.stride(0), epsilon,
-        **_one_row(columns), ROUND=rounded is not None,
+    inverses = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+    if rows:
+        _rms_norm_kernel[(rows,)](
+        x, x if add is None else add, weight, out, inverses, *(rounded or (x, x)), columns, out.stride(0), epsilon,
+        **_one_row(columns), ADD=add is not None, ROUND=rounded is not None,
     )  # fmt: skip
-    return out
+    return inverses
 
 
 def rms_norm_backward(
@@ -355,14 +282,16 @@ def rms_norm_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     out: torch.Tensor,
     rounded: Rounded | None = None,
 ) -> torch.Tensor:
     rows, columns = x.shape
-    _rms_norm_backward_kernel[(rows,)](
-        gradient, x, weight, residual, out, *(rounded or (x, x)), columns, residual.stride(0), out.stride(0), epsilon,
-        **_one_row(columns), ROUND=rounded is not None,
+    if rows:
+        _rms_norm_backward_kernel[(rows,)](
+        gradient, x, weight, x if residual is None else residual, out, *(rounded or (x, x)), columns,
+        0 if residual is None else residual.stride(0), out.stride(0), epsilon,
+        **_one_row(columns), ADD=residual is not None, ROUND=rounded is not None,
     )  # fmt: skip
     return out
 
@@ -384,29 +313,6 @@ def rotate_back(
     _rotate_back_kernel[grid](
         query, key, value, cos, sin, out, heads, shared, dim // 2, out.stride(0), BLOCK=block, HEADS=_HEADS
     )
-
-
-def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
-    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
-    strides = gate_up.stride(0), out.stride(0)
-    if rounded is not None:
-        _gated_rounded_kernel[(rows,)](gate_up, out, *rounded, columns, *strides, BLOCK=_BLOCK)
-        return out
-    _gated_kernel[(rows, triton.cdiv(columns, _BLOCK))](gate_up, out, columns, *strides, BLOCK=_BLOCK)
-    return out
-
-
-def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
-    rows, columns = gradient.shape
-    out = torch.empty_like(gradient)
-    if rounded is not None:
-        _gated_backward_rounded_kernel[(rows,)](
-            gradient, gate_up, out, *rounded, columns, gate_up.stride(0), BLOCK=_BLOCK
-        )
-        return out
-    grid = (rows, triton.cdiv(columns, _BLOCK))
-    _gated_backward_kernel[grid](gradient, gate_up, out, columns, gate_up.stride(0), BLOCK=_BLOCK)
-    return out
 
 
 def dropout(
@@ -472,12 +378,15 @@ def _numbers(device: torch.device, *values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
 
 
-def place(values: torch.Tensor, out: torch.Tensor) -> None:
+def place(values: torch.Tensor, out: torch.Tensor, factors: torch.Tensor | None = None) -> None:
     rows, columns = values.shape
     block = min(1024, triton.next_power_of_2(columns))
     height = max(1, 4096 // block)
     grid = (triton.cdiv(rows, height), triton.cdiv(columns, block))
-    _place_kernel[grid](values, out, rows, columns, values.stride(0), out.stride(0), ROWS=height, BLOCK=block)
+    _place_kernel[grid](
+        values, values if factors is None else factors, out, rows, columns, values.stride(0), out.stride(0),
+        TIMES=factors is not None, ROWS=height, BLOCK=block,
+    )  # fmt: skip
 
 
 def _one_row(columns: int) -> dict[str, int]:
