@@ -66,17 +66,17 @@ def _forward_kernel(
     column = head // GROUP * DIM
     for start in tl.range(begin, tl.minimum(first + OWN, end), OTHER, num_stages=STAGES):
         k = _tile(key, start, end, other, column, stride, DIM, DESCRIBED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if start + OTHER > first:  # on the diagonal
             scores = tl.where((own + (first - start))[:, None] >= other[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
+        higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - higher[:, None])
         kept = tl.exp2(highest - higher)
         total = total * kept + tl.sum(p, 1)
         v = _tile(value, start, end, other, column, stride, DIM, DESCRIBED)
         weighted = tl.dot(p.to(v.dtype), v, weighted * kept[:, None], input_precision="ieee")
         highest = higher
-    result = (weighted / total[:, None]).to(out.dtype.element_ty)
+    result = (weighted * (1.0 / total)[:, None]).to(out.dtype.element_ty)
     to = out + tl.cast(first, tl.int64) * out_stride + head * DIM
     tl.store(to + (own[:, None] * out_stride + tl.arange(0, DIM)[None, :]), result, mask=inside[:, None])
     tl.store(normalisers + head * tokens + first + own, highest + tl.log2(total), mask=inside)
@@ -137,17 +137,17 @@ def _of_key_kernel(
     for member in range(GROUP):
         head = shared * GROUP + member
         for start in tl.range(first, end, OTHER, num_stages=STAGES):
-            known = other < end - start
             q = _tile(query, start, end, other, head * DIM, stride, DIM, DESCRIBED)
-            normaliser = tl.load(normalisers + head * tokens + start + other, mask=known, other=float("inf"))
+            normaliser = tl.load(normalisers + head * tokens + start + other)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
             p = tl.exp2(scores - normaliser[None, :])
-            if start < first + OWN:  # on the diagonal
-                p = tl.where((other + (start - first))[None, :] >= own[:, None], p, 0.0)
+            if (start < first + OWN) | (start + OTHER > end):  # on the diagonal, or where the row ends
+                behind = (other + (start - first))[None, :] >= own[:, None]
+                p = tl.where(behind & (other < end - start)[None, :], p, 0.0)
             of_o = _tile(of_out, start, end, other, head * DIM, of_out_stride, DIM, DESCRIBED)
             of_v = tl.dot(p.to(of_o.dtype), of_o, of_v, input_precision="ieee")
             of_p = tl.dot(v, tl.trans(of_o), input_precision="ieee")
-            product = tl.load(products + head * tokens + start + other, mask=known, other=0.0)
+            product = tl.load(products + head * tokens + start + other)
             of_scores = p * (of_p - product[None, :])
             of_k = tl.dot(of_scores.to(q.dtype), q, of_k, input_precision="ieee")
     to = of_value + tl.cast(first, tl.int64) * of_stride + shared * DIM
@@ -193,14 +193,14 @@ def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scaling: float, out: torch.Tensor
 ) -> torch.Tensor:
     """The result, into `out`, (tokens, heads, head_dim) as `query`; returns the logarithms, to base 2, of the sums that the
-    weights were divided by, (heads, tokens) float32. `key` and `value` have `query`'s stride, and head_dim is a power of 2."""
+    weights were divided by, (heads, tokens and a tile) float32. `key` and `value` have `query`'s stride, and head_dim is a power of 2."""
     tokens, heads, dim = query.shape
     assert key.stride() == value.stride() == query.stride()
-    normalisers = torch.empty(heads, tokens, device=query.device, dtype=torch.float32)
+    normalisers = torch.empty(heads, tokens + OWN, device=query.device, dtype=torch.float32)
     shared = key.shape[1]
     (key, value), shape = _loaded(FORWARD, key, value)
     _forward_kernel[(len(tiles), heads)](
-        query, key, value, out, normalisers, tiles, scaling * _LOG2_E, tokens, query.stride(0), out.stride(0),
+        query, key, value, out, normalisers, tiles, scaling * _LOG2_E, normalisers.shape[1], query.stride(0), out.stride(0),
         GROUP=heads // shared, DIM=dim, **shape,
     )  # fmt: skip
     return normalisers
@@ -215,17 +215,21 @@ def backward(
     (tokens, ...), the first two rotated back by `cos` and `sin`, (tokens, head_dim)."""
     (tokens, heads, dim), shared = query.shape, key.shape[1]
     products = torch.empty_like(normalisers)  # of each result and its gradient
+    products[:, tokens:] = (
+        0  # loops look at a tile of both without a thought for where tokens end, and zero times this is zero
+    )
+    length = products.shape[1]
     factors, group = (scaling * _LOG2_E, scaling), heads // shared
     strides = query.stride(0), out.stride(0), of_out.stride(0), place.stride(0)
     (keys, values), shape = _loaded(OF_QUERY, key, value)
     _of_query_kernel[(len(tiles), heads)](
-        query, keys, values, out, of_out, place, normalisers, products, cos, sin, tiles, *factors, tokens, *strides,
+        query, keys, values, out, of_out, place, normalisers, products, cos, sin, tiles, *factors, length, *strides,
         GROUP=group, DIM=dim, **shape,
     )  # fmt: skip
     (queries, of_outs), shape = _loaded(OF_KEY, query, of_out)
     of_key, of_value = place[:, heads * dim :], place[:, (heads + shared) * dim :]
     _of_key_kernel[(len(tiles), shared)](
-        queries, key, value, of_outs, of_key, of_value, normalisers, products, cos, sin, tiles, *factors, tokens,
+        queries, key, value, of_outs, of_key, of_value, normalisers, products, cos, sin, tiles, *factors, length,
         strides[0], *strides[2:], GROUP=group, DIM=dim, **shape,
     )  # fmt: skip
 

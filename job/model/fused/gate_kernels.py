@@ -25,33 +25,49 @@ _BLOCK = 2048
 _LARGEST_RANK = 128  # whose sums a program's registers hold
 
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no instructions of a GPU's
 _RANKS = 64  # of the smallest matrix instruction; smaller ones are filled up with zeros
 
 
 class Tuned(NamedTuple):
-    """Rows and columns of a tile, warps, loads ahead, and about how many programs to a multiprocessor."""
+    """Rows and columns of a tile, warps, loads ahead, about how many programs there are to a multiprocessor, and registers
+    of a thread, so that as many are at work at once as there should be."""
 
     rows: int
     block: int
     warps: int
     stages: int
     programs: int
+    registers: int | None = None
 
 
 # found on an H100 among some ten of each, for a 7B's gate: BENCHMARKS.md
-GATED_NARROW, GATED_ADAPTED = Tuned(64, 128, 4, 2, 4), Tuned(32, 128, 8, 3, 2)
+GATED_NARROW, GATED_ADAPTED = Tuned(64, 128, 4, 2, 4), Tuned(64, 64, 8, 2, 4, 128)
+
+
+@triton.jit
+def _sigmoid(x):
+    """In four instructions, within two units in the last place of float32; Triton's own takes three times as many."""
+    if _INTERPRETED:
+        return tl.sigmoid(x)
+    else:  # noqa: RET505 - of the two, Triton compiles one
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+            "rcp.approx.ftz.f32 $0, t; }",  # 1 / (1 + 2 ** (-x log2 e))
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
 def _opened(gate, kind):
     """silu(gate), rounded where the plain version rounds."""
-    return (gate * tl.sigmoid(gate)).to(kind).to(tl.float32)
+    return (gate * _sigmoid(gate)).to(kind).to(tl.float32)
 
 
 @triton.jit
 def _gradients(gate, up, given, kind):
     """silu(gate) · up, and its gradient with regard to both."""
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = _sigmoid(gate)
     opened = gate * sigmoid
     act = (opened.to(kind).to(tl.float32) * up).to(kind)
     return act, (given * up * (sigmoid + opened * (1 - sigmoid))).to(kind), (given * opened).to(kind)
@@ -283,7 +299,7 @@ def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, besid
         gate_up, sums, tokens, columns, *ranks, *scales, gate_up.stride(0), part_tokens,
         DOWN=narrow[0] is not None, GATE=narrow[1] is not None, UP=narrow[2] is not None,
         ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages,
-        num_warps=tuned.warps * (padded // _RANKS),
+        num_warps=tuned.warps * (padded // _RANKS), maxnreg=tuned.registers,
     )  # fmt: skip
     of_a, of_gate, of_up = sums.sum(0).to(gate_up.dtype).split([columns * rank for rank in ranks])
     return Adapted(

@@ -45,7 +45,8 @@ class _LabelLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *of_results: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_log_prob, rows, learned = ctx.saved_tensors
         norm: _Norm = ctx.norm
-        of_normed = of_log_prob.mul_(of_results[0][learned].unsqueeze(1).to(of_log_prob.dtype))
+        of_normed = torch.empty_like(rows)
+        pointwise.place(of_log_prob, of_normed, of_results[0].index_select(0, learned).unsqueeze(1))
         of_states = rows.new_zeros(len(of_results[0]), rows.shape[1])
         of_rows = torch.empty_like(rows)
         pointwise.rms_norm_backward(of_normed, rows, norm.weight, norm.epsilon, None, of_rows)
