@@ -23,7 +23,8 @@ from job.model.loading import load_base
 from job.model.quantization import make_resident
 from tests.conftest import unavailable
 
-TARGETS = ["all-linear", "q_proj, v_proj", "down_proj, k_proj"]
+# with ranks for which two layers with one input have their adapters on either side of it, or both behind it
+TARGETS = [("all-linear", 8), ("all-linear", 4), ("q_proj, v_proj", 8), ("down_proj, k_proj, up_proj", 8)]
 LENGTHS = (7, 19, 1, 12)
 
 
@@ -43,9 +44,11 @@ def build(make_run_with_model: Callable[..., Any]) -> Build:
     """The tiny model with an adapter whose both matrices are at work; the same weights each time."""
     made: list[Any] = []
 
-    def make(targets: str = "all-linear", *, quantized: bool = True, attention: str | None = None) -> PeftModel:
+    def make(
+        targets: str = "all-linear", rank: int = 8, *, quantized: bool = True, attention: str | None = None
+    ) -> PeftModel:
         if not made:
-            made.append(make_run_with_model(LORA_R="4", LORA_DROPOUT="0", LORA_TARGET_MODULES=targets))
+            made.append(make_run_with_model(LORA_R=str(rank), LORA_DROPOUT="0", LORA_TARGET_MODULES=targets))
         run = made[0]
         model = get_peft_model(load_base(run, quantized=quantized, attention=attention), lora_config(run.settings))
         generator = torch.Generator().manual_seed(1)
@@ -107,14 +110,14 @@ def assert_same(step: Step, other: Step, relative: float = 1e-5) -> None:
         assert difference < relative, f"{name}: {difference}"
 
 
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize(("targets", "rank"), TARGETS)
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("weights", ["resident", "4-bit"])
 def test_a_fused_layer_gives_the_losses_and_gradients_of_the_padded_batch(
-    build: Build, targets: str, kept: bool, weights: Weights
+    build: Build, targets: str, rank: int, kept: bool, weights: Weights
 ) -> None:
-    plain = padded(build(targets))
-    model = build(targets, attention=register_varlen())
+    plain = padded(build(targets, rank))
+    model = build(targets, rank, attention=register_varlen())
     assert can_fuse(model)
     for layer in fuse_layers(model, weights):
         layer.kept = kept

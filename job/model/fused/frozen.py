@@ -13,6 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from job.model.fused import pointwise
 from job.model.fused.rounding import Rounded
 
+_ALIGNED = 8  # columns, which 16 bytes are: products want their matrices to begin at such places
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -28,11 +30,12 @@ class Adapter:
 
 
 class Frozen:
-    """The frozen weights, and with them `a` and `b`, copies of the adapters as they are at the last `product`."""
+    """The frozen weights, and with them copies of the adapters as they are at the last `product`: `a`, all A one above the
+    other, and the B."""
 
-    border = 0
+    border = 0  # columns that inputs and outputs have beside their own
+    before = 0  # how many of an input's lie before it
     a: torch.Tensor
-    b: torch.Tensor
 
     def __init__(self) -> None:
         self._copied: Any = None
@@ -67,10 +70,12 @@ class Frozen:
     def _copies(self, adapters: Sequence[Adapter]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
         """From where, to where, and times what."""
         values = [part.detach() for adapter in adapters for part in (adapter.a, adapter.b)]
-        places = [
-            place for adapter in adapters for place in (self.a[adapter.ranks], self.b[adapter.outputs, adapter.ranks])
-        ]
+        places = [place for adapter in adapters for place in (self.a[adapter.ranks], self._b_of(adapter))]
         return values, places, [scale for adapter in adapters for scale in (1.0, adapter.scale)]
+
+    def _b_of(self, adapter: Adapter) -> torch.Tensor:
+        """Where the copy of its B lies, times its scale."""
+        raise NotImplementedError
 
 
 class _Updates:
@@ -90,23 +95,41 @@ class Bordered(Frozen):
     """16-bit weights W with the adapters around them in one matrix, (W, b; a, 0).
 
     With x Aᵀ written beside x, and the gradient of x Aᵀ beside that of y, one product gives the sum with the adapters'
-    part, rounded once; adding that part by itself would read and write the whole result again.
+    part, rounded once; adding that part by itself would read and write the whole result again. Of two layers, the first has its
+    part before x and the second behind it, and each multiplies with its own alone, (b₁, W₁, 0; 0, W₂, b₂): half of the
+    adapters' part would be zeros.
     """
 
-    def __init__(self, outputs: Sequence[int], inputs: int, border: int) -> None:
+    def __init__(self, outputs: Sequence[int], inputs: int, ranks: Sequence[int]) -> None:
         super().__init__()
-        self.border, self._widths = border, outputs
+        self.border, self._widths, self._ranks = sum(ranks), outputs, ranks
         self._outputs, self._inputs = sum(outputs), inputs
+        if len(ranks) == 2 and min(ranks) > 0 and ranks[0] % _ALIGNED == 0:
+            self.before = ranks[0]
 
     def product(
         self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
     ) -> torch.Tensor:
+        end = self.before + self._inputs
         if narrow is not None:
-            pointwise.place(narrow, x[:, self._inputs :])
-        return torch.mm(x, self._above.T, out=out)
+            pointwise.place(narrow[:, self.before :], x[:, end:])
+        if not self.before:
+            return torch.mm(x, self._above.T, out=out)
+        assert narrow is not None
+        pointwise.place(narrow[:, : self.before], x[:, : self.before])
+        first, out = self._widths[0], x.new_empty(len(x), self._outputs) if out is None else out
+        torch.mm(x[:, :end], self._above[:first, :end].T, out=out[:, :first])
+        torch.mm(x[:, self.before :], self._above[first:, self.before :].T, out=out[:, first:])
+        return out
 
     def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
-        return torch.mm(of_y[:, : self._outputs], self.b, out=of_y[:, self._outputs :])
+        of_narrow = of_y[:, self._outputs :]
+        if not self.before:
+            return torch.mm(of_y[:, : self._outputs], self._behind, out=of_narrow)
+        first = self._widths[0]
+        torch.mm(of_y[:, :first], self._above[:first, : self.before], out=of_narrow[:, : self.before])
+        torch.mm(of_y[:, first : self._outputs], self._behind[first:], out=of_narrow[:, self.before :])
+        return of_narrow
 
     def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
         return of_y[:, : self._outputs] @ self._inner if of_narrow is None else of_y @ self._left
@@ -116,17 +139,24 @@ class Bordered(Frozen):
         return torch.zeros(shape, device=like.device, dtype=dtype)
 
     def _look_at(self, matrix: torch.Tensor) -> None:
-        self._above, self._left = matrix[: self._outputs], matrix[:, : self._inputs]
-        self._inner = matrix[: self._outputs, : self._inputs]
+        end = self.before + self._inputs
+        self._above, self._left = matrix[: self._outputs], matrix[:, self.before : end]
+        self._inner, self._behind = self._left[: self._outputs], self._above[:, end:]
         self._parts = torch.split(self._inner, list(self._widths))
-        self.a, self.b = matrix[self._outputs :, : self._inputs], matrix[: self._outputs, self._inputs :]
+        self.a = self._left[self._outputs :]
+
+    def _b_of(self, adapter: Adapter) -> torch.Tensor:
+        if self.before and adapter.ranks.start == 0:
+            return self._above[adapter.outputs, : self.before]
+        ranks = slice(adapter.ranks.start - self.before, adapter.ranks.stop - self.before)
+        return self._behind[adapter.outputs, ranks]
 
 
 class Resident(Bordered):
     """Weights as they are multiplied with; each layer's own becomes a part of the matrix."""
 
-    def __init__(self, layers: Sequence[torch.nn.Linear], border: int) -> None:
-        super().__init__([layer.out_features for layer in layers], layers[0].in_features, border)
+    def __init__(self, layers: Sequence[torch.nn.Linear], ranks: Sequence[int]) -> None:
+        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks)
         self._look_at(self._empty(layers[0].weight, layers[0].weight.dtype))
         for layer, part in zip(layers, self._parts, strict=True):
             part.copy_(layer.weight.data)
@@ -139,10 +169,10 @@ class FourBit(Bordered):
     _matrices: ClassVar[dict[Any, torch.Tensor]] = {}
 
     def __init__(self, layers: Sequence[bnb.nn.Linear4bit], ranks: Sequence[int]) -> None:
-        super().__init__([layer.out_features for layer in layers], layers[0].in_features, sum(ranks))
+        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks)
         self._weights = [layer.weight for layer in layers]
         device, dtype = layers[0].weight.device, layers[0].compute_dtype
-        key = (device, dtype, self._inputs, *self._widths, *ranks)  # b's zeros lie where the ranks say
+        key = (device, dtype, self._inputs, *self._widths, *ranks)  # zeros lie where the ranks say
         if key not in self._matrices:
             self._matrices[key] = self._empty(layers[0].weight, dtype)
         self._look_at(self._matrices[key])
@@ -168,7 +198,7 @@ class EightBit(Frozen):
             pointwise.quantize_rows(matrix),
             pointwise.quantize_rows(matrix.T.contiguous()),
         )
-        self.a, self.b = matrix.new_zeros(border, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], border)
+        self.a, self._b = matrix.new_zeros(border, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], border)
         for layer in layers:
             layer.weight = torch.nn.Parameter(
                 layer.weight.new_empty(0), requires_grad=False
@@ -182,10 +212,13 @@ class EightBit(Frozen):
     ) -> torch.Tensor:
         assert out is None, "there is no border to leave room for"
         y = pointwise.eight_bit_product(rounded or pointwise.quantize_rows(x), self._by_output, x.dtype, fast=True)
-        return y if narrow is None else y.addmm_(narrow, self.b.T)
+        return y if narrow is None else y.addmm_(narrow, self._b.T)
+
+    def _b_of(self, adapter: Adapter) -> torch.Tensor:
+        return self._b[adapter.outputs, adapter.ranks]
 
     def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
-        return of_y @ self.b
+        return of_y @ self._b
 
     def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
         values = rounded or pointwise.quantize_rows(of_y)

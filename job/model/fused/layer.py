@@ -103,7 +103,7 @@ class FusedLayer:
         pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
         query, key, value = self._split_heads(packed)
         flat = self.output.new_input(x)
-        attended = attend(query, key, value, rows, self._scaling, flat)
+        attended = attend(query, key, value, rows, self._scaling, self.output.inner(flat))
         middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
         rounded = self.gates.rounded_input(x)
         normed, second = self._norm(1, middle, self.gates, rounded, add=x)
@@ -115,7 +115,7 @@ class FusedLayer:
         self, which: int, x: torch.Tensor, then: Products, rounded: Rounded | None, add: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Normed]:
         norm, out = self._norms[which], then.new_input(x)
-        inverse = pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, out, rounded, add)
+        inverse = pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, then.inner(out), rounded, add)
         return out, Normed(x, inverse, norm.weight, norm.variance_epsilon)
 
     def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -50,7 +50,8 @@ class Normed:
 class Products:
     """Linear layers with one input. `layers` are peft's wrappers where they have an adapter, and plain layers where not.
 
-    Inputs and gradients of outputs are given in tensors of `new_input` and `new_output`, which have room for a border.
+    Inputs and gradients of outputs are given in tensors of `new_input` and `new_output`, which have room for a border; in
+    them an input lies in the columns of `inner`, and a gradient in the first.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], *, eight_bit: bool = False) -> None:
@@ -59,12 +60,13 @@ class Products:
         self._inputs, self._outputs = int(bases[0].in_features), sum(int(base.out_features) for base in bases)
         self.adapters = list(_adapters(layers, [int(base.out_features) for base in bases]))
         self._border = sum(len(adapter.a) for adapter in self.adapters)
+        found = {adapter.seed: len(adapter.a) for adapter in self.adapters}
+        ranks = [found.get(place, 0) for place in range(len(bases))]
         self._frozen: Frozen
         if all(isinstance(base, bnb.nn.Linear4bit) for base in bases):
-            ranks = {adapter.seed: len(adapter.a) for adapter in self.adapters}
-            self._frozen = FourBit(bases, [ranks.get(place, 0) for place in range(len(bases))])
+            self._frozen = FourBit(bases, ranks)
         else:
-            self._frozen = EightBit(bases, self._border) if eight_bit else Resident(bases, self._border)
+            self._frozen = EightBit(bases, self._border) if eight_bit else Resident(bases, ranks)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -77,8 +79,12 @@ class Products:
         return self._frozen.border
 
     def new_input(self, like: torch.Tensor) -> torch.Tensor:
-        """(tokens of `like`, inputs and border), for x in its first columns."""
+        """(tokens of `like`, inputs and border), for x in the columns of `inner`."""
         return like.new_empty(len(like), self._inputs + self._frozen.border)
+
+    def inner(self, wide: torch.Tensor) -> torch.Tensor:
+        """The input's own columns."""
+        return wide[:, self._frozen.before : self._frozen.before + self._inputs]
 
     def new_output(self, like: torch.Tensor) -> torch.Tensor:
         """(tokens of `like`, all outputs and border), for y or its gradient in its first columns."""
@@ -109,17 +115,17 @@ class Products:
         """`forward` of x = silu(gate) · up, of gates and values side by side."""
         x, rounded = self.new_input(gate_up), self._frozen.new_rounded(gate_up, self._inputs)
         if rounded is not None or self.drops or not self.adapters:
-            pointwise.gated(gate_up, x, rounded)
+            pointwise.gated(gate_up, self.inner(x), rounded)
             return self.forward(x, seeds, rounded=rounded)
         self._frozen.refresh(self.adapters)
-        narrow = pointwise.gated_narrow(gate_up, self._frozen.a, x)
+        narrow = pointwise.gated_narrow(gate_up, self._frozen.a, self.inner(x))
         return self._frozen.product(x, narrow, None, None), narrow
 
     def _narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
         """dropout(x) Aᵀ."""
         if not self.adapters:
             return None
-        x = x[:, : self._inputs]
+        x = self.inner(x)
         if not self.drops:
             return x @ self._frozen.a.T
         narrow = x.new_empty(len(x), self._border)
@@ -152,9 +158,9 @@ class Products:
         if of_narrow is None:
             return []
         if not self.drops:
-            together = x.products(of_narrow) if isinstance(x, Normed) else of_narrow.T @ x[:, : self._inputs]
+            together = x.products(of_narrow) if isinstance(x, Normed) else of_narrow.T @ x
             return [together[adapter.ranks] for adapter in self.adapters]
-        x = x.values() if isinstance(x, Normed) else x[:, : self._inputs]
+        x = x.values() if isinstance(x, Normed) else x
         return [
             of_narrow[:, adapter.ranks].T @ pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
             for adapter in self.adapters
