@@ -156,10 +156,10 @@ def _activation_bytes(shape: Shape, plan: Plan) -> float:
 
 # -- time -------------------------------------------------------------------------------------------------------------
 
-_NARROW = 0.35  # of the rate of large products, for an adapter's
-_ATTENTION = 0.33
+_NARROW = 0.45  # of the rate of large products, for an adapter's
+_ATTENTION = 0.42
 _TRAFFIC = 0.9  # of the bandwidth
-_FP8 = 1.73  # times the 16-bit rate, rounding included
+_FP8 = 1.52  # times the 16-bit rate, rounding included
 # Seconds that a slow CPU needs to launch a layer's kernels, forward and backward, and what recomputing all adds to them
 _LAUNCH: dict[Weights, tuple[float, float]] = {"resident": (3e-3, 0.45), "4-bit": (3.3e-3, 0.5), "fp8": (3.7e-3, 0.5)}
 _RAMP_SECONDS = 0.2e-3  # that a layer's kernels lose together in coming up and running out
@@ -176,7 +176,7 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
     large += 4 * shape.vocabulary * shape.hidden / rate
     narrow = shape.layers * (6 + 2 * again) * shape.layer_adapter / (rate * _NARROW)
     attention = shape.layers * 2 * shape.query * load.mean_context * (3.5 + again) / (rate * _ATTENTION)
-    passes = 30 * shape.hidden + 6 * shape.packed + 16 * shape.intermediate
+    passes = 26 * shape.hidden + 6 * shape.packed + 11 * shape.intermediate
     traffic = shape.layers * _ELEMENT * passes * (1 + 0.3 * again) / bandwidth
     per_batch = 0.0
     if plan.weights == "4-bit":

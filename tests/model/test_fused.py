@@ -19,6 +19,7 @@ from job.model.compilation import compile_layers
 from job.model.fused import pointwise
 from job.model.fused.head import _LabelLogProbs, _Norm, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, Weights, can_fuse, fuse_layers
+from job.model.fused.products import Products
 from job.model.loading import load_base
 from job.model.quantization import make_resident
 from tests.conftest import unavailable
@@ -263,6 +264,36 @@ def test_resident_layers_notice_every_change_of_their_adapters(build: Build) -> 
         after = changed(model, how)
         assert not torch.equal(before.losses, after.losses)
         assert_same(after, changed(build(attention=register_varlen()), how))
+
+
+def test_what_a_small_adapter_adds_in_16_bits_is_not_rounded_away_as_in_peft() -> None:
+    """As B is at the first steps: less than half a unit in the last place of what it is added to."""
+
+    def layer(size: float) -> LoraLayer:
+        torch.manual_seed(0)
+        base = torch.nn.Linear(256, 256, bias=False)
+        torch.nn.init.normal_(base.weight, std=1 / 16)
+        wrapped = get_peft_model(torch.nn.Sequential(base), LoraConfig(r=16, lora_alpha=16, target_modules=["0"]))
+        found: LoraLayer = wrapped.base_model.model[0].bfloat16()
+        torch.nn.init.normal_(found.lora_B["default"].weight, std=size)
+        return found
+
+    x = torch.randn(2048, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    small, none = layer(3e-4), layer(0)
+    wanted = x.double() @ small.lora_A["default"].weight.double().T @ small.lora_B["default"].weight.double().T
+
+    def fused(one: LoraLayer) -> torch.Tensor:
+        products = Products([one])
+        wide = products.new_input(x)
+        products.inner(wide).copy_(x)
+        return products.forward(wide, [(0, 0)])[0]
+
+    def part_left(y: torch.Tensor, without: torch.Tensor) -> float:
+        return float(((y.double() - without.double()) * wanted).sum() / wanted.square().sum())
+
+    with torch.no_grad():
+        assert abs(part_left(fused(small), fused(none)) - 1) < 0.03
+        assert part_left(small(x), none(x)) < 0.75
 
 
 @pytest.mark.parametrize("fused", [True, False])

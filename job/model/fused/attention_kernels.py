@@ -49,7 +49,7 @@ def _tile(states, first, end, rows, column, stride, DIM: tl.constexpr, DESCRIBED
 @Kernel
 @triton.jit
 def _forward_kernel(
-    query, key, value, out, normalisers, tiles, scale, tokens, stride, out_stride,
+    query, key, value, out, normalisers, tiles, scale, length, stride, out_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
     DESCRIBED: tl.constexpr
 ):  # fmt: skip
@@ -79,13 +79,13 @@ def _forward_kernel(
     result = (weighted * (1.0 / total)[:, None]).to(out.dtype.element_ty)
     to = out + tl.cast(first, tl.int64) * out_stride + head * DIM
     tl.store(to + (own[:, None] * out_stride + tl.arange(0, DIM)[None, :]), result, mask=inside[:, None])
-    tl.store(normalisers + head * tokens + first + own, highest + tl.log2(total), mask=inside)
+    tl.store(normalisers + head * length + first + own, highest + tl.log2(total), mask=inside)
 
 
 @Kernel
 @triton.jit
 def _of_query_kernel(
-    query, key, value, out, of_out, of_query, normalisers, products, cos, sin, tiles, scale, by, tokens, stride,
+    query, key, value, out, of_out, of_query, normalisers, products, cos, sin, tiles, scale, by, length, stride,
     out_stride, of_out_stride, of_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
     DESCRIBED: tl.constexpr
@@ -100,8 +100,8 @@ def _of_query_kernel(
     of_o = _tile(of_out, first, end, own, head * DIM, of_out_stride, DIM, False)
     o = _tile(out, first, end, own, head * DIM, out_stride, DIM, False)
     product = tl.sum(o.to(tl.float32) * of_o.to(tl.float32), 1)
-    tl.store(products + head * tokens + first + own, product, mask=inside)
-    normaliser = tl.load(normalisers + head * tokens + first + own, mask=inside, other=float("inf"))
+    tl.store(products + head * length + first + own, product, mask=inside)
+    normaliser = tl.load(normalisers + head * length + first + own, mask=inside, other=float("inf"))
     gradient = tl.zeros((OWN, DIM), tl.float32)
     column = head // GROUP * DIM
     for start in tl.range(begin, tl.minimum(first + OWN, end), OTHER, num_stages=STAGES):
@@ -119,7 +119,7 @@ def _of_query_kernel(
 @Kernel
 @triton.jit
 def _of_key_kernel(
-    query, key, value, of_out, of_key, of_value, normalisers, products, cos, sin, tiles, scale, by, tokens, stride,
+    query, key, value, of_out, of_key, of_value, normalisers, products, cos, sin, tiles, scale, by, length, stride,
     of_out_stride, of_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
     DESCRIBED: tl.constexpr
@@ -138,7 +138,7 @@ def _of_key_kernel(
         head = shared * GROUP + member
         for start in tl.range(first, end, OTHER, num_stages=STAGES):
             q = _tile(query, start, end, other, head * DIM, stride, DIM, DESCRIBED)
-            normaliser = tl.load(normalisers + head * tokens + start + other)
+            normaliser = tl.load(normalisers + head * length + start + other)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
             p = tl.exp2(scores - normaliser[None, :])
             if (start < first + OWN) | (start + OTHER > end):  # on the diagonal, or where the row ends
@@ -147,7 +147,7 @@ def _of_key_kernel(
             of_o = _tile(of_out, start, end, other, head * DIM, of_out_stride, DIM, DESCRIBED)
             of_v = tl.dot(p.to(of_o.dtype), of_o, of_v, input_precision="ieee")
             of_p = tl.dot(v, tl.trans(of_o), input_precision="ieee")
-            product = tl.load(products + head * tokens + start + other)
+            product = tl.load(products + head * length + start + other)
             of_scores = p * (of_p - product[None, :])
             of_k = tl.dot(of_scores.to(q.dtype), q, of_k, input_precision="ieee")
     to = of_value + tl.cast(first, tl.int64) * of_stride + shared * DIM
@@ -193,7 +193,7 @@ def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scaling: float, out: torch.Tensor
 ) -> torch.Tensor:
     """The result, into `out`, (tokens, heads, head_dim) as `query`; returns the logarithms, to base 2, of the sums that the
-    weights were divided by, (heads, tokens and a tile) float32. `key` and `value` have `query`'s stride, and head_dim is a power of 2."""
+    weights were divided by, (heads, tokens and room for a tile) float32. `key` and `value` have `query`'s stride, and head_dim is a power of 2."""
     tokens, heads, dim = query.shape
     assert key.stride() == value.stride() == query.stride()
     normalisers = torch.empty(heads, tokens + OWN, device=query.device, dtype=torch.float32)
@@ -215,10 +215,8 @@ def backward(
     (tokens, ...), the first two rotated back by `cos` and `sin`, (tokens, head_dim)."""
     (tokens, heads, dim), shared = query.shape, key.shape[1]
     products = torch.empty_like(normalisers)  # of each result and its gradient
-    products[:, tokens:] = (
-        0  # loops look at a tile of both without a thought for where tokens end, and zero times this is zero
-    )
     length = products.shape[1]
+    products[:, tokens:] = 0  # which the last tiles of keys see, times zero
     factors, group = (scaling * _LOG2_E, scaling), heads // shared
     strides = query.stride(0), out.stride(0), of_out.stride(0), place.stride(0)
     (keys, values), shape = _loaded(OF_QUERY, key, value)

@@ -30,19 +30,17 @@ _RANKS = 64  # of the smallest matrix instruction; smaller ones are filled up wi
 
 
 class Tuned(NamedTuple):
-    """Rows and columns of a tile, warps, loads ahead, about how many programs there are to a multiprocessor, and registers
-    of a thread, so that as many are at work at once as there should be."""
+    """Rows and columns of a tile, warps, loads ahead, and about how many programs there are to a multiprocessor."""
 
     rows: int
     block: int
     warps: int
     stages: int
     programs: int
-    registers: int | None = None
 
 
-# found on an H100 among some ten of each, for a 7B's gate: BENCHMARKS.md
-GATED_NARROW, GATED_ADAPTED = Tuned(64, 128, 4, 2, 4), Tuned(64, 64, 8, 2, 4, 128)
+# found on an H200 among some ten of each, for a 7B's gate: BENCHMARKS.md
+GATED_NARROW, GATED_ADAPTED = Tuned(64, 128, 4, 2, 4), Tuned(32, 128, 8, 3, 2)
 
 
 @triton.jit
@@ -299,7 +297,7 @@ def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, besid
         gate_up, sums, tokens, columns, *ranks, *scales, gate_up.stride(0), part_tokens,
         DOWN=narrow[0] is not None, GATE=narrow[1] is not None, UP=narrow[2] is not None,
         ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages,
-        num_warps=tuned.warps * (padded // _RANKS), maxnreg=tuned.registers,
+        num_warps=tuned.warps * (padded // _RANKS),
     )  # fmt: skip
     of_a, of_gate, of_up = sums.sum(0).to(gate_up.dtype).split([columns * rank for rank in ranks])
     return Adapted(
