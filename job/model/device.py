@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -31,6 +36,13 @@ def require_fp8(device: torch.device) -> None:
             f"FT_FROZEN_PRECISION=fp8, but the {torch.cuda.get_device_name(device)} has no 8-bit floats.",
             "Rent an L4, L40S, H100, H200 or B200, or unset it.",
         )
+
+
+def can_compile_kernels() -> bool:
+    """Whether Triton is there, and what it needs to build its launchers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return importlib.util.find_spec("triton") is not None and compiler is not None and headers
 
 
 @functools.cache

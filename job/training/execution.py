@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import math
 import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +16,7 @@ from transformers import TrainingArguments
 
 from job.errors import InputError, MemoryFull, NodeError
 from job.model.compilation import compile_layers
-from job.model.device import device_of, require_fp8
+from job.model.device import can_compile_kernels, device_of, require_fp8
 from job.model.fused import MANY_TOKENS, proof
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
@@ -219,15 +215,9 @@ def _obstacle(run: Run, device: torch.device, shape: Shape | None) -> str | None
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "their attention needs a GPU from Ampere on"
-    if not _can_compile_kernels():
+    if not can_compile_kernels():
         return "Triton, which compiles their kernels, is not installed or lacks gcc or Python's headers (python3-dev)"
     return None
-
-
-def _can_compile_kernels() -> bool:
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    return importlib.util.find_spec("triton") is not None and compiler is not None and headers
 
 
 def _limit_memory(settings: Settings, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -27,6 +28,7 @@ from job.training.best import KeepBest
 from job.training.data_order import DataOrder
 from job.training.execution import Attempt, Execution, switch_mode_only_if_another, with_less_memory
 from job.training.goodput import Goodput
+from job.training.optimizer import at_once
 from job.training.pace import SavePace
 from job.training.sharding import allow_on_cpu, keep_loss_exact, shard_optimizer_state, whole
 from job.training.state import load_tree, save_tree
@@ -73,6 +75,11 @@ class AdapterTrainer(SFTTrainer):
             # so many times the accumulation.
             sampler.batch_size *= self.args.world_size
         return sampler
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        kind, named = SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+        return at_once(kind, named, args.device), named
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()

@@ -1,5 +1,5 @@
-"""Compiles the kernels that are for Hopper alone, without a GPU: `python -m tests.model.hopper`, which prints a line of JSON for
-each: its name and how many bytes of registers it spills.
+"""Compiles kernels for Hopper without a GPU: `python -m tests.model.hopper` prints a line of JSON for each, with its name and how
+many bytes of registers it spills.
 
 Triton's interpreter, which the other tests use, takes more than its compiler does; and the interpreter's switch is read when Triton
 is imported, so that this is a program of its own.
@@ -20,11 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from job.model.fused import attention_kernels, gate_kernels
+from job.training import adamw_kernel
 
 _HALF, _WIDE, _WHOLE = "*bf16", "*fp32", "i32"
-_TENSORS = {"sums": _WIDE, "normalisers": _WIDE, "products": _WIDE, "tiles": "*i32"}
-_FACTORS = ("scale", "by", "gate_scale", "up_scale")
-_TENSOR_NAMES = ("query", "key", "value", "out", "of_out", "of_query", "of_key", "of_value", "cos", "sin")
+_TENSORS = {"sums": _WIDE, "normalisers": _WIDE, "products": _WIDE, "tiles": "*i32", "parameters": "*i64"}
+_FACTORS = ("scale", "by", "gate_scale", "up_scale", "beta_mean", "beta_square", "epsilon", "step_size", "shrunk")
+_TENSOR_NAMES = (
+    "query", "key", "value", "out", "of_out", "of_query", "of_key", "of_value", "cos", "sin", "like", "like_gradient"
+)  # fmt: skip
 
 
 def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
@@ -41,6 +44,7 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
                 "DESCRIBED": described,
             }  # fmt: skip
             yield kernel, dict.fromkeys(loaded, tile) if described else {}, constants, tuned.warps
+    yield adamw_kernel._adamw_kernel, {}, {"BLOCK": 1024}, 4
     for ranks in (64, 128):
         narrow, adapted = gate_kernels.GATED_NARROW, gate_kernels.GATED_ADAPTED
         tiles = {"gate_up": (narrow.rows, narrow.block), "a": (ranks, narrow.block)}

@@ -1,0 +1,60 @@
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) of many parameters in one launch, with moments in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from job.model.fused.launch import Kernel
+from job.training.optimizer import Parameter, Step
+
+_BLOCK = 1024
+
+
+_NUMBERS = tl.constexpr(5)  # that describe a parameter
+
+
+@Kernel
+@triton.jit
+def _adamw_kernel(
+    parameters, like, like_gradient, beta_mean, beta_square, epsilon, step_size, shrunk, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One of the parameters by its number in the grid."""
+    one = parameters + tl.program_id(1) * _NUMBERS
+    count = tl.load(one + 4)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first < count:
+        place = first + tl.arange(0, BLOCK)
+        inside = place < count
+        values = tl.load(one).to(like.dtype) + place
+        means = tl.load(one + 2).to(tl.pointer_type(tl.float32)) + place
+        squares = tl.load(one + 3).to(tl.pointer_type(tl.float32)) + place
+        gradient = tl.load(tl.load(one + 1).to(like_gradient.dtype) + place, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(means, mask=inside, other=0.0) * beta_mean + (1 - beta_mean) * gradient
+        square = tl.load(squares, mask=inside, other=0.0) * beta_square + (1 - beta_square) * gradient * gradient
+        value = tl.load(values, mask=inside, other=0.0).to(tl.float32) * shrunk
+        value += step_size * (mean / (tl.sqrt(square) + epsilon))
+        tl.store(means, mean, mask=inside)
+        tl.store(squares, square, mask=inside)
+        tl.store(values, value.to(like.dtype.element_ty), mask=inside)
+
+
+def adamw_(parameters: Sequence[Parameter], step: Step) -> None:
+    """Take the step in place. All values are of one type, and all gradients."""
+    described: list[int] = []
+    for one in parameters:
+        described += [*(part.data_ptr() for part in one), one.value.numel()]
+    value, gradient = parameters[0].value, parameters[0].gradient
+    addresses = torch.tensor(described, dtype=torch.int64)
+    if value.is_cuda:  # from pinned memory the host need not wait
+        addresses = addresses.pin_memory().to(value.device, non_blocking=True)
+    mean_left, square_left = (1 - beta**step.number for beta in step.betas)
+    correction = math.sqrt(square_left)
+    _adamw_kernel[(triton.cdiv(max(one.value.numel() for one in parameters), _BLOCK), len(parameters))](
+        addresses, value, gradient, *step.betas, step.epsilon * correction, -step.rate * correction / mean_left,
+        1 - step.rate * step.weight_decay, BLOCK=_BLOCK,
+    )  # fmt: skip

@@ -1,0 +1,150 @@
+"""bitsandbytes' AdamW with moments in float32, all parameters in one launch.
+
+bitsandbytes goes from parameter to parameter and waits for the GPU at each: for the 448 matrices of a 7B's adapter some tens of
+milliseconds in which the GPU does next to nothing. The moments stay bitsandbytes' own, paged if they are, and so do checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+
+from job.model.device import can_compile_kernels
+from job.report.events import message
+
+_SCARCE = 2**30  # bytes that a GPU has free: with less, CUDA may have moved paged moments to the host
+
+
+class Parameter(NamedTuple):
+    """A parameter, its gradient and its moments, all contiguous; the moments float32, where a GPU can reach them."""
+
+    value: torch.Tensor
+    gradient: torch.Tensor
+    mean: torch.Tensor
+    square: torch.Tensor
+
+
+class Step(NamedTuple):
+    """What all parameters of a step have in common; `number` counts from 1."""
+
+    number: int
+    rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+
+
+def at_once(kind: type, named: Mapping[str, Any], device: torch.device) -> type:
+    """The class to use for an optimizer of `kind` with these arguments: the one below where it serves."""
+    serves = (
+        kind is bnb.optim.AdamW and named.get("optim_bits") == 32 and device.type == "cuda" and can_compile_kernels()
+    )
+    return AdamWAtOnce if serves else kind
+
+
+class AdamWAtOnce(bnb.optim.AdamW):
+    """The first step is taken both ways for one parameter; if they differ or the kernel fails, bitsandbytes takes all."""
+
+    initialized: bool
+    _compares, _fails = True, False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        groups = None if closure is not None or self._fails else self._groups()
+        if groups is None:
+            return super().step(closure)
+        for parameters, step in groups:
+            if self._compares:
+                self._compares, self._fails = False, not _agree(parameters, step)
+                if self._fails:
+                    return super().step()
+            _take(parameters, step)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter]["step"] += 1
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Paged moments are read by the host, which must not be before the GPU has written them."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found: dict[str, Any] = super().state_dict()
+        return found
+
+    def _groups(self) -> list[tuple[list[Parameter], Step]] | None:
+        """Parameters and what their step has in common; None if they are not alike, or somebody wants another configuration
+        for some."""
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        if self.mng.index2config or self.mng.pid2config or self.args.max_unorm > 0 or self.args.skip_zeros:
+            return None
+        scarce = self.is_paged and _free_bytes() < _SCARCE
+        found = []
+        for group_index, group in enumerate(self.param_groups):
+            parameters, steps = [], set()
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, group_index, index)
+                if scarce:
+                    self.prefetch_state(parameter)
+                state = self.state[parameter]
+                steps.add(state["step"])
+                parameters.append(Parameter(parameter, parameter.grad, state["state1"], state["state2"]))
+            if not parameters:
+                continue
+            kinds = {tuple((part.dtype, part.is_contiguous()) for part in one) for one in parameters}
+            if len(kinds) > 1 or len(steps) > 1 or not all(contiguous for _, contiguous in kinds.pop()):
+                return None
+            betas = group["betas"][0], group["betas"][1]
+            found.append((parameters, Step(steps.pop() + 1, group["lr"], betas, group["eps"], group["weight_decay"])))
+        return found
+
+
+def _take(parameters: Sequence[Parameter], step: Step) -> None:
+    from job.training.adamw_kernel import adamw_
+
+    adamw_(parameters, step)
+
+
+def _free_bytes() -> int:
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def _agree(parameters: Sequence[Parameter], step: Step) -> bool:
+    """Whether the kernel takes the step that bitsandbytes takes, for the smallest parameter; if not, that is told."""
+    smallest = min(parameters, key=lambda one: one.value.numel())
+    device = smallest.value.device
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # the host is about to read paged moments
+    found, wanted = (Parameter(*(part.detach().to(device, copy=True) for part in smallest)) for _ in range(2))
+    try:
+        _take([found], step)
+        bnb.functional.optimizer_update_32bit(
+            "adam", wanted.gradient, wanted.value, wanted.mean, step.betas[0], step.epsilon, step.number, step.rate,
+            wanted.square, step.betas[1], weight_decay=step.weight_decay,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler, a driver or a kernel may say
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    else:
+        if _is_near(found, wanted, step):
+            return True
+        reason = "one came out wrong"
+    message(f"The optimizer's steps are taken parameter by parameter, which is slower: {reason}.", "warning")
+    return False
+
+
+def _is_near(found: Parameter, wanted: Parameter, step: Step) -> bool:
+    """A value may differ by two units in the last place of bfloat16, since bitsandbytes may round twice."""
+    values = torch.allclose(found.value.float(), wanted.value.float(), rtol=2**-6, atol=step.rate / 100)
+    moments = zip((found.mean, found.square), (wanted.mean, wanted.square), strict=True)
+    return values and all(torch.allclose(one, other, rtol=1e-4, atol=1e-30) for one, other in moments)

@@ -1,0 +1,133 @@
+"""All parameters in one launch take the steps that bitsandbytes takes one by one. Without a GPU, Triton's interpreter runs the kernel."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from job.training import adamw_kernel, optimizer
+from job.training.optimizer import AdamWAtOnce, Parameter, at_once
+
+pytestmark = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="tensors of these tests are on the CPU")
+SHAPES = ((3, 700), (64,), (40, 40))
+SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "optim_bits": 32}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parameters each launch takes along, without those of the comparison."""
+    counts: list[int] = []
+    take = adamw_kernel.adamw_
+
+    def counted(parameters: list[Parameter], step: Any) -> None:
+        counts.append(len(parameters))
+        take(parameters, step)
+
+    monkeypatch.setattr(adamw_kernel, "adamw_", counted)
+    return counts
+
+
+class Model:
+    """Some parameters, of which the last are not decayed, and their optimizer."""
+
+    def __init__(self, kind: type, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
+        groups = [
+            {"params": self.parameters[:2], "weight_decay": 0.1},
+            {"params": self.parameters[2:], "weight_decay": 0.0},
+        ]
+        self.optimizer: Any = kind(groups, **SETTINGS)
+
+    def step(self, number: int, without: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for index, parameter in enumerate(self.parameters):
+            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.grad = None if index == without else gradient
+        self.optimizer.step()
+
+    def assert_same(self, other: Model) -> None:
+        for one, two in zip(self.parameters, other.parameters, strict=True):
+            units = 0 if one.dtype == torch.float32 else 2**-7  # the interpreter cuts what a GPU rounds
+            torch.testing.assert_close(one, two, rtol=1e-5 + units, atol=1e-6)
+            for name in ("state1", "state2"):
+                mine, theirs = self.optimizer.state[one][name], other.optimizer.state[two][name]
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+            assert self.optimizer.state[one]["step"] == other.optimizer.state[two]["step"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_those_of_bitsandbytes_in_one_launch_a_group(launches: list[int], dtype: torch.dtype) -> None:
+    ours, theirs = Model(AdamWAtOnce, dtype), Model(bnb.optim.AdamW, dtype)
+    before = [parameter.detach().clone() for parameter in ours.parameters]
+    for number in range(4):
+        ours.step(number)
+        theirs.step(number)
+        if dtype == torch.bfloat16:  # each step by itself: rounding adds up
+            ours.assert_same(theirs)
+            for one, two in zip(ours.parameters, theirs.parameters, strict=True):
+                two.data.copy_(one.data)
+    ours.assert_same(theirs)
+    assert all(not torch.equal(one, two) for one, two in zip(ours.parameters, before, strict=True))
+    assert launches == [1, *[2, 1] * 4], "of the first, the comparison; then a launch for each group"
+
+
+def test_a_checkpoint_goes_from_one_to_the_other() -> None:
+    ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)
+    for number in range(2):
+        ours.step(number)
+    theirs.optimizer.load_state_dict(ours.optimizer.state_dict())
+    for one, two in zip(ours.parameters, theirs.parameters, strict=True):
+        two.data.copy_(one.data)
+    for number in range(2, 4):
+        ours.step(number)
+        theirs.step(number)
+    ours.assert_same(theirs)
+    assert ours.optimizer.state[ours.parameters[0]]["step"] == 4
+
+
+@pytest.mark.parametrize("broken", ["wrong", "crashes"])
+def test_a_kernel_that_comes_out_wrong_on_this_machine_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    take = adamw_kernel.adamw_
+
+    def wrong(parameters: list[Parameter], step: Any) -> None:
+        if broken == "crashes":
+            raise RuntimeError("no kernel image is available")
+        take(parameters, step._replace(rate=2 * step.rate))
+
+    monkeypatch.setattr(adamw_kernel, "adamw_", wrong)
+    ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)
+    for number in range(3):
+        ours.step(number)
+        theirs.step(number)
+    ours.assert_same(theirs)
+    assert all(torch.equal(one, two) for one, two in zip(ours.parameters, theirs.parameters, strict=True))
+    told = capsys.readouterr().out
+    assert told.count("parameter by parameter") == 1
+    assert ("no kernel image" if broken == "crashes" else "came out wrong") in told
+
+
+def test_parameters_that_are_not_alike_are_left_to_bitsandbytes(launches: list[int]) -> None:
+    ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)
+    for number, without in enumerate([1, None, None]):  # the second has fewer steps behind it than the first
+        ours.step(number, without)
+        theirs.step(number, without)
+    ours.assert_same(theirs)
+    assert launches == [1, 1, 1], "the comparison and the first step's two groups"
+
+
+def test_it_serves_adamw_with_moments_in_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "can_compile_kernels", lambda: True)
+    gpu, moments = torch.device("cuda", 0), {"optim_bits": 32, "is_paged": True}
+    assert at_once(bnb.optim.AdamW, moments, gpu) is AdamWAtOnce
+    assert at_once(bnb.optim.AdamW, {**moments, "optim_bits": 8}, gpu) is bnb.optim.AdamW
+    assert at_once(bnb.optim.AdamW, moments, torch.device("cpu")) is bnb.optim.AdamW
+    assert at_once(torch.optim.AdamW, {}, gpu) is torch.optim.AdamW
+    monkeypatch.setattr(optimizer, "can_compile_kernels", lambda: False)
+    assert at_once(bnb.optim.AdamW, moments, gpu) is bnb.optim.AdamW
