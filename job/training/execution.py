@@ -86,7 +86,7 @@ class Execution:
 
     def _fuse(self, model: PeftModel, plan: Plan) -> str | None:
         """Fuse the layers, and compute the first both ways; returns what went wrong, if anything did."""
-        kinds = [proof.FEW] if plan.micro_batch_tokens < MANY_TOKENS else [proof.FEW, proof.MANY]  # have other kernels
+        kinds = [proof.FEW] if self._most_tokens(plan) < MANY_TOKENS else [proof.FEW, proof.MANY]  # have other kernels
         try:
             plain = [sample(model, lengths) for lengths in kinds]
             self._layers = fuse_layers(model, plan.weights)
@@ -99,6 +99,14 @@ class Execution:
         if finite and difference <= _LARGEST_DIFFERENCE[plan.weights]:
             return None
         return f"a layer differs by {difference:.1%}" if finite else "a layer with dropout gives no finite numbers"
+
+    def _most_tokens(self, plan: Plan) -> int:
+        """That may come at once: rows are never cut, nor are batches that are evaluated."""
+        evaluated = 0
+        if self._run.paths.eval_data_dir.exists():
+            longest = int(read_json(self._run.paths.data_report_file)["max_length"])
+            evaluated = self._run.settings.per_device_eval_batch_size * longest
+        return max(plan.micro_batch_tokens, plan.longest_row, evaluated)
 
     def batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The batch in parts of no more tokens than planned, but for rows that are longer: rows are never cut."""

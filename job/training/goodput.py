@@ -32,6 +32,7 @@ class Goodput(TrainerCallback):
 
     @contextlib.contextmanager
     def spending(self, name: str) -> Iterator[None]:
+        self._await_work()
         began = self._clock()
         try:
             yield
@@ -64,8 +65,17 @@ class Goodput(TrainerCallback):
         if not first:
             self._trained += self._tokens() - self._tokens_before
 
+    def _await_work(self) -> None:
+        """What the GPU has still to do of the last step is training, and not what comes behind it."""
+        if self._end_of_work is not None:
+            self._end_of_work.synchronize()
+            self._end_of_work = None
+            self._spent["compute"] += self._clock() - self._since
+            self._since = self._clock()
+
     def report(self, matmul_flops: float | None) -> dict[str, Any]:
         """For people and for `metrics.json`; rates are those of the steps behind the first."""
+        self._await_work()
         total = self._clock() - self._began
         seconds = {name: round(value, 2) for name, value in self._spent.items()}
         seconds["idle"] = round(max(0.0, total - sum(self._spent.values())), 2)

@@ -27,7 +27,7 @@ _ELEMENT = 2  # bytes of a 16-bit number
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to compute a step. `recomputed` layers keep their input alone for the backward pass; no more than
+    """One way to compute a step. `recomputed` layers keep little more than their input for the backward pass; no more than
     `micro_batch_tokens` are computed at once, if their rows are no longer. Bytes and seconds of a batch are predictions."""
 
     weights: Weights

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from job.model.fused import attention_kernels, gate_kernels
 from job.training import adamw_kernel
 
+_SHARED_BYTES = 232_448  # that a program may have
 _HALF, _WIDE, _WHOLE = "*bf16", "*fp32", "i32"
 _TENSORS = {"sums": _WIDE, "normalisers": _WIDE, "products": _WIDE, "tiles": "*i32", "parameters": "*i64"}
 _FACTORS = ("scale", "by", "gate_scale", "up_scale", "beta_mean", "beta_square", "epsilon", "step_size", "shrunk")
@@ -51,8 +52,9 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
         yield gate_kernels._gated_narrow_kernel, _descriptors(tiles), _constants(narrow, ranks), narrow.warps
         tiles = dict.fromkeys(("gate_up", "gradient"), (adapted.rows, adapted.block))
         tiles |= dict.fromkeys(("of_down", "narrow_gate", "narrow_up"), (adapted.rows, ranks))
-        constants = {**_constants(adapted, ranks), "DOWN": True, "GATE": True, "UP": True}
-        yield gate_kernels._gated_adapted_kernel, _descriptors(tiles), constants, adapted.warps * ranks // 64
+        for trained in ((True, True, True), (False, False, False), (False, True, False)):
+            constants = {**_constants(adapted, ranks), **dict(zip(("DOWN", "GATE", "UP"), trained, strict=True))}
+            yield gate_kernels._gated_adapted_kernel, _descriptors(tiles), constants, adapted.warps * ranks // 64
 
 
 def _descriptors(tiles: dict[str, tuple[int, int]]) -> dict[str, str]:
@@ -85,6 +87,7 @@ def spilled(kernel: Any, loaded: dict[str, str], constants: dict[str, Any], warp
             [str(assembler), "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
+    assert compiled.metadata.shared <= _SHARED_BYTES, compiled.metadata.shared
     return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
 
 

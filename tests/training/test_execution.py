@@ -16,7 +16,7 @@ from job.model.fused.layer import FusedLayer
 from job.model.fused.products import Normed
 from job.run import Run, read_json
 from job.stages.train import train
-from job.training.execution import _parts, switch_mode_only_if_another
+from job.training.execution import Execution, _parts, switch_mode_only_if_another
 from job.training.planner import Plan
 from job.training.workload import Shape
 
@@ -171,6 +171,16 @@ def test_a_layer_that_comes_out_wrong_on_this_machine_is_computed_the_plain_way(
     assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
     assert_equal(adapter(run), adapter(plain))
     assert read_json(run.paths.metrics_file)["plan"] is None
+
+
+def test_kernels_for_many_tokens_are_proven_where_a_row_or_an_evaluation_has_many(prepared: Prepared) -> None:
+    run = prepared("rows", **FUSED, PER_DEVICE_EVAL_BATCH_SIZE="3")
+    execution = Execution(run)
+    assert execution._most_tokens(Plan("4-bit", 0, 64, 1, longest_row=32)) == 64
+    assert execution._most_tokens(Plan("4-bit", 0, 64, 1, longest_row=128)) == 128
+    run.paths.eval_data_dir.mkdir()
+    longest = read_json(run.paths.data_report_file)["max_length"]
+    assert execution._most_tokens(Plan("4-bit", 0, 64, 1, longest_row=32)) == 3 * longest > 64
 
 
 def _decided_as_on_a_gpu(run: Run) -> Any:

@@ -19,9 +19,13 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
 
 def run_two_steps(busy: bool | None) -> dict[str, Any]:
-    """5 s of start, steps of 4 s and 2 s, 1 s of waiting before each, 3 s of saving, 1 s of nothing at the end."""
+    """5 s of start, steps of 4 s and 2 s, 1 s of waiting before each, 3 s of saving, 1 s of nothing at the end. A GPU that is `busy`
+    has 10 s of the last step before it when the saving begins."""
     clock, tokens = Clock(), [0.0]
     goodput = Goodput(lambda: tokens[0], clock)
     arguments = SimpleNamespace(device=torch.device("cpu"))
@@ -29,7 +33,7 @@ def run_two_steps(busy: bool | None) -> dict[str, Any]:
     goodput.on_train_begin(arguments, None, None, model=torch.nn.Linear(10, 10, bias=False))  # type: ignore[arg-type]
     for seconds in (4, 2):
         if busy is not None:
-            goodput._end_of_work = SimpleNamespace(query=lambda: not busy)
+            goodput._end_of_work = SimpleNamespace(query=lambda: not busy, synchronize=lambda: clock.wait(10 * busy))
         clock.now += 1
         goodput.on_step_begin(arguments, None, None)  # type: ignore[arg-type]
         clock.now += seconds
@@ -56,7 +60,12 @@ def test_every_second_is_counted_once() -> None:
 def test_rows_that_come_while_the_gpu_works_cost_nothing() -> None:
     found = run_two_steps(busy=True)["seconds"]
     assert "data" not in found
-    assert (found["first_step"], found["compute"]) == (5, 3)
+    assert found["first_step"] == 5
+
+
+def test_work_that_is_left_to_the_gpu_is_training_and_not_saving() -> None:
+    found = run_two_steps(busy=True)["seconds"]
+    assert (found["compute"], found["save"]) == (3 + 10, 3)
 
 
 def test_a_training_without_a_second_step_has_no_speed() -> None:

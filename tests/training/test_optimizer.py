@@ -73,7 +73,7 @@ def test_steps_are_those_of_bitsandbytes_in_one_launch_a_group(launches: list[in
                 two.data.copy_(one.data)
     ours.assert_same(theirs)
     assert all(not torch.equal(one, two) for one, two in zip(ours.parameters, before, strict=True))
-    assert launches == [1, *[2, 1] * 4], "of the first, the comparison; then a launch for each group"
+    assert launches == [2, *[2, 1] * 4], "the comparison's two, and then a launch for each group"
 
 
 def test_a_checkpoint_goes_from_one_to_the_other() -> None:
@@ -90,7 +90,7 @@ def test_a_checkpoint_goes_from_one_to_the_other() -> None:
     assert ours.optimizer.state[ours.parameters[0]]["step"] == 4
 
 
-@pytest.mark.parametrize("broken", ["wrong", "crashes"])
+@pytest.mark.parametrize("broken", ["does nothing", "twice as far", "backwards", "crashes"])
 def test_a_kernel_that_comes_out_wrong_on_this_machine_is_not_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
@@ -99,11 +99,18 @@ def test_a_kernel_that_comes_out_wrong_on_this_machine_is_not_used(
     def wrong(parameters: list[Parameter], step: Any) -> None:
         if broken == "crashes":
             raise RuntimeError("no kernel image is available")
-        take(parameters, step._replace(rate=2 * step.rate))
+        if broken != "does nothing":
+            take(parameters, step._replace(rate={"twice as far": 2, "backwards": -1}[broken] * step.rate))
 
     monkeypatch.setattr(adamw_kernel, "adamw_", wrong)
     ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)
-    for number in range(3):
+    for model in (ours, theirs):  # as in the first step of a training: nothing shows there what is wrong
+        for group in model.optimizer.param_groups:
+            group["lr"] = 0.0
+        model.step(0)
+        for group in model.optimizer.param_groups:
+            group["lr"] = 0.01
+    for number in range(1, 4):
         ours.step(number)
         theirs.step(number)
     ours.assert_same(theirs)
@@ -119,7 +126,25 @@ def test_parameters_that_are_not_alike_are_left_to_bitsandbytes(launches: list[i
         ours.step(number, without)
         theirs.step(number, without)
     ours.assert_same(theirs)
-    assert launches == [1, 1, 1], "the comparison and the first step's two groups"
+    assert launches == [2, 1, 1], "the comparison's two, and the first step's groups"
+
+
+def test_parameters_of_two_gpus_and_moments_in_8_bits_are_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(AdamWAtOnce, torch.float32)
+    model.step(0)
+    state = model.optimizer.state[model.parameters[0]]
+    for parameter in model.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert model.optimizer._groups() is not None
+    state["state1"], moments = state["state1"].to(torch.uint8), state["state1"]
+    assert model.optimizer._groups() is None
+    state["state1"] = moments
+    elsewhere = torch.nn.Parameter(torch.empty(3, device="meta"))
+    elsewhere.grad = torch.empty_like(elsewhere)
+    model.optimizer.param_groups[0]["params"].append(elsewhere)
+    moment = torch.empty(3, device="meta")
+    model.optimizer.state[elsewhere] = {"step": 1, "state1": moment, "state2": moment}
+    assert model.optimizer._groups() is None
 
 
 def test_it_serves_adamw_with_moments_in_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ numbers again for the same input. Rows are tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -253,16 +254,16 @@ def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Roun
     return out
 
 
-def serves(gate_up: torch.Tensor, *narrow: torch.Tensor | None) -> bool:
-    """Whether the two below, with these narrow matrices of ranks, are known to be the faster way: on Hopper, in 16 bits, for so
-    many tokens that the host has time for descriptors."""
+def serves(values: Sequence[torch.Tensor], narrow: Sequence[torch.Tensor | None]) -> bool:
+    """Whether the two below are known to be the faster way, on Hopper, in 16 bits, for so many tokens that the host has time for
+    descriptors; and can load these values of the gate and these narrow matrices of ranks."""
     parts = [part for part in narrow if part is not None]
     return (
-        is_hopper(gate_up.device)
-        and gate_up.element_size() == 2
-        and len(gate_up) >= MANY_TOKENS
+        is_hopper(values[0].device)
+        and values[0].element_size() == 2
+        and len(values[0]) >= MANY_TOKENS
         and all(min(part.shape) <= _LARGEST_RANK for part in parts)
-        and all(can_describe(part) for part in (gate_up, *parts))
+        and all(can_describe(part) for part in (*values, *parts))
     )
 
 

@@ -2,8 +2,8 @@
 
 PyTorch's autograd would keep every intermediate result and pass over memory once for each small operation. Here the
 backward pass is written out: of a layer that is *kept*, it needs six tensors as wide as the model and the two halves of
-the gate; of one that is *recomputed*, its input alone, and of the forward pass it repeats what it needs, which the last
-product is not. Both give the same numbers.
+the gate; of one that is *recomputed*, its input and the last adapter's narrow product, and of the forward pass it repeats what it
+needs, which the last product is not. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ class FusedLayer:
     """Computes what `layer` computes. `kept` may be changed between steps; the numbers stay the same. `dropout_seed` is
     the first of the `LINEAR_LAYERS` that it uses, `first_token` the place in the batch of what it is given next."""
 
-    def __init__(self, layer: LlamaDecoderLayer, weights: Weights) -> None:
+    def __init__(self, layer: LlamaDecoderLayer, weights: Weights, room: _Room) -> None:
         attention, gate = layer.self_attn, layer.mlp
         if weights != "4-bit":
             make_resident(layer)
         options = {"eight_bit": weights == "fp8"}
         self.kept, self.dropout_seed, self.first_token = True, 0, 0
+        self._room = room
         self._dim, self._scaling = attention.head_dim, attention.scaling
         self._heads = attention.config.num_attention_heads
         self._shared_heads = attention.config.num_key_value_heads
@@ -90,6 +91,7 @@ class FusedLayer:
         self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]
     ) -> tuple[torch.Tensor, _Kept, torch.Tensor | None]:
         """The result, what the backward pass needs, and what it needs even of a layer that is recomputed."""
+        self._room.last = None  # of a backward pass that did not come to its end
         kept = self.middle(x, rows, seeds)
         y, narrow_down = self.down.forward_gated(kept.gate_up, seeds[_DOWN])
         return y.add_(kept.second_normed.x), kept, narrow_down
@@ -145,15 +147,17 @@ class FusedLayer:
         )
         gradient = None
         if of_x:  # with room for the border of the layer before this one
-            room = self.down.new_output(of_normed)
-            gradient = self._norm_backward(of_normed, kept.first_normed, of_middle, room)[:, : of_normed.shape[1]]
+            self._room.last = self.down.new_output(of_normed)
+            gradient = self._norm_backward(of_normed, kept.first_normed, of_middle, self._room.last)[
+                :, : of_normed.shape[1]
+            ]
         return gradient, [*of_inputs, *of_output, *of_gates, *of_down]
 
     def _gate_backward(
         self, of_out: torch.Tensor, seeds: Sequence[Draw], kept: _Kept, narrow_down: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, Rounded | None], list[torch.Tensor], list[torch.Tensor]]:
         """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
-        of_down_out = _with_room(of_out, self.down)
+        of_down_out = self._room.holding(of_out, self.down)
         of_act, of_narrow = self.down.input_gradient(of_down_out, seeds[_DOWN])
         rounded = self.gates.rounded_output(of_out)
         of_down_a, of_gates_b = self._gated_backward(of_act, of_narrow, rounded, seeds, kept)
@@ -209,16 +213,23 @@ class FusedLayer:
         return pointwise.rms_norm_backward(gradient, of.x, of.weight, of.epsilon, residual, out, rounded)
 
 
-def _with_room(of_y: torch.Tensor, products: Products) -> torch.Tensor:
-    """`of_y` in a tensor with room for the border of `products`: that which it lies in, if the layer behind made it so, or
-    a new one."""
-    width = of_y.shape[1] + products.border
-    lies_so = of_y.stride() == (width, 1) and of_y.untyped_storage().nbytes() == len(of_y) * width * of_y.element_size()
-    if not products.border or lies_so:
-        return of_y.as_strided((len(of_y), width), (of_y.stride(0), 1))
-    room = products.new_output(of_y)
-    pointwise.place(of_y, room[:, : of_y.shape[1]])
-    return room
+class _Room:
+    """Where the layer behind has written the gradient that this one is given, with room for a border; for one gradient at a
+    time, shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.last: torch.Tensor | None = None
+
+    def holding(self, of_y: torch.Tensor, products: Products) -> torch.Tensor:
+        """`of_y` with room for the border of `products`: the tensor that it lies in, if that is the last one, or a new one."""
+        last, self.last = self.last, None
+        if last is not None and last.data_ptr() == of_y.data_ptr() and last.shape[1] == of_y.shape[1] + products.border:
+            return last
+        if not products.border:
+            return of_y
+        room = products.new_output(of_y)
+        pointwise.place(of_y, room[:, : of_y.shape[1]])
+        return room
 
 
 class _Layer(torch.autograd.Function):
@@ -276,9 +287,9 @@ def _has_known_weights(layer: LlamaDecoderLayer) -> bool:
 
 def fuse_layers(model: PeftModel, weights: Weights) -> list[FusedLayer]:
     """Let each decoder layer of a model that `can_fuse` be computed by its fused form; returns them, first to last."""
-    fused = []
+    fused, room = [], _Room()
     for layer in model.get_base_model().base_model.layers:
-        one = FusedLayer(layer, weights)
+        one = FusedLayer(layer, weights, room)
         layer.forward = one
         fused.append(one)
     return fused

@@ -136,7 +136,7 @@ def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> t
     if gate_up.is_cuda:
         from job.model.fused import gate_kernels
 
-        if gate_kernels.serves(gate_up, a):
+        if gate_kernels.serves([gate_up], [a]):
             return gate_kernels.gated_narrow(gate_up, a, out)
     return gated(gate_up, out)[:, : a.shape[1]] @ a.T
 
@@ -164,7 +164,7 @@ def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, besid
     if gate_up.is_cuda:
         from job.model.fused import gate_kernels
 
-        if gate_kernels.serves(gate_up, *beside[:3]):
+        if gate_kernels.serves([gate_up, gradient], beside[:3]):
             return gate_kernels.gated_backward_adapted_(gradient, gate_up, beside)
     act = gated_backward_(gradient, gate_up)
     of_a = None if beside.of_down is None else beside.of_down.T @ act

@@ -271,9 +271,9 @@ def rms_norm(
     inverses = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
     if rows:
         _rms_norm_kernel[(rows,)](
-        x, x if add is None else add, weight, out, inverses, *(rounded or (x, x)), columns, out.stride(0), epsilon,
-        **_one_row(columns), ADD=add is not None, ROUND=rounded is not None,
-    )  # fmt: skip
+            x, x if add is None else add, weight, out, inverses, *(rounded or (x, x)), columns, out.stride(0), epsilon,
+            **_one_row(columns), ADD=add is not None, ROUND=rounded is not None,
+        )  # fmt: skip
     return inverses
 
 
@@ -289,10 +289,10 @@ def rms_norm_backward(
     rows, columns = x.shape
     if rows:
         _rms_norm_backward_kernel[(rows,)](
-        gradient, x, weight, x if residual is None else residual, out, *(rounded or (x, x)), columns,
-        0 if residual is None else residual.stride(0), out.stride(0), epsilon,
-        **_one_row(columns), ADD=residual is not None, ROUND=rounded is not None,
-    )  # fmt: skip
+            gradient, x, weight, x if residual is None else residual, out, *(rounded or (x, x)), columns,
+            0 if residual is None else residual.stride(0), out.stride(0), epsilon,
+            **_one_row(columns), ADD=residual is not None, ROUND=rounded is not None,
+        )  # fmt: skip
     return out
 
 
