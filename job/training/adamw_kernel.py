@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from job.model.fused.launch import Kernel
-from job.training.optimizer import Parameter, Step
 
 _BLOCK = 1024
 
@@ -43,18 +42,22 @@ def _adamw_kernel(
         tl.store(values, value.to(like.dtype.element_ty), mask=inside)
 
 
-def adamw_(parameters: Sequence[Parameter], step: Step) -> None:
-    """Take the step in place. All values are of one type, and all gradients."""
+def adamw_(
+    parameters: Sequence[Sequence[torch.Tensor]], number: int, rate: float, betas: tuple[float, float], epsilon: float,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """Take the `number`th step, counted from 1, in place. Of each parameter: value, gradient, mean and square, all contiguous; the
+    latter two float32, the others of one type for all."""
     described: list[int] = []
     for one in parameters:
-        described += [*(part.data_ptr() for part in one), one.value.numel()]
-    value, gradient = parameters[0].value, parameters[0].gradient
+        described += [*(part.data_ptr() for part in one), one[0].numel()]
+    value, gradient = parameters[0][:2]
     addresses = torch.tensor(described, dtype=torch.int64)
     if value.is_cuda:  # from pinned memory the host need not wait
         addresses = addresses.pin_memory().to(value.device, non_blocking=True)
-    mean_left, square_left = (1 - beta**step.number for beta in step.betas)
+    mean_left, square_left = (1 - beta**number for beta in betas)
     correction = math.sqrt(square_left)
-    _adamw_kernel[(triton.cdiv(max(one.value.numel() for one in parameters), _BLOCK), len(parameters))](
-        addresses, value, gradient, *step.betas, step.epsilon * correction, -step.rate * correction / mean_left,
-        1 - step.rate * step.weight_decay, BLOCK=_BLOCK,
+    _adamw_kernel[(triton.cdiv(max(one[0].numel() for one in parameters), _BLOCK), len(parameters))](
+        addresses, value, gradient, *betas, epsilon * correction, -rate * correction / mean_left, 1 - rate * weight_decay,
+        BLOCK=_BLOCK,
     )  # fmt: skip

@@ -111,7 +111,7 @@ class AdamWAtOnce(bnb.optim.AdamW):
 def _take(parameters: Sequence[Parameter], step: Step) -> None:
     from job.training.adamw_kernel import adamw_
 
-    adamw_(parameters, step)
+    adamw_(parameters, *step)
 
 
 def _free_bytes() -> int:

@@ -180,7 +180,7 @@ def test_the_gates_gradients_with_those_of_the_adapters_around_it(
     halves = [copy[:, : 2 * width] for copy in copies]
     act = pointwise.gated_backward_(gradient, halves[2])
     wanted = pointwise.gated_backward_adapted_(gradient, halves[0], beside)
-    found = gate_kernels.gated_backward_adapted_(gradient, halves[1], beside)
+    found = gate_kernels.gated_backward_adapted_(gradient, halves[1], *beside)
     close(copies[1], copies[0])
     by_hand = [
         None if left is None or right is None else (left.float().T @ right.float() * scale).to(dtype)

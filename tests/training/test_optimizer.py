@@ -23,9 +23,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     take = adamw_kernel.adamw_
 
-    def counted(parameters: list[Parameter], step: Any) -> None:
+    def counted(parameters: list[Parameter], *step: Any) -> None:
         counts.append(len(parameters))
-        take(parameters, step)
+        take(parameters, *step)
 
     monkeypatch.setattr(adamw_kernel, "adamw_", counted)
     return counts
@@ -96,11 +96,11 @@ def test_a_kernel_that_comes_out_wrong_on_this_machine_is_not_used(
 ) -> None:
     take = adamw_kernel.adamw_
 
-    def wrong(parameters: list[Parameter], step: Any) -> None:
+    def wrong(parameters: list[Parameter], number: int, rate: float, *step: Any) -> None:
         if broken == "crashes":
             raise RuntimeError("no kernel image is available")
         if broken != "does nothing":
-            take(parameters, step._replace(rate={"twice as far": 2, "backwards": -1}[broken] * step.rate))
+            take(parameters, number, {"twice as far": 2, "backwards": -1}[broken] * rate, *step)
 
     monkeypatch.setattr(adamw_kernel, "adamw_", wrong)
     ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)

@@ -18,7 +18,6 @@ import triton.language as tl
 from job.model.device import is_hopper
 from job.model.fused import MANY_TOKENS
 from job.model.fused.launch import Kernel, can_describe, described
-from job.model.fused.pointwise import Adapted, Beside
 from job.model.fused.rounding import Rounded
 from job.model.fused.triton_kernels import scale_of
 
@@ -282,9 +281,16 @@ def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> t
     return sums.sum(0).to(out.dtype)
 
 
-def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, beside: Beside) -> Adapted:
+def gated_backward_adapted_(
+    gradient: torch.Tensor,
+    gate_up: torch.Tensor,
+    of_down: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scales: tuple[float, float],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     tokens, columns = gradient.shape
-    *narrow, scales = beside
+    narrow = (of_down, gate, up)
     ranks = [0 if part is None else part.shape[1] for part in narrow]
     tuned, padded = GATED_ADAPTED, _padded(max(ranks))
     column_blocks = triton.cdiv(columns, tuned.block)
@@ -296,12 +302,12 @@ def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, besid
         values, described(gradient, tuned.rows, tuned.block),
         *(values if part is None else described(part, tuned.rows, padded) for part in narrow),
         gate_up, sums, tokens, columns, *ranks, *scales, gate_up.stride(0), part_tokens,
-        DOWN=narrow[0] is not None, GATE=narrow[1] is not None, UP=narrow[2] is not None,
+        DOWN=of_down is not None, GATE=gate is not None, UP=up is not None,
         ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages,
         num_warps=tuned.warps * (padded // _RANKS),
     )  # fmt: skip
-    of_a, of_gate, of_up = sums.sum(0).to(gate_up.dtype).split([columns * rank for rank in ranks])
-    return Adapted(
+    of_a, of_gate, of_up = torch.split(sums.sum(0).to(gate_up.dtype), [columns * rank for rank in ranks])
+    return (
         of_a.view(-1, columns) if ranks[0] else None,
         of_gate.view(columns, -1) if ranks[1] else None,
         of_up.view(columns, -1) if ranks[2] else None,

@@ -165,7 +165,7 @@ def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, besid
         from job.model.fused import gate_kernels
 
         if gate_kernels.serves([gate_up, gradient], beside[:3]):
-            return gate_kernels.gated_backward_adapted_(gradient, gate_up, beside)
+            return Adapted(*gate_kernels.gated_backward_adapted_(gradient, gate_up, *beside))
     act = gated_backward_(gradient, gate_up)
     of_a = None if beside.of_down is None else beside.of_down.T @ act
     of_gate, of_up = (
