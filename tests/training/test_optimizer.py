@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from trl import SFTConfig
 
-from job.training import adamw_kernel, optimizer
+from job.settings import Settings
+from job.training import adamw_kernel, optimizer, trainer
 from job.training.optimizer import AdamWAtOnce, Parameter, at_once
+from job.training.trainer import AdapterTrainer
 
 pytestmark = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="tensors of these tests are on the CPU")
 SHAPES = ((3, 700), (64,), (40, 40))
@@ -127,6 +131,15 @@ def test_parameters_that_are_not_alike_are_left_to_bitsandbytes(launches: list[i
         theirs.step(number, without)
     ours.assert_same(theirs)
     assert launches == [2, 1, 1], "the comparison's two, and the first step's groups"
+
+
+def test_the_default_optimizer_is_one_that_it_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(optimizer, "can_compile_kernels", lambda: True)
+    monkeypatch.setattr(trainer, "at_once", lambda kind, named, device: at_once(kind, named, torch.device("cuda", 0)))
+    arguments = SFTConfig(str(tmp_path), optim=Settings().optim, use_cpu=True, bf16=False)
+    kind, named = AdapterTrainer.get_optimizer_cls_and_kwargs(arguments)
+    assert kind is AdamWAtOnce
+    assert named["is_paged"]
 
 
 def test_parameters_of_two_gpus_and_moments_in_8_bits_are_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
