@@ -1,4 +1,7 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) of many parameters in one launch, with moments in float32."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) of many parameters in one launch, with moments in float32.
+
+As in bitsandbytes' kernels for CUDA, values decay behind the step; its functions for the CPU let them decay before.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ def _adamw_kernel(
         gradient = tl.load(tl.load(one + 1).to(like_gradient.dtype) + place, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(means, mask=inside, other=0.0) * beta_mean + (1 - beta_mean) * gradient
         square = tl.load(squares, mask=inside, other=0.0) * beta_square + (1 - beta_square) * gradient * gradient
-        value = tl.load(values, mask=inside, other=0.0).to(tl.float32) * shrunk
-        value += step_size * (mean / (tl.sqrt(square) + epsilon))
+        value = tl.load(values, mask=inside, other=0.0).to(tl.float32)
+        value = (value + step_size * (mean / (tl.sqrt(square) + epsilon))) * shrunk
         tl.store(means, mean, mask=inside)
         tl.store(squares, square, mask=inside)
         tl.store(values, value.to(like.dtype.element_ty), mask=inside)

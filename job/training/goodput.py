@@ -19,7 +19,8 @@ class Goodput(TrainerCallback):
     """Seconds by what they were spent on, of this start of the training on this process.
 
     `start` is all up to the first step (imports, model, data), `first_step` that one, with whatever is compiled or tuned in
-    it, `compute` the others; `data` is time in which the GPU waited for rows. What remains is `idle`.
+    it, `compute` the others; `data` is time between steps in which nothing was left to do for the GPU, for want of rows or of
+    who asks for more. What remains is `idle`.
     """
 
     def __init__(self, tokens: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
@@ -28,7 +29,11 @@ class Goodput(TrainerCallback):
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._trained = self._flops_per_token = 0.0
         self._tokens_before = self._since = 0.0
+        self._waited_for_first = 0.0
+        # Of a GPU, which may still be at work on steps that this process has left behind: when it is done with the last, and
+        # from when to when it had nothing to do
         self._end_of_work: Any = None
+        self._pauses: list[tuple[Any, Any]] = []
 
     @contextlib.contextmanager
     def spending(self, name: str) -> Iterator[None]:
@@ -50,38 +55,52 @@ class Goodput(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._end_of_work is None or self._end_of_work.query():  # else the rows came while the GPU worked
+        if self._end_of_work is None:
             self._spent["data"] += self._clock() - self._since
             self._since = self._clock()
+        else:
+            self._pauses.append((self._end_of_work, _mark()))
         self._tokens_before = self._tokens()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type == "cuda":
-            self._end_of_work = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._end_of_work.record()
-        first = "first_step" not in self._spent
-        self._spent["first_step" if first else "compute"] += self._clock() - self._since
-        self._since = self._clock()
-        if not first:
-            self._trained += self._tokens() - self._tokens_before
+            self._end_of_work = _mark()
+        if "first_step" not in self._spent:
+            self._settle("first_step")
+            self._waited_for_first = self._spent["data"]
+            return
+        self._trained += self._tokens() - self._tokens_before
+        if self._end_of_work is None:
+            self._settle("compute")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._await_work()  # which the loss has waited for
 
     def _await_work(self) -> None:
         """What the GPU has still to do of the last step is training, and not what comes behind it."""
         if self._end_of_work is not None:
+            self._settle("compute")
+
+    def _settle(self, name: str) -> None:
+        """Count all time since the last count: as `name`, but for the GPU's pauses."""
+        if self._end_of_work is not None:
             self._end_of_work.synchronize()
-            self._end_of_work = None
-            self._spent["compute"] += self._clock() - self._since
-            self._since = self._clock()
+        paused = sum(begin.elapsed_time(end) for begin, end in self._pauses) / 1000
+        now = self._clock()
+        self._spent["data"] += paused
+        self._spent[name] += now - self._since - paused
+        self._since, self._end_of_work, self._pauses = now, None, []
 
     def report(self, matmul_flops: float | None) -> dict[str, Any]:
-        """For people and for `metrics.json`; rates are those of the steps behind the first."""
+        """For people and for `metrics.json`; rates are those of the steps behind the first and what lies between them, but for
+        saving and evaluating."""
         self._await_work()
         total = self._clock() - self._began
         seconds = {name: round(value, 2) for name, value in self._spent.items()}
         seconds["idle"] = round(max(0.0, total - sum(self._spent.values())), 2)
         figures: dict[str, Any] = {"seconds": seconds}
         if self._trained and self._spent["compute"]:
-            rate = self._trained / self._spent["compute"]
+            rate = self._trained / (self._spent["compute"] + self._spent["data"] - self._waited_for_first)
             figures |= {
                 "tokens_per_second": round(rate, 1),
                 "useful_flops_per_second": round(rate * self._flops_per_token),
@@ -89,3 +108,10 @@ class Goodput(TrainerCallback):
             if matmul_flops:
                 figures["part_of_matmul_rate"] = round(rate * self._flops_per_token / matmul_flops, 4)
         return figures
+
+
+def _mark() -> Any:
+    """A moment in the GPU's work."""
+    mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    mark.record()
+    return mark

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from job.report.goodput import speed_text, time_text
+from job.training import goodput
 from job.training.goodput import Goodput
 
 
@@ -23,17 +24,14 @@ class Clock:
         self.now += seconds
 
 
-def run_two_steps(busy: bool | None) -> dict[str, Any]:
-    """5 s of start, steps of 4 s and 2 s, 1 s of waiting before each, 3 s of saving, 1 s of nothing at the end. A GPU that is `busy`
-    has 10 s of the last step before it when the saving begins."""
+def run_two_steps() -> dict[str, Any]:
+    """5 s of start, steps of 4 s and 2 s, 1 s of waiting before each, 3 s of saving, 1 s of nothing at the end."""
     clock, tokens = Clock(), [0.0]
     goodput = Goodput(lambda: tokens[0], clock)
     arguments = SimpleNamespace(device=torch.device("cpu"))
     clock.now += 5
     goodput.on_train_begin(arguments, None, None, model=torch.nn.Linear(10, 10, bias=False))  # type: ignore[arg-type]
     for seconds in (4, 2):
-        if busy is not None:
-            goodput._end_of_work = SimpleNamespace(query=lambda: not busy, synchronize=lambda: clock.wait(10 * busy))
         clock.now += 1
         goodput.on_step_begin(arguments, None, None)  # type: ignore[arg-type]
         clock.now += seconds
@@ -46,26 +44,78 @@ def run_two_steps(busy: bool | None) -> dict[str, Any]:
 
 
 def test_every_second_is_counted_once() -> None:
-    found = run_two_steps(busy=None)
+    found = run_two_steps()
     assert found["seconds"] == {"start": 5, "data": 2, "first_step": 4, "compute": 2, "save": 3, "idle": 1}
-    assert found["tokens_per_second"] == 50  # the first step is no measure
-    assert found["useful_flops_per_second"] == 50 * 600
-    assert found["part_of_matmul_rate"] == pytest.approx(0.25)
+    # the first step is no measure, but what was waited for before the second is
+    assert found["tokens_per_second"] == pytest.approx(100 / 3, abs=0.1)
+    assert found["useful_flops_per_second"] == 100 / 3 * 600
+    assert found["part_of_matmul_rate"] == pytest.approx(1 / 6, abs=1e-4)
     assert speed_text(found) == (
-        "50 tokens/s a process, 3e-08 useful TFLOP/s (25% of what large products reach on this card)"
+        "33 tokens/s a process, 2e-08 useful TFLOP/s (17% of what large products reach on this card)"
     )
     assert time_text(found) == "start 5 s, first step 4 s, saving 3 s, waiting for data 2 s, training 2 s, other 1 s"
 
 
-def test_rows_that_come_while_the_gpu_works_cost_nothing() -> None:
-    found = run_two_steps(busy=True)["seconds"]
-    assert "data" not in found
-    assert found["first_step"] == 5
+class Gpu:
+    """Takes up work behind what it has, and tells when it came to a mark, as CUDA's events do."""
+
+    def __init__(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock, self.free = clock, 0.0
+        monkeypatch.setattr(goodput, "_mark", self.mark)
+
+    def work(self, seconds: float) -> None:
+        self.free = max(self.free, self.clock.now) + seconds
+
+    def mark(self) -> Any:
+        moment = max(self.free, self.clock.now)
+
+        def synchronize() -> None:
+            self.clock.now = max(self.clock.now, moment)
+
+        return SimpleNamespace(
+            moment=moment, synchronize=synchronize, elapsed_time=lambda later: 1000 * (later.moment - moment)
+        )
 
 
-def test_work_that_is_left_to_the_gpu_is_training_and_not_saving() -> None:
-    found = run_two_steps(busy=True)["seconds"]
-    assert (found["compute"], found["save"]) == (3 + 10, 3)
+def run_on_gpu(monkeypatch: pytest.MonkeyPatch, rows: float, *, logs: bool) -> dict[str, Any]:
+    """Five steps of 10 s for the GPU, which this process asks for in 1 s each; `rows` s until each one's rows are there."""
+    clock, tokens = Clock(), [0.0]
+    gpu, found = Gpu(clock, monkeypatch), Goodput(lambda: tokens[0], clock)
+    arguments: Any = SimpleNamespace(device=torch.device("cuda"))
+    nothing: Any = None
+    found.on_train_begin(arguments, nothing, nothing, model=torch.nn.Linear(10, 10, bias=False))
+    for _ in range(5):
+        clock.now += rows
+        found.on_step_begin(arguments, nothing, nothing)
+        clock.now += 1
+        gpu.work(10)
+        tokens[0] += 100
+        found.on_step_end(arguments, nothing, nothing)
+        if logs:
+            gpu.mark().synchronize()  # to read the loss
+            found.on_log(arguments, nothing, nothing)
+    with found.spending("save"):
+        clock.now += 3
+    assert sum(found._spent.values()) == pytest.approx(clock.now - 100)
+    return found.report(None)
+
+
+def test_rows_that_come_while_the_gpu_works_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_on_gpu(monkeypatch, rows=2, logs=False)
+    # the first step is awaited, so that the second waits for its rows
+    assert found["seconds"] == {"start": 0, "data": 4, "first_step": 11, "compute": 41, "save": 3, "idle": 0}
+    assert found["tokens_per_second"] == pytest.approx(400 / 43, abs=0.1)
+
+
+def test_a_gpu_that_waits_for_rows_is_told_from_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_on_gpu(monkeypatch, rows=12, logs=False)["seconds"]
+    # each but the first two are asked for, and their rows come, while the GPU works for 10 s of 12 and 1
+    assert (found["data"], found["compute"]) == (12 + 12 + 3 * 2, 4 * 10 + 4)
+
+
+def test_a_loss_that_is_read_is_training_and_the_rows_behind_it_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_on_gpu(monkeypatch, rows=2, logs=True)["seconds"]
+    assert (found["data"], found["first_step"], found["compute"], found["save"]) == (5 * 2, 11, 4 * 11, 3)
 
 
 def test_a_training_without_a_second_step_has_no_speed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,23 @@ from job.training.trainer import AdapterTrainer
 pytestmark = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="tensors of these tests are on the CPU")
 SHAPES = ((3, 700), (64,), (40, 40))
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "optim_bits": 32}
+
+
+@pytest.fixture(autouse=True)
+def decay_behind_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes' kernels for CUDA have it, and its functions for the CPU have not."""
+    update = bnb.functional.optimizer_update_32bit
+    signature = inspect.signature(update)
+
+    def behind(*arguments: Any, **named: Any) -> None:
+        bound = signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        every = bound.arguments
+        rate, decay, every["weight_decay"] = every["lr"], every["weight_decay"], 0.0
+        update(*bound.args, **bound.kwargs)
+        every["p"].mul_(1 - rate * decay)
+
+    monkeypatch.setattr(bnb.functional, "optimizer_update_32bit", behind)
 
 
 @pytest.fixture
@@ -42,7 +60,7 @@ class Model:
         generator = torch.Generator().manual_seed(0)
         self.parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES]
         groups = [
-            {"params": self.parameters[:2], "weight_decay": 0.1},
+            {"params": self.parameters[:2], "weight_decay": 0.5},
             {"params": self.parameters[2:], "weight_decay": 0.0},
         ]
         self.optimizer: Any = kind(groups, **SETTINGS)
