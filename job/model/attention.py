@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from job.errors import InputError
 from job.model.device import device_of
@@ -67,9 +67,9 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 def register_varlen() -> str:
-    """Make the attention known to transformers; returns the name to pass as `attn_implementation`."""
+    """Make the attention known to transformers; returns the name to pass as `attn_implementation`. It has no mask, of which
+    transformers makes none for an attention that has not named one; else it would ask the GPU where rows begin, and wait."""
     AttentionInterface.register(VARLEN, varlen_attention)
-    AttentionMaskInterface.register(VARLEN, _no_mask)
     return VARLEN
 
 
@@ -134,10 +134,6 @@ def row_by_row(
         q, k, v = (states[begin:end].transpose(0, 1).unsqueeze(0) for states in (query, key, value))
         rows.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)[0])
     return torch.cat(rows, dim=1).transpose(0, 1)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The boundaries say it all."""
 
 
 def _causal_argument() -> dict[str, Any]:

@@ -56,6 +56,7 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         "report_to": ["tensorboard", *(["wandb"] if os.environ.get("WANDB_API_KEY") else [])],
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},  # a batch need not wait for the step before it
         "ddp_find_unused_parameters": False,
         **sharding_arguments(settings),
         **settings.extra_training_args,

@@ -9,7 +9,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,36 +126,53 @@ class AdapterTrainer(SFTTrainer):
         parts = list(self.execution.batches(inputs))
         assert num_items_in_batch is not None or len(parts) == 1
         total, begin = torch.zeros((), device=self.args.device), 0
-        with self._figures_of_one_batch():
-            for index, part in enumerate(parts):
-                last = index + 1 == len(parts)
-                self.execution.seed_dropout(self.state.global_step, self._batches_of_step, first_token=begin)
-                begin += part["input_ids"].shape[1]
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                    total = total + super().training_step(model, part, num_items_in_batch)
+        self._figures = torch.zeros(3, device=self.args.device, dtype=torch.float64)
+        for index, part in enumerate(parts):
+            last = index + 1 == len(parts)
+            self.execution.seed_dropout(self.state.global_step, self._batches_of_step, first_token=begin)
+            begin += part["input_ids"].shape[1]
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, num_items_in_batch)
+        self._tell_figures(tokens=begin)
         return total
 
-    @contextlib.contextmanager
-    def _figures_of_one_batch(self) -> Iterator[None]:
-        """trl gathers figures from all processes at every pass. Here each may take another number of passes to a batch, and
-        would wait for the others in vain: what it found is gathered once, behind the last."""
-        figures, tokens = self._metrics["train"], self._total_train_tokens
-        before = {name: len(values) for name, values in figures.items()}
-        gather, self.accelerator.gather_for_metrics = self.accelerator.gather_for_metrics, lambda value: value
-        try:
-            yield
-        finally:
-            self.accelerator.gather_for_metrics = gather
-        names = [name for name in ("entropy", "mean_token_accuracy") if name in figures]
-        found = [figures[name][before.get(name, 0) :] for name in names]
-        own = [float(self._total_train_tokens - tokens), *(sum(values) / len(values) for values in found)]
-        everyone = torch.tensor([own], dtype=torch.float64)
-        if self.args.world_size > 1:  # else the GPU would be asked, and wait, for nothing
-            everyone = self.accelerator.gather(everyone.float().to(self.args.device)).cpu()
-        self._total_train_tokens = tokens + round(float(everyone[:, 0].sum()))
-        for column, name in enumerate(names, start=1):
-            figures[name][before.get(name, 0) :] = [float(everyone[:, column].mean())]
-        figures["num_tokens"] = [self._total_train_tokens]
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """trl's, but for its figures: it gathers them from all processes at every pass and asks the GPU for them. Here each process
+        may take another number of passes to a batch, and would wait for the others in vain, and the GPU for who asks."""
+        if self.execution.plan is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        found = (outputs.label_mask, outputs.entropy.detach(), outputs.is_top1)
+        self._figures += torch.stack([part.sum().double() for part in found])
+        learned = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(learned).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # their gradients are averaged
+        return loss
+
+    def _tell_figures(self, tokens: int) -> None:
+        """What trl tells of a batch, by what all processes found, in numbers only when somebody reads them: `_read_figures`."""
+        figures = self._figures
+        if self.args.world_size > 1:
+            figures = self.accelerator.reduce(torch.nn.functional.pad(figures, (0, 1), value=float(tokens)))
+            tokens = round(float(figures[3]))
+        self._total_train_tokens += tokens
+        told, learned = self._metrics["train"], figures[0].clamp(min=1)
+        told["entropy"].append(figures[1] / learned)
+        told["mean_token_accuracy"].append(figures[2] / learned)
+        told["num_tokens"] = [self._total_train_tokens]
+
+    def _read_figures(self) -> dict[str, list[float]]:
+        figures: dict[str, list[Any]] = self._metrics["train"]
+        for name, values in figures.items():
+            figures[name] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+        return figures
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self._read_figures()
+        super().log(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         ended = self.best is not None and self.best.exhausted
@@ -234,7 +251,7 @@ class AdapterTrainer(SFTTrainer):
                 "loss": self._tr_loss.detach().cpu().clone(),
                 "loss_logged": self._total_loss_scalar,
                 "last_logged": self._globalstep_last_logged,
-                "metrics": dict(self._metrics["train"]),
+                "metrics": dict(self._read_figures()),
                 "tokens": self._total_train_tokens,
             },
         }

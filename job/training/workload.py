@@ -108,6 +108,9 @@ def obstacle(settings: Settings, shape: Shape | None) -> str | None:
         return "they know no shards (FT_SHARDING)"
     if settings.device_map != "auto":
         return "they need the whole model on one GPU (FT_DEVICE_MAP)"
+    extra = settings.extra_training_args
+    if extra.get("loss_type") not in (None, "nll") or extra.get("label_smoothing_factor"):
+        return "they know one loss (FT_EXTRA_TRAINING_ARGS: loss_type, label_smoothing_factor)"
     if settings.device == "cuda" and settings.bnb_4bit_compute_dtype == "float32":
         return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
     return None

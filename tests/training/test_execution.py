@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,40 @@ def test_fused_layers_train_what_plain_ones_train(prepared: Prepared, accumulate
     assert_equal(adapter(whole), adapter(plain), 1e-3)
     assert_equal(adapter(parts), adapter(whole), 1e-3)
     histories = [read_json(run.paths.trainer_state_file)["log_history"] for run in (plain, whole, parts)]
-    for name in ("loss", "eval_loss", "num_tokens"):
+    for name in ("loss", "eval_loss", "num_tokens", "entropy", "mean_token_accuracy"):
         values = [[entry[name] for entry in history if name in entry] for history in histories]
         assert values[0]
         for other in values[1:]:
             assert other == pytest.approx(values[0], rel=1e-4)
     assert read_json(parts.paths.metrics_file)["plan"]["micro_batch_tokens"] == 100
+
+
+def test_a_step_asks_for_no_figure_and_the_log_has_them_all(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[str] = set()
+    for name in ("item", "__bool__", "__float__", "__int__", "cpu"):  # each waits for a GPU
+        _tell_callers(monkeypatch, name, asked)
+    run = prepared("run", **{**FUSED, "LOGGING_STEPS": "3"})
+    train(run)
+    assert "training_step" not in asked
+    assert "_read_figures" in asked, "the watch works"
+    entries = [entry for entry in read_json(run.paths.trainer_state_file)["log_history"] if "entropy" in entry]
+    assert [entry["step"] for entry in entries] == [3, 6]
+    for entry in entries:
+        assert 0 <= entry["mean_token_accuracy"] <= 1
+        assert entry["entropy"] > 0
+        assert isinstance(entry["num_tokens"], int | float)
+
+
+def _tell_callers(monkeypatch: pytest.MonkeyPatch, name: str, told: set[str]) -> None:
+    plain = getattr(torch.Tensor, name)
+
+    def telling(self: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        told.update(frame.name for frame in traceback.extract_stack(limit=20))
+        return plain(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, name, telling)
 
 
 def test_a_model_changes_its_mode_as_a_whole_and_only_if_it_is_another() -> None:
