@@ -198,7 +198,7 @@ def _measure_one(bench: Bench, measured: Measured, weights: Weights, recomputed:
         return
     plan = Plan(weights, recomputed, tokens, 1)
     context = sum(length**2 for length in _fill(bench._lengths, tokens)) / tokens
-    expected = predicted_seconds(bench.shape, plan, Load(tokens, tokens, LENGTH, context), bench.card)
+    expected = predicted_seconds(bench.shape, plan, Load.one(tokens, context), bench.card)
     memory = predicted_bytes(bench.shape, plan, bench.settings) / GIB
     print(f"| {weights}, {recomputed} | {tokens:,} | {seconds * 1e3:.1f} | {tokens / seconds:,.0f} | {gib:.2f} "
           f"| {expected * 1e3:.0f}, {memory:.2f} |", flush=True)  # fmt: skip

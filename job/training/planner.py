@@ -9,6 +9,7 @@ answers at once and without a GPU.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -166,7 +167,7 @@ _RAMP_SECONDS = 0.2e-3  # that a layer's kernels lose together in coming up and 
 
 
 def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float:
-    """Of one batch's forward and backward pass."""
+    """Of a batch's forward and backward pass, in the mean."""
     rate, bandwidth = card.matmul_flops, card.bandwidth * _TRAFFIC
     again = plan.recomputed / shape.layers
     large = shape.layers * (
@@ -181,8 +182,16 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
     per_batch = 0.0
     if plan.weights == "4-bit":
         per_batch = shape.layers * shape.layer_weights * (2 + again) * 2.6 / (0.5 * bandwidth)
-    parts = max(1.0, load.mean_batch / plan.micro_batch_tokens)
-    computed = load.mean_batch * (large + narrow + attention + traffic) + parts * per_batch
-    computed += parts * shape.layers * _RAMP_SECONDS
     launch, more = _LAUNCH[plan.weights]
-    return max(computed, parts * shape.layers * launch * (1 + more * again))
+    per_token = large + narrow + attention + traffic
+    per_part, launched = per_batch + shape.layers * _RAMP_SECONDS, shape.layers * launch * (1 + more * again)
+    return statistics.fmean(
+        max(tokens * per_token + parts * per_part, parts * launched)
+        for tokens, parts in ((tokens, _parts_of(tokens, plan, load)) for tokens in load.batches)
+    )
+
+
+def _parts_of(tokens: float, plan: Plan, load: Load) -> int:
+    """In how many parts a batch is computed, of rows that are not cut."""
+    rows_at_once = int(plan.micro_batch_tokens * load.rows / tokens)
+    return math.ceil(load.rows / max(1, rows_at_once))

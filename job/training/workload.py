@@ -5,6 +5,9 @@ It imports no torch, so that a plan is made at once and without a GPU.
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,27 +121,63 @@ def obstacle(settings: Settings, shape: Shape | None) -> str | None:
 
 @dataclass(frozen=True)
 class Load:
-    """The batches of a run on one GPU: tokens of the largest and of the mean batch, of the longest row, and the mean length
-    of the row that a token is in."""
+    """The batches of a run on one GPU. `batches` are the tokens of some that stand for all, `rows` rows each; `largest_batch` is
+    the most that one can have, `longest_row` the longest row's, and `mean_context` the mean length of the row that a token is in."""
 
+    rows: int
+    batches: tuple[float, ...]
     largest_batch: int
-    mean_batch: float
     longest_row: int
     mean_context: float
 
+    @property
+    def mean_batch(self) -> float:
+        return sum(self.batches) / len(self.batches)
+
     @classmethod
-    def of(cls, lengths: Mapping[int, int], batch_size: int, packed_rows: int | None, max_length: int) -> Load:
-        """`lengths` counts the documents of each length; packed ones fill `packed_rows` rows of `max_length`."""
+    def one(cls, tokens: int, mean_context: float) -> Load:
+        """A single batch, of which every part can be computed at once."""
+        return cls(1, (tokens,), tokens, tokens, mean_context)
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Mapping[int, int],
+        batch_size: int,
+        packed_rows: int | None,
+        max_length: int,
+        *,
+        grouped: bool = False,
+    ) -> Load:
+        """`lengths` counts the documents of each length; packed ones fill `packed_rows` rows of `max_length`. `grouped` ones come
+        with those of like length."""
         tokens = sum(length * count for length, count in lengths.items())
         context = sum(length * length * count for length, count in lengths.items()) / tokens
         longest = max(lengths)
         if packed_rows is not None:
-            return cls(batch_size * max_length, batch_size * tokens / packed_rows, longest, context)
+            batch = batch_size * tokens / packed_rows
+            return cls(batch_size, (batch,), batch_size * max_length, longest, context)
         largest, missing = 0, batch_size
         for length in sorted(lengths, reverse=True):
             taken = min(missing, lengths[length])
             largest, missing = largest + taken * length, missing - taken
-        return cls(largest, batch_size * tokens / sum(lengths.values()), longest, context)
+        return cls(batch_size, _batches(lengths, batch_size, grouped), largest, longest, context)
+
+
+_BATCHES = 32  # that stand for all
+
+
+def _batches(lengths: Mapping[int, int], batch_size: int, grouped: bool) -> tuple[float, ...]:
+    """Rows from the shortest to the longest, at even distances, in batches; their mean is that of all rows."""
+    rows = _BATCHES * batch_size
+    behind = list(itertools.accumulate(lengths[length] for length in sorted(lengths)))
+    places = (behind[-1] * (row + 0.5) / rows for row in range(rows))
+    found = [sorted(lengths)[bisect.bisect_left(behind, place)] for place in places]
+    if not grouped:
+        random.Random(0).shuffle(found)
+    batches = [sum(found[begin : begin + batch_size]) for begin in range(0, rows, batch_size)]
+    mean = batch_size * sum(length * count for length, count in lengths.items()) / behind[-1]
+    return tuple(batch * mean * _BATCHES / sum(batches) for batch in batches)
 
 
 def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
@@ -147,4 +186,4 @@ def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
     counted = train.get("lengths") or {longest: train["rows"]}  # a version before this one did not count
     lengths = {int(length): count for length, count in counted.items()}
     batch_size = settings.per_device_train_batch_size
-    return Load.of(lengths, batch_size, train.get("packed_rows"), longest)
+    return Load.of(lengths, batch_size, train.get("packed_rows"), longest, grouped=settings.group_by_length)

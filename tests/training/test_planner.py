@@ -10,14 +10,14 @@ import pytest
 from job.settings import Settings
 from job.training.cards import CARDS, GIB, card_named
 from job.training.planner import Plan, choose, fits, plans, predicted_bytes, predicted_seconds, smaller_plan
-from job.training.workload import Load, Shape
+from job.training.workload import Load, Shape, obstacle
 from tests.conftest import Job
 
 LLAMA_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "vocab_size": 32000,
 }  # fmt: skip
-LOAD = Load(largest_batch=16384, mean_batch=16000, longest_row=2048, mean_context=900)
+LOAD = Load(rows=8, batches=(16000.0,), largest_batch=16384, longest_row=2048, mean_context=900)
 H200 = card_named("NVIDIA H200")
 
 # Measured on H200s (BENCHMARKS.md): weights, layers recomputed, tokens at once; milliseconds of a forward and backward pass,
@@ -53,7 +53,7 @@ def test_predictions_are_near_what_was_measured(
     assert H200 is not None
     plan = Plan(weights, recomputed, tokens, 1)
     assert predicted_bytes(shape(), plan, settings()) / GIB == pytest.approx(gib, rel=0.08)
-    seconds = predicted_seconds(shape(), plan, Load(tokens, tokens, 2048, 900), H200)
+    seconds = predicted_seconds(shape(), plan, Load.one(tokens, 900), H200)
     assert seconds * 1000 == pytest.approx(milliseconds, rel=0.08)
 
 
@@ -126,9 +126,47 @@ def test_a_step_down_needs_less_memory_until_nothing_is_left() -> None:
 
 def test_batches_are_measured_by_their_longest_rows() -> None:
     load = Load.of({10: 3, 100: 2, 50: 1}, batch_size=4, packed_rows=None, max_length=128)
-    assert load == Load(largest_batch=260, mean_batch=4 * 280 / 6, longest_row=100, mean_context=22800 / 280)
+    assert (load.largest_batch, load.longest_row, load.mean_context) == (260, 100, 22800 / 280)
+    assert load.mean_batch == pytest.approx(4 * 280 / 6)
     packed = Load.of({10: 3, 100: 2, 50: 1}, batch_size=4, packed_rows=3, max_length=128)
     assert (packed.largest_batch, packed.mean_batch) == (512, 4 * 280 / 3)
+
+
+def test_batches_of_rows_of_like_length_differ_more_than_others() -> None:
+    lengths = dict.fromkeys(range(1, 1001), 2)
+    grouped, mixed = (Load.of(lengths, 4, None, 1000, grouped=grouped) for grouped in (True, False))
+    assert (min(grouped.batches), max(grouped.batches)) == pytest.approx((4 * 16, 4 * 984), rel=0.1)
+    assert max(mixed.batches) < 0.9 * max(grouped.batches)
+    assert min(mixed.batches) > 5 * min(grouped.batches)
+    assert mixed.mean_batch == pytest.approx(grouped.mean_batch) == pytest.approx(4 * 500.5)
+
+
+def test_rows_that_do_not_fit_into_a_part_together_take_one_each() -> None:
+    assert H200 is not None
+    four, alone = (Plan("resident", 0, tokens, 1) for tokens in (4400, 2047))
+    load = Load(rows=4, batches=(4400,), largest_batch=8188, longest_row=2047, mean_context=1100)
+    per_part = predicted_seconds(shape(), alone, load, H200) / 4
+    assert per_part == pytest.approx(predicted_seconds(shape(), four, Load.one(1100, 1100), H200))
+
+
+def test_the_notebooks_batches_are_not_cut_where_memory_suffices() -> None:
+    """Most of them are small, so that their mean would not tell; the largest hold most tokens."""
+    assert H200 is not None
+    notebook = Settings(gradient_checkpointing="auto")
+    found = Shape.of(LLAMA_7B, notebook)
+    assert found is not None
+    lengths = {100: 400, 300: 300, 700: 200, 1500: 80, 2047: 20}
+    load = Load.of(lengths, 4, None, 2047, grouped=True)
+    assert load.mean_batch < 2047
+    candidates = list(plans(found, load, H200, notebook))
+    assert choose(candidates, 139 * GIB).micro_batch_tokens == 4 * 2047
+    assert choose(candidates, 16 * GIB).micro_batch_tokens < 4 * 2047
+
+
+@pytest.mark.parametrize("extra", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
+def test_the_fused_layers_know_one_loss(extra: dict[str, Any]) -> None:
+    assert "one loss" in str(obstacle(settings(extra_training_args=extra), shape()))
+    assert obstacle(settings(extra_training_args={"loss_type": "nll", "adam_beta2": 0.99}), shape()) is None
 
 
 @pytest.mark.parametrize(
