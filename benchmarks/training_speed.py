@@ -180,6 +180,7 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
         "tokens_per_second": goodput["tokens_per_second"],
         "peak_bytes": metrics["peak_memory_bytes"],
         "first_step_seconds": goodput["seconds"]["start"] + goodput["seconds"]["first_step"],
+        "seconds": goodput["seconds"],
         "losses": [round(entry["loss"], 4) for entry in state["log_history"] if "loss" in entry],
         "part_of_matmul_rate": goodput.get("part_of_matmul_rate"),
         "plan": metrics["plan"],

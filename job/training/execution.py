@@ -251,22 +251,18 @@ def switch_mode_only_if_another(model: torch.nn.Module) -> None:
     model.train = train  # type: ignore[method-assign]
 
 
-class Attempt:
-    """What a training step changes before its gradients are whole, to undo it: gradients and running figures."""
+class Gradients:
+    """Those of the batches that a step has behind it, if they `accumulate`, to come back to when a pass did not come to its end."""
 
-    def __init__(self, trained: list[torch.nn.Parameter], metrics: dict[str, list[Any]], *, accumulates: bool) -> None:
-        self._parameters = trained
-        self._gradients = [
-            parameter.grad.clone() if accumulates and parameter.grad is not None else None
-            for parameter in self._parameters
+    def __init__(self, parameters: list[torch.nn.Parameter], *, accumulate: bool) -> None:
+        self._parameters = parameters
+        self._found = [
+            parameter.grad.clone() if accumulate and parameter.grad is not None else None for parameter in parameters
         ]
-        self._metrics, self._figures = metrics, {name: list(values) for name, values in metrics.items()}
 
-    def undo(self) -> None:
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+    def restore(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._found, strict=True):
             parameter.grad = gradient
-        self._metrics.clear()
-        self._metrics.update(self._figures)
 
 
 def with_less_memory(

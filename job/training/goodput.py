@@ -16,7 +16,7 @@ from job.training.utilization import useful_flops_per_token
 
 
 class Goodput(TrainerCallback):
-    """Seconds by what they were spent on, of this start of the training on this process.
+    """Seconds by what they were spent on, of this start of the training on this process; `tokens()` have been trained so far.
 
     `start` is all up to the first step (imports, model, data), `first_step` that one, with whatever is compiled or tuned in
     it, `compute` the others; `data` is time between steps in which nothing was left to do for the GPU, for want of rows or of
@@ -27,9 +27,8 @@ class Goodput(TrainerCallback):
         self._clock, self._tokens = clock, tokens
         self._began = float(os.environ.get("JOB_STAGE_BEGAN") or clock())
         self._spent: defaultdict[str, float] = defaultdict(float)
-        self._trained = self._flops_per_token = 0.0
-        self._tokens_before = self._since = 0.0
-        self._waited_for_first = 0.0
+        self._flops_per_token = self._since = 0.0
+        self._waited_for_first = self._tokens_of_first = 0.0
         # Of a GPU, which may still be at work on steps that this process has left behind: when it is done with the last, and
         # from when to when it had nothing to do
         self._end_of_work: Any = None
@@ -60,17 +59,14 @@ class Goodput(TrainerCallback):
             self._since = self._clock()
         else:
             self._pauses.append((self._end_of_work, _mark()))
-        self._tokens_before = self._tokens()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type == "cuda":
             self._end_of_work = _mark()
         if "first_step" not in self._spent:
             self._settle("first_step")
-            self._waited_for_first = self._spent["data"]
-            return
-        self._trained += self._tokens() - self._tokens_before
-        if self._end_of_work is None:
+            self._waited_for_first, self._tokens_of_first = self._spent["data"], self._tokens()
+        elif self._end_of_work is None:
             self._settle("compute")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -99,8 +95,9 @@ class Goodput(TrainerCallback):
         seconds = {name: round(value, 2) for name, value in self._spent.items()}
         seconds["idle"] = round(max(0.0, total - sum(self._spent.values())), 2)
         figures: dict[str, Any] = {"seconds": seconds}
-        if self._trained and self._spent["compute"]:
-            rate = self._trained / (self._spent["compute"] + self._spent["data"] - self._waited_for_first)
+        trained = self._tokens() - self._tokens_of_first
+        if trained and self._spent["compute"]:
+            rate = trained / (self._spent["compute"] + self._spent["data"] - self._waited_for_first)
             figures |= {
                 "tokens_per_second": round(rate, 1),
                 "useful_flops_per_second": round(rate * self._flops_per_token),

@@ -1,8 +1,7 @@
-"""TRL's trainer, with checkpoints of our own: exact, without pickle, and never half written under their final name."""
+"""A trainer with checkpoints of our own: exact, without pickle, and never half written under their final name."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import random
@@ -19,27 +18,25 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from trl import SFTTrainer
 
 from job.errors import InputError, NodeError
 from job.training.best import KeepBest
 from job.training.data_order import DataOrder
-from job.training.execution import Attempt, Execution, switch_mode_only_if_another, with_less_memory
+from job.training.execution import Execution
 from job.training.goodput import Goodput
-from job.training.optimizer import at_once
 from job.training.pace import SavePace
 from job.training.sharding import allow_on_cpu, keep_loss_exact, shard_optimizer_state, whole
 from job.training.state import load_tree, save_tree
+from job.training.steps import PlannedTrainer
 
 _TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 _ADAPTER = "adapter_model.safetensors"
 _MEND = "Go on with the version of this job that wrote it, or choose another FT_RUN_ID."
 
 
-class AdapterTrainer(SFTTrainer):
-    """SFTTrainer whose resumed run takes the very steps that the uninterrupted run would have taken.
+class AdapterTrainer(PlannedTrainer):
+    """A trainer whose resumed run takes the very steps that the uninterrupted run would have taken.
 
     A checkpoint is a folder of safetensors and JSON: the adapter, the optimizer with schedule and gradient scaler, and
     for each process its generators, its place in the data and its running sums. The methods overridden here are those
@@ -50,14 +47,10 @@ class AdapterTrainer(SFTTrainer):
     def __init__(
         self, *args: Any, pace: SavePace, execution: Execution, best: KeepBest | None = None, **kwargs: Any
     ) -> None:
-        self.data_order, self.best, self._pace, self.execution = DataOrder(), best, pace, execution
-        self._total_train_tokens: float = 0
+        self.data_order, self.best, self._pace = DataOrder(), best, pace
         self._running_sums: dict[str, Any] | None = None
-        self._step_begun = self._batches_of_step = -1
-        super().__init__(*args, **kwargs)
-        self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        switch_mode_only_if_another(self.model)
-        self.goodput = Goodput(lambda: float(self._total_train_tokens) / self.args.world_size)
+        super().__init__(*args, execution=execution, **kwargs)
+        self.goodput = Goodput(lambda: self.tokens_trained() / self.args.world_size)
         self.add_callback(self.goodput)
         if best is not None:
             self.add_callback(best)
@@ -76,11 +69,6 @@ class AdapterTrainer(SFTTrainer):
             sampler.batch_size *= self.args.world_size
         return sampler
 
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        kind, named = SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
-        return at_once(kind, named, args.device), named
-
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()
         self.data_order.watch(loader, self._train_batch_size * self.args.world_size)
@@ -93,86 +81,7 @@ class AdapterTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         self.data_order.batch_trained()
-        self._batches_of_step = self._batches_of_step + 1 if self.state.global_step == self._step_begun else 0
-        self._step_begun = self.state.global_step
-        if self.execution.plan is None:
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return loss
-        if self.args.world_size > 1:  # the others would wait for gradients that have been summed up already
-            try:
-                return self._in_parts(model, inputs, num_items_in_batch)
-            except torch.OutOfMemoryError as error:
-                raise self.execution.full(error) from error
-        tokens, accumulates = self._total_train_tokens, self.args.gradient_accumulation_steps > 1
-        before = Attempt(self._trained, self._metrics["train"], accumulates=accumulates)
-
-        def undo() -> None:
-            before.undo()
-            self._total_train_tokens = tokens
-
-        return with_less_memory(lambda: self._in_parts(model, inputs, num_items_in_batch), self.execution, undo)
-
-    @functools.cached_property
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """transformers' figure, without going through all parameters at each step."""
-        return 6 * int(inputs["input_ids"].numel()) * int(self._parameters)
-
-    def _in_parts(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
-        """Forward and backward pass of the batch, as many tokens at once as planned. Each part's loss is the sum over its
-        tokens by the number of all tokens of the step, so that the parts' gradients add up to those of the whole."""
-        parts = list(self.execution.batches(inputs))
-        assert num_items_in_batch is not None or len(parts) == 1
-        total, begin = torch.zeros((), device=self.args.device), 0
-        self._figures = torch.zeros(3, device=self.args.device, dtype=torch.float64)
-        for index, part in enumerate(parts):
-            last = index + 1 == len(parts)
-            self.execution.seed_dropout(self.state.global_step, self._batches_of_step, first_token=begin)
-            begin += part["input_ids"].shape[1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                total = total + super().training_step(model, part, num_items_in_batch)
-        self._tell_figures(tokens=begin)
-        return total
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """trl's, but for its figures: it gathers them from all processes at every pass and asks the GPU for them. Here each process
-        may take another number of passes to a batch, and would wait for the others in vain, and the GPU for who asks."""
-        if self.execution.plan is None or not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        found = (outputs.label_mask, outputs.entropy.detach(), outputs.is_top1)
-        self._figures += torch.stack([part.sum().double() for part in found])
-        learned = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = -outputs.log_probs.sum() / torch.as_tensor(learned).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # their gradients are averaged
-        return loss
-
-    def _tell_figures(self, tokens: int) -> None:
-        """What trl tells of a batch, by what all processes found, in numbers only when somebody reads them: `_read_figures`."""
-        figures = self._figures
-        if self.args.world_size > 1:
-            figures = self.accelerator.reduce(torch.nn.functional.pad(figures, (0, 1), value=float(tokens)))
-            tokens = round(float(figures[3]))
-        self._total_train_tokens += tokens
-        told, learned = self._metrics["train"], figures[0].clamp(min=1)
-        told["entropy"].append(figures[1] / learned)
-        told["mean_token_accuracy"].append(figures[2] / learned)
-        told["num_tokens"] = [self._total_train_tokens]
-
-    def _read_figures(self) -> dict[str, list[float]]:
-        figures: dict[str, list[Any]] = self._metrics["train"]
-        for name, values in figures.items():
-            figures[name] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
-        return figures
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        self._read_figures()
-        super().log(*args, **kwargs)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         ended = self.best is not None and self.best.exhausted
@@ -251,8 +160,8 @@ class AdapterTrainer(SFTTrainer):
                 "loss": self._tr_loss.detach().cpu().clone(),
                 "loss_logged": self._total_loss_scalar,
                 "last_logged": self._globalstep_last_logged,
-                "metrics": dict(self._read_figures()),
-                "tokens": self._total_train_tokens,
+                "metrics": dict(self.read_figures()),
+                "tokens": self.tokens_trained(),
             },
         }
 

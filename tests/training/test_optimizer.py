@@ -13,7 +13,7 @@ import torch
 from trl import SFTConfig
 
 from job.settings import Settings
-from job.training import adamw_kernel, optimizer, trainer
+from job.training import adamw_kernel, optimizer, steps
 from job.training.optimizer import AdamWAtOnce, Parameter, at_once
 from job.training.trainer import AdapterTrainer
 
@@ -153,7 +153,7 @@ def test_parameters_that_are_not_alike_are_left_to_bitsandbytes(launches: list[i
 
 def test_the_default_optimizer_is_one_that_it_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(optimizer, "can_compile_kernels", lambda: True)
-    monkeypatch.setattr(trainer, "at_once", lambda kind, named, device: at_once(kind, named, torch.device("cuda", 0)))
+    monkeypatch.setattr(steps, "at_once", lambda kind, named, device: at_once(kind, named, torch.device("cuda", 0)))
     arguments = SFTConfig(str(tmp_path), optim=Settings().optim, use_cpu=True, bf16=False)
     kind, named = AdapterTrainer.get_optimizer_cls_and_kwargs(arguments)
     assert kind is AdamWAtOnce

@@ -1,0 +1,122 @@
+"""TRL's trainer, whose steps are computed as planned, and which asks nothing of the GPU before somebody wants to read it.
+
+A question to the GPU waits for all that was asked of it before, and meanwhile nobody tells it what to do next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTTrainer
+
+from job.training.execution import Execution, Gradients, switch_mode_only_if_another, with_less_memory
+from job.training.optimizer import at_once
+
+
+class PlannedTrainer(SFTTrainer):
+    """SFTTrainer with `execution`'s plan: the same loss, gradients and figures, in as many parts as memory asks for. Without a
+    plan it is SFTTrainer."""
+
+    def __init__(self, *args: Any, execution: Execution, **kwargs: Any) -> None:
+        self.execution = execution
+        self._total_train_tokens: Any = 0
+        self._step_begun = self._batches_of_step = -1
+        super().__init__(*args, **kwargs)
+        self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        switch_mode_only_if_another(self.model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        kind, named = SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+        return at_once(kind, named, args.device), named
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self._batches_of_step = self._batches_of_step + 1 if self.state.global_step == self._step_begun else 0
+        self._step_begun = self.state.global_step
+        if self.execution.plan is None:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        if self.args.world_size > 1:  # the others would wait for gradients that have been summed up already
+            try:
+                return self._in_parts(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                raise self.execution.full(error) from error
+        before = Gradients(self._trained, accumulate=self.args.gradient_accumulation_steps > 1)
+        return with_less_memory(
+            lambda: self._in_parts(model, inputs, num_items_in_batch), self.execution, before.restore
+        )
+
+    @functools.cached_property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' figure, without going through all parameters at each step."""
+        return 6 * int(inputs["input_ids"].numel()) * int(self._parameters)
+
+    def _in_parts(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
+        """Forward and backward pass of the batch, as many tokens at once as planned. Each part's loss is the sum over its
+        tokens by the number of all tokens of the step, so that the parts' gradients add up to those of the whole."""
+        parts = list(self.execution.batches(inputs))
+        assert num_items_in_batch is not None or len(parts) == 1
+        total, begin = torch.zeros((), device=self.args.device), 0
+        self._figures = torch.zeros(3, device=self.args.device, dtype=torch.float64)
+        for index, part in enumerate(parts):
+            last = index + 1 == len(parts)
+            self.execution.seed_dropout(self.state.global_step, self._batches_of_step, first_token=begin)
+            begin += part["input_ids"].shape[1]
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, num_items_in_batch)
+        self._tell_figures(tokens=begin)
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """trl's, but for its figures: it gathers them from all processes at every pass and asks the GPU for them. Here each process
+        may take another number of passes to a batch, and would wait for the others in vain, and the GPU for who asks."""
+        if self.execution.plan is None or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        found = (outputs.label_mask, outputs.entropy.detach(), outputs.is_top1)
+        self._figures += torch.stack([part.sum().double() for part in found])
+        learned = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(learned).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # their gradients are averaged
+        return loss
+
+    def _tell_figures(self, tokens: int) -> None:
+        """What trl tells of a batch, by what all processes found."""
+        figures: torch.Tensor = torch.nn.functional.pad(self._figures, (0, 1), value=float(tokens))
+        if self.args.world_size > 1:
+            figures = self.accelerator.reduce(figures)
+        learned = figures[0].clamp(min=1)
+        entropy, accuracy = figures[1] / learned, figures[2] / learned
+        self._total_train_tokens += tokens if self.args.world_size == 1 else figures[3]
+        told = self._metrics["train"]
+        told["entropy"].append(entropy)
+        told["mean_token_accuracy"].append(accuracy)
+        told["num_tokens"] = [self._total_train_tokens]
+
+    def tokens_trained(self) -> int:
+        """Of all processes; it waits for the GPU if there are several."""
+        return round(float(self._total_train_tokens))
+
+    def read_figures(self) -> dict[str, list[float]]:
+        """What was told of batches since the last log, in numbers."""
+        for figures in self._metrics.values():
+            for name, values in figures.items():
+                figures[name] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+        found: dict[str, list[float]] = self._metrics["train"]
+        return found
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self.read_figures()
+        super().log(*args, **kwargs)
