@@ -193,5 +193,5 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
 
 def _parts_of(tokens: float, plan: Plan, load: Load) -> int:
     """In how many parts a batch is computed, of rows that are not cut."""
-    rows_at_once = int(plan.micro_batch_tokens * load.rows / tokens)
+    rows_at_once = int(plan.micro_batch_tokens * load.rows / tokens + 1e-6)
     return math.ceil(load.rows / max(1, rows_at_once))

@@ -1,6 +1,7 @@
-"""TRL's trainer, whose steps are computed as planned, and which asks nothing of the GPU before somebody wants to read it.
+"""TRL's trainer, whose steps are computed as planned, and whose figures stay on the GPU until somebody reads them.
 
-A question to the GPU waits for all that was asked of it before, and meanwhile nobody tells it what to do next.
+A question to the GPU waits for all that was asked of it before, and meanwhile nobody tells it what to do next. Those that are
+left: which tokens have a label (`fused/head.py`), once a pass, and where rows end, once a batch that is cut (`Execution.batches`).
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class PlannedTrainer(SFTTrainer):
         for figures in self._metrics.values():
             for name, values in figures.items():
                 figures[name] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+            if "num_tokens" in figures:
+                figures["num_tokens"] = list(map(round, figures["num_tokens"]))
         found: dict[str, list[float]] = self._metrics["train"]
         return found
 

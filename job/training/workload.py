@@ -121,8 +121,8 @@ def obstacle(settings: Settings, shape: Shape | None) -> str | None:
 
 @dataclass(frozen=True)
 class Load:
-    """The batches of a run on one GPU. `batches` are the tokens of some that stand for all, `rows` rows each; `largest_batch` is
-    the most that one can have, `longest_row` the longest row's, and `mean_context` the mean length of the row that a token is in."""
+    """The batches of a run on one GPU. `batches` are the tokens of some that stand for all, of `rows` rows each, where attention
+    begins anew; `largest_batch` is the most that one can have, `longest_row` the longest row's, and `mean_context` the mean length of the row that a token is in."""
 
     rows: int
     batches: tuple[float, ...]
@@ -154,14 +154,15 @@ class Load:
         tokens = sum(length * count for length, count in lengths.items())
         context = sum(length * length * count for length, count in lengths.items()) / tokens
         longest = max(lengths)
-        if packed_rows is not None:
-            batch = batch_size * tokens / packed_rows
-            return cls(batch_size, (batch,), batch_size * max_length, longest, context)
+        if packed_rows is not None:  # they may be cut where documents meet
+            batch, documents = (batch_size * count / packed_rows for count in (tokens, sum(lengths.values())))
+            return cls(max(1, round(documents)), (batch,), batch_size * max_length, longest, context)
         largest, missing = 0, batch_size
         for length in sorted(lengths, reverse=True):
             taken = min(missing, lengths[length])
             largest, missing = largest + taken * length, missing - taken
-        return cls(batch_size, _batches(lengths, batch_size, grouped), largest, longest, context)
+        batches = tuple(min(batch, largest) for batch in _batches(lengths, batch_size, grouped))
+        return cls(batch_size, batches, largest, longest, context)
 
 
 _BATCHES = 32  # that stand for all
@@ -169,15 +170,15 @@ _BATCHES = 32  # that stand for all
 
 def _batches(lengths: Mapping[int, int], batch_size: int, grouped: bool) -> tuple[float, ...]:
     """Rows from the shortest to the longest, at even distances, in batches; their mean is that of all rows."""
+    ordered = sorted(lengths)
+    behind = list(itertools.accumulate(lengths[length] for length in ordered))
     rows = _BATCHES * batch_size
-    behind = list(itertools.accumulate(lengths[length] for length in sorted(lengths)))
-    places = (behind[-1] * (row + 0.5) / rows for row in range(rows))
-    found = [sorted(lengths)[bisect.bisect_left(behind, place)] for place in places]
+    found = [ordered[bisect.bisect_left(behind, behind[-1] * (row + 0.5) / rows)] for row in range(rows)]
     if not grouped:
         random.Random(0).shuffle(found)
-    batches = [sum(found[begin : begin + batch_size]) for begin in range(0, rows, batch_size)]
-    mean = batch_size * sum(length * count for length, count in lengths.items()) / behind[-1]
-    return tuple(batch * mean * _BATCHES / sum(batches) for batch in batches)
+    mean_length = sum(length * count for length, count in lengths.items()) / behind[-1]
+    by = mean_length * rows / sum(found)
+    return tuple(by * sum(found[begin : begin + batch_size]) for begin in range(0, rows, batch_size))
 
 
 def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:

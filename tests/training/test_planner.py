@@ -127,7 +127,8 @@ def test_a_step_down_needs_less_memory_until_nothing_is_left() -> None:
 def test_batches_are_measured_by_their_longest_rows() -> None:
     load = Load.of({10: 3, 100: 2, 50: 1}, batch_size=4, packed_rows=None, max_length=128)
     assert (load.largest_batch, load.longest_row, load.mean_context) == (260, 100, 22800 / 280)
-    assert load.mean_batch == pytest.approx(4 * 280 / 6)
+    assert load.mean_batch == pytest.approx(4 * 280 / 6, rel=0.05)
+    assert max(load.batches) <= 260
     packed = Load.of({10: 3, 100: 2, 50: 1}, batch_size=4, packed_rows=3, max_length=128)
     assert (packed.largest_batch, packed.mean_batch) == (512, 4 * 280 / 3)
 
@@ -147,6 +148,35 @@ def test_rows_that_do_not_fit_into_a_part_together_take_one_each() -> None:
     load = Load(rows=4, batches=(4400,), largest_batch=8188, longest_row=2047, mean_context=1100)
     per_part = predicted_seconds(shape(), alone, load, H200) / 4
     assert per_part == pytest.approx(predicted_seconds(shape(), four, Load.one(1100, 1100), H200))
+
+
+def test_rows_of_one_length_are_one_part_where_all_may_come_at_once() -> None:
+    assert H200 is not None
+    for rows in (1, 3, 7, 512):
+        load = Load.of({333: 1000}, rows, None, 333, grouped=True)
+        plan = Plan("resident", 0, rows * 333, 1)
+        whole = predicted_seconds(shape(), plan, Load.one(rows * 333, 333), H200)
+        assert predicted_seconds(shape(), plan, load, H200) == pytest.approx(whole)
+
+
+def test_packed_rows_of_short_documents_are_not_cut_smaller_than_need_be() -> None:
+    """They may be, since a part holds whole documents and not whole rows; each part costs its launches."""
+    assert H200 is not None
+    load = Load.of(dict.fromkeys(range(50, 301), 10), 8, 220, 2048)
+    assert load.rows == round(8 * 2510 / 220)
+    candidates = list(plans(shape(), load, H200, settings()))
+    assert {plan.micro_batch_tokens for plan in candidates} >= {512, 2048, 16384}
+    for gib in (8, 12, 16, 24):
+        assert choose(candidates, gib * GIB).micro_batch_tokens >= 2048
+    alone = {
+        plan.micro_batch_tokens: plan.seconds for plan in candidates if plan.recomputed == 0 and plan.weights == "4-bit"
+    }
+    assert alone[512] > 3 * alone[4096]
+
+
+def test_fewer_rows_than_a_batch_has_are_no_more_tokens() -> None:
+    load = Load.of({50: 1}, 4, None, 128)
+    assert set(load.batches) == {50.0}
 
 
 def test_the_notebooks_batches_are_not_cut_where_memory_suffices() -> None:
