@@ -191,7 +191,12 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
     )
 
 
+_FEW = 8  # rows, of which a part holds whole ones; of more, the last one's part that does not fit is little
+
+
 def _parts_of(tokens: float, plan: Plan, load: Load) -> int:
     """In how many parts a batch is computed, of rows that are not cut."""
-    rows_at_once = int(plan.micro_batch_tokens * load.rows / tokens + 1e-6)
-    return math.ceil(load.rows / max(1, rows_at_once))
+    at_once = plan.micro_batch_tokens * load.rows / tokens + 1e-6
+    if at_once < _FEW:
+        at_once = max(1, int(at_once))
+    return math.ceil(load.rows / at_once)
