@@ -4,7 +4,8 @@
     ├── SettingsError      78  the environment variables are wrong
     ├── InputError         65  the data, the model or the merge proof is not acceptable
     ├── NodeError          69  this machine is unfit: no GPU, a broken GPU, no space
-    │   └── MemoryFull     69  the GPU's memory does not suffice, and a plan that needs less is left
+    │   ├── MemoryFull     69  the GPU's memory does not suffice, and a plan that needs less is left
+    │   └── KernelsFault   69  the GPU does not survive the job's own kernels
     ├── PermissionRefused  77  the Hub or S3 said no, or the model is gated
     ├── TransientError     75  the network or a store failed past its retries
     └── Stopped            75  asked to stop; the work so far is committed
@@ -65,6 +66,10 @@ class NodeError(JobError):
 
 class MemoryFull(NodeError):
     """The GPU's memory does not suffice for the plan of the training, and one that needs less is left."""
+
+
+class KernelsFault(NodeError):
+    """A kernel of the job's own ended in a fault of the GPU, which lost the process; without them another one may do."""
 
 
 class PermissionRefused(JobError):

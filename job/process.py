@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from job.errors import ExitCode, JobError, MemoryFull, NodeError, from_code
+from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NodeError, from_code
 from job.gang import Rendezvous
 from job.report.events import parse
 from job.run import Run, read_json
@@ -22,13 +22,23 @@ from job.stages import Stage
 
 # What torchrun tells its processes; ours are told by our own torchrun, not by an operator's that started the container.
 _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+# Failures behind which the supervisor starts the stage in another way
+_OTHERWISE = {kind.__name__: kind for kind in (MemoryFull, KernelsFault)}
 _CODE_DIR = str(Path(__file__).parent.parent)  # the job may be started from any folder
 
 
 class StageProcess:
     """`python -m job.stage NAME` in a session of its own, so that a terminal's Ctrl-C is for the supervisor alone."""
 
-    def __init__(self, run: Run, stage: Stage, rendezvous: Rendezvous | None = None, plan_steps_down: int = 0) -> None:
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        rendezvous: Rendezvous | None = None,
+        plan_steps_down: int = 0,
+        *,
+        kernels: bool = True,
+    ) -> None:
         self._run, self._stage = run, stage
         self._log_file = run.paths.log_file(stage.name)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +51,8 @@ class StageProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=_environment(stage, rendezvous) | {"JOB_PLAN_STEPS_DOWN": str(plan_steps_down)},
+            env=_environment(stage, rendezvous)
+            | {"JOB_PLAN_STEPS_DOWN": str(plan_steps_down), "JOB_WITHOUT_KERNELS": str(int(not kernels))},
             start_new_session=True,
         )
 
@@ -83,8 +94,8 @@ class StageProcess:
         written.sort(key=lambda item: (order.get(item["exit_code"], 0), not item.get("launcher", False)))
         if written:
             first = written[0]
-            if first.get("smaller_plan"):
-                return MemoryFull(first["message"], first["mend"])
+            if (kind := _OTHERWISE.get(first.get("kind"))) is not None:
+                return kind(first["message"], first["mend"])
             return from_code(first["exit_code"], first["message"], first["mend"])
         mend = f"Its output is in {self._log_file}."
         if code >= 0:

@@ -16,7 +16,6 @@ from job.cluster import visible_gpus
 from job.errors import (
     ExitCode,
     JobError,
-    MemoryFull,
     NodeError,
     PermissionRefused,
     TransientError,
@@ -95,7 +94,7 @@ def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int
         "exit_code": int(known.exit_code),
         "message": masked(known.message, secrets),
         "mend": masked(known.mend, secrets),
-        "smaller_plan": isinstance(known, MemoryFull),
+        "kind": type(known).__name__,
     }
     print(record["message"], flush=True)
     emit("failed", launcher=launcher, **record)  # on a full disk the file below cannot be written

@@ -15,7 +15,7 @@ from job.checkpoints.lease import Lease
 from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
 from job.checkpoints.retention import sweep
 from job.checkpoints.syncer import Syncer
-from job.errors import ExitCode, JobError, MemoryFull, Stopped
+from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, Stopped
 from job.gang import Gang, Rendezvous
 from job.ledger import Ledger
 from job.process import StageProcess
@@ -41,7 +41,7 @@ class Supervisor:
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
         self._gang = Gang(run, self._wait, console.say) if run.node.count > 1 else None
         self._rendezvous: Rendezvous | None = None
-        self._plan_steps_down = 0
+        self._plan_steps_down, self._kernels = 0, True
 
     def supervise(self) -> None:
         """Run what is missing of the requested stages, in order; the closing table is printed in every case."""
@@ -120,7 +120,7 @@ class Supervisor:
                 self._resume_training()
             elif not stage.resumable:
                 shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
-            self._watch_with_less_memory(stage, record)
+            self._watch_until_it_can(stage, record)
             self._ledger.complete(stage)
             record.result = "done"
         except Stopped:
@@ -131,17 +131,23 @@ class Supervisor:
             self._metrics.stage(None)
             self._console.stage_ended(record)
 
-    def _watch_with_less_memory(self, stage: Stage, record: StageRecord) -> None:
-        """Processes that train together cannot take a step again, one of which it left in the middle of a sum: the stage
-        is started again with a smaller plan, and goes on from the last checkpoint. Nodes leave that to their scheduler."""
+    def _watch_until_it_can(self, stage: Stage, record: StageRecord) -> None:
+        """Processes that train together cannot take a step again, one of which it left in the middle of a sum, and none outlives
+        a kernel's fault: the stage is started again in another way, and goes on from the last checkpoint. Nodes leave that to
+        their scheduler."""
         while True:
             try:
                 return self._watch(stage, record)
-            except MemoryFull as error:
-                if self._gang is not None or self._stop.requested:
+            except (MemoryFull, KernelsFault) as error:
+                if self._gang is not None or self._stop.requested or not self._kernels:
                     raise
-                self._plan_steps_down += 1
-                self._warn(f"{error.message} Starting the training again with a smaller plan.")
+                if isinstance(error, MemoryFull):
+                    self._plan_steps_down += 1
+                    way = "with a smaller plan"
+                else:
+                    self._kernels = False
+                    way = "without kernels of the job's own, which is slower"
+                self._warn(f"{error.message} Starting the training again {way}.")
                 self._resume_training()
 
     def _resume_training(self) -> None:
@@ -163,7 +169,9 @@ class Supervisor:
         """Start the stage's process, follow it to its end, and judge that."""
         self._metrics.training(stage.per_gpu)
         rendezvous = self._rendezvous if stage.per_gpu else None
-        process = self._process = StageProcess(self._run, stage, rendezvous, self._plan_steps_down)
+        process = self._process = StageProcess(
+            self._run, stage, rendezvous, self._plan_steps_down, kernels=self._kernels
+        )
         gang = self._gang if stage.per_gpu else None
         try:
             with gang.watched(self._on_lost) if gang else contextlib.nullcontext():

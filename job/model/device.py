@@ -39,10 +39,28 @@ def require_fp8(device: torch.device) -> None:
 
 
 def can_compile_kernels() -> bool:
-    """Whether Triton is there, and what it needs to build its launchers."""
+    """Whether Triton is there, and what it needs to build its launchers; and no kernel has lost a process of this start."""
+    if without_kernels():
+        return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
     return importlib.util.find_spec("triton") is not None and compiler is not None and headers
+
+
+def without_kernels() -> bool:
+    """Whether a kernel of our own ended in a fault before, in another process of this start."""
+    return os.environ.get("JOB_WITHOUT_KERNELS") == "1"
+
+
+def is_alive(device: torch.device) -> bool:
+    """Whether a GPU still answers: behind a kernel's fault it answers nothing in this process."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from job.errors import InputError, MemoryFull, NodeError
+from job.errors import InputError, KernelsFault, MemoryFull, NodeError
 from job.model.compilation import compile_layers
-from job.model.device import can_compile_kernels, device_of, require_fp8
+from job.model.device import can_compile_kernels, device_of, is_alive, require_fp8, without_kernels
 from job.model.fused import MANY_TOKENS, proof
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
@@ -95,7 +95,13 @@ class Execution:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler, a driver or a kernel may say
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            if not is_alive(device_of(self._run)) and not _is_asked_for(self._run.settings):
+                raise KernelsFault(
+                    f"A kernel of the fused layers ended in a fault of the GPU: {reason}.",
+                    f"{_PLAIN} Another card may do.",
+                ) from error
+            return reason
         if finite and difference <= _LARGEST_DIFFERENCE[plan.weights]:
             return None
         return f"a layer differs by {difference:.1%}" if finite else "a layer with dropout gives no finite numbers"
@@ -177,6 +183,8 @@ def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
 def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     settings, device = run.settings, device_of(run)
     asked = _is_asked_for(settings)
+    if without_kernels():
+        return None, None
     if settings.decoder_layers in ("plain", "compiled") or (device.type == "cpu" and not asked):
         return None, None
     shape = Shape.of(read_json(run.paths.model_dir / "config.json"), settings)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import bitsandbytes as bnb
 import torch
 
-from job.model.device import can_compile_kernels
+from job.errors import KernelsFault
+from job.model.device import can_compile_kernels, is_alive
 from job.report.events import message
 
 _SCARCE = 2**30  # bytes that a GPU has free: with less, CUDA may have moved paged moments to the host
@@ -151,6 +152,11 @@ def _agrees(like: Parameter) -> bool:
         raise
     except Exception as error:  # whatever a compiler, a driver or a kernel may say
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        if not is_alive(like.value.device):
+            raise KernelsFault(
+                f"The optimizer's kernel ended in a fault of the GPU: {reason}.",
+                "Set FT_OPTIM=adamw_torch. Another card may do.",
+            ) from error
     else:
         if all(map(_is_near, found, wanted)):
             return True

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,8 +19,10 @@ from job.model.fused.products import Normed
 from job.run import Run, read_json
 from job.stages.train import train
 from job.training.execution import Execution, _parts, switch_mode_only_if_another
+from job.training.optimizer import at_once
 from job.training.planner import Plan
 from job.training.workload import Shape
+from tests.conftest import Job
 
 Prepared = Callable[..., Run]
 FUSED = {"DATASET_SPLIT": "train[:40]", "DECODER_LAYERS": "fused", "PADDING_FREE": "true", "MAX_STEPS": "6"}
@@ -200,6 +203,68 @@ def test_a_layer_that_comes_out_wrong_on_this_machine_is_computed_the_plain_way(
     assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
     assert_equal(adapter(run), adapter(plain))
     assert read_json(run.paths.metrics_file)["plan"] is None
+
+
+_FAULT = """
+import builtins, os, sys
+real = builtins.__import__
+
+def gated(*arguments, **named):
+    raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+def patched(name, *rest, **named):
+    module = real(name, *rest, **named)
+    execution = sys.modules.get("job.training.execution")
+    if execution is not None and hasattr(execution, "with_less_memory") and execution.is_alive is not dead:
+        execution.is_alive = dead  # first, since the next line comes here again
+        from job.model.fused import pointwise
+        pointwise.gated = gated
+        decide, asked = execution._decide, execution._is_asked_for
+        def decided(run):
+            if execution.without_kernels():
+                return decide(run)
+            execution._is_asked_for = lambda settings: True
+            shape, plan = decide(run)
+            execution._is_asked_for = asked
+            return shape, plan
+        execution._decide = decided
+    return module
+
+def dead(device):
+    return False
+
+builtins.__import__ = patched
+"""
+
+
+def test_a_training_whose_process_a_kernel_takes_along_starts_again_without_kernels(job: Job, tmp_path: Path) -> None:
+    """An asynchronous fault leaves nothing to compare: the GPU answers no more. On the CPU it is played."""
+    (tmp_path / "sitecustomize.py").write_text(_FAULT, encoding="utf-8")
+    job.environment |= {
+        "FT_STAGES": "train",
+        "FT_PADDING_FREE": "true",
+        "FT_MAX_STEPS": "2",
+        "PYTHONPATH": str(tmp_path),
+    }
+    result = job.run()
+    assert result.code == 0, result.stderr
+    warnings = [event["message"] for event in result.events if event["level"] == "warning"]
+    (told,) = [text for text in warnings if "Starting the training again" in text]
+    assert "illegal instruction" in told and "without kernels of the job's own" in told
+    trained = Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "train"
+    metrics = read_json(trained / "metrics.json")
+    assert metrics["plan"] is None
+    assert (trained / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_without_kernels_nothing_is_planned_and_the_optimizer_is_bitsandbytes_own(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared("run", **FUSED)
+    assert Execution(run).plan is not None
+    monkeypatch.setenv("JOB_WITHOUT_KERNELS", "1")
+    assert Execution(run).plan is None
+    assert at_once(bnb.optim.AdamW, {"optim_bits": 32}, torch.device("cuda", 0)) is bnb.optim.AdamW
 
 
 def test_kernels_for_many_tokens_are_proven_where_a_row_or_an_evaluation_has_many(prepared: Prepared) -> None:
