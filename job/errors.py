@@ -99,6 +99,11 @@ _BY_CODE: dict[int, type[JobError]] = {
 }
 
 
+def in_a_line(error: BaseException) -> str:
+    """Its type and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+
+
 def from_os_error(error: BaseException) -> JobError | None:
     """What the operating system's refusals mean for a user; None for those that mean nothing in general."""
     if not isinstance(error, OSError):

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from job.errors import InputError, KernelsFault, MemoryFull, NodeError
+from job.errors import InputError, KernelsFault, MemoryFull, NodeError, in_a_line
 from job.model.compilation import compile_layers
 from job.model.device import can_compile_kernels, device_of, is_alive, require_fp8, without_kernels
 from job.model.fused import MANY_TOKENS, proof
@@ -95,7 +95,7 @@ class Execution:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler, a driver or a kernel may say
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            reason = in_a_line(error)
             if not is_alive(device_of(self._run)) and not _is_asked_for(self._run.settings):
                 raise KernelsFault(
                     f"A kernel of the fused layers ended in a fault of the GPU: {reason}.",
@@ -183,8 +183,6 @@ def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
 def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
     settings, device = run.settings, device_of(run)
     asked = _is_asked_for(settings)
-    if without_kernels():
-        return None, None
     if settings.decoder_layers in ("plain", "compiled") or (device.type == "cpu" and not asked):
         return None, None
     shape = Shape.of(read_json(run.paths.model_dir / "config.json"), settings)
@@ -224,6 +222,8 @@ def _is_asked_for(settings: Settings) -> bool:
 
 def _obstacle(run: Run, device: torch.device, shape: Shape | None) -> str | None:
     """What the fused layers do not know, of the settings, the model and this machine."""
+    if without_kernels():
+        return "a kernel of the job's own ended in a fault of this GPU"
     reason = obstacle(run.settings, shape)
     if reason is not None:
         return reason

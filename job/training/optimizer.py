@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import bitsandbytes as bnb
 import torch
 
-from job.errors import KernelsFault
+from job.errors import KernelsFault, in_a_line
 from job.model.device import can_compile_kernels, is_alive
 from job.report.events import message
 
@@ -151,7 +151,7 @@ def _agrees(like: Parameter) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler, a driver or a kernel may say
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        reason = in_a_line(error)
         if not is_alive(like.value.device):
             raise KernelsFault(
                 f"The optimizer's kernel ended in a fault of the GPU: {reason}.",

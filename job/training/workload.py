@@ -122,7 +122,8 @@ def obstacle(settings: Settings, shape: Shape | None) -> str | None:
 @dataclass(frozen=True)
 class Load:
     """The batches of a run on one GPU. `batches` are the tokens of some that stand for all, of `rows` rows each, where attention
-    begins anew; `largest_batch` is the most that one can have, `longest_row` the longest row's, and `mean_context` the mean length of the row that a token is in."""
+    begins anew; `largest_batch` is the most that one can have, `longest_row` the longest row's, and `mean_context` the mean
+    length of the row that a token is in."""
 
     rows: int
     batches: tuple[float, ...]
@@ -136,7 +137,7 @@ class Load:
 
     @classmethod
     def one(cls, tokens: int, mean_context: float) -> Load:
-        """A single batch, of which every part can be computed at once."""
+        """A single batch of one row."""
         return cls(1, (tokens,), tokens, tokens, mean_context)
 
     @classmethod

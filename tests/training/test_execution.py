@@ -263,6 +263,11 @@ def test_without_kernels_nothing_is_planned_and_the_optimizer_is_bitsandbytes_ow
     run = prepared("run", **FUSED)
     assert Execution(run).plan is not None
     monkeypatch.setenv("JOB_WITHOUT_KERNELS", "1")
+    with pytest.raises(
+        InputError, match="FT_DECODER_LAYERS=fused cannot be: a kernel of the job's own ended in a fault"
+    ):
+        Execution(run)  # which was asked for
+    monkeypatch.setattr("job.training.execution._is_asked_for", lambda settings: False)
     assert Execution(run).plan is None
     assert at_once(bnb.optim.AdamW, {"optim_bits": 32}, torch.device("cuda", 0)) is bnb.optim.AdamW
 
