@@ -70,7 +70,7 @@ class Goodput(TrainerCallback):
             self._settle("compute")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._await_work()  # which the loss has waited for
+        self._await_work()  # the loss has waited for it, and marks do not pile up
 
     def _await_work(self) -> None:
         """What the GPU has still to do of the last step is training, and not what comes behind it."""

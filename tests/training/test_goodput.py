@@ -94,6 +94,7 @@ def run_on_gpu(monkeypatch: pytest.MonkeyPatch, rows: float, *, logs: bool) -> d
         if logs:
             gpu.mark().synchronize()  # to read the loss
             found.on_log(arguments, nothing, nothing)
+            assert not found._pauses, "no marks pile up"
     with found.spending("save"):
         clock.now += 3
     assert sum(found._spent.values()) == pytest.approx(clock.now - 100)
