@@ -7,7 +7,9 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
 from job.errors import InputError
@@ -124,3 +126,9 @@ class _Recorded(Sampler[int]):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row. Arrow knows them from where its lists end; going through the rows takes a millisecond each."""
+    lengths: list[int] = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_pylist()
+    return lengths

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from job.errors import InputError, NodeError
 from job.training.best import KeepBest
-from job.training.data_order import DataOrder
+from job.training.data_order import DataOrder, row_lengths
 from job.training.execution import Execution
 from job.training.goodput import Goodput
 from job.training.pace import SavePace
@@ -61,13 +62,14 @@ class AdapterTrainer(PlannedTrainer):
         keep_loss_exact(self.accelerator)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if isinstance(sampler, LengthGroupedSampler):
-            # Rows of like length for one step of all processes together: so the order is that of one process with
-            # so many times the accumulation.
-            sampler.batch_size *= self.args.world_size
-        return sampler
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """transformers', but for rows of like length it would read all rows, and know of one process alone."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(rows)
+        # Those of one step of all processes together: so the order is that of one process with so many times the accumulation.
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(together, lengths=row_lengths(rows))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()

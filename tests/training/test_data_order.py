@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing
+from datasets import Dataset
 
-from job.training.data_order import DataOrder
+from job.training.data_order import DataOrder, row_lengths
 
 
 def _draw(rank: int, folder: str) -> None:
@@ -24,3 +25,9 @@ def test_processes_whose_generators_differ_draw_one_order() -> None:
         torch.multiprocessing.spawn(_draw, (folder,), nprocs=2)
         first, second = (torch.load(Path(folder) / str(rank)) for rank in range(2))
     assert torch.equal(first, second)
+
+
+def test_lengths_of_rows_are_those_of_the_rows_that_are_left_in_their_order() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (3, 1, 4, 1, 5, 9)]})
+    assert row_lengths(rows.with_format("numpy")) == [3, 1, 4, 1, 5, 9]
+    assert row_lengths(rows.select([5, 0, 2])) == [9, 3, 4]
