@@ -28,6 +28,7 @@ from job.settings import Settings, masked, secret_values
 from job.stages import STAGES
 
 _PR_SET_PDEATHSIG = 1
+_WITH_MODEL = ("train", "sample", "merge")
 
 
 def main(name: str) -> int:
@@ -49,6 +50,10 @@ def main(name: str) -> int:
             from job.training.launcher import launch
 
             return launch(run, name, processes)
+        if settings.device == "cuda" and name in _WITH_MODEL:
+            from job.model.startup import import_bitsandbytes_uncompiled
+
+            import_bitsandbytes_uncompiled()
         function: Callable[[Run], None] = getattr(importlib.import_module(f"job.stages.{name}"), name)
         function(run)
     except Exception as error:  # the boundary: everything becomes an exit code and a written reason
