@@ -123,6 +123,11 @@ class Paths:
         return self.run_dir / "stop-request"
 
     @property
+    def turns_file(self) -> Path:
+        """When each stage of this start began, for processes that wait for their turn."""
+        return self.run_dir / "turns.json"
+
+    @property
     def card_file(self) -> Path:
         """This machine's GPU, and what its products reached at preflight."""
         return self.run_dir / "card.json"

@@ -19,11 +19,13 @@ from job.report.events import parse
 from job.run import Run, read_json
 from job.settings import SECRET_VARIABLES, masked, secret_values
 from job.stages import Stage
+from job.turns import STARTED_EARLY
 
 # What torchrun tells its processes; ours are told by our own torchrun, not by an operator's that started the container.
 _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 # Failures behind which the supervisor starts the stage in another way
 _OTHERWISE = {kind.__name__: kind for kind in (MemoryFull, KernelsFault)}
+_JOB_BEGAN = float(os.environ.get("JOB_BEGAN") or time.time())
 _CODE_DIR = str(Path(__file__).parent.parent)  # the job may be started from any folder
 
 
@@ -38,6 +40,7 @@ class StageProcess:
         plan_steps_down: int = 0,
         *,
         kernels: bool = True,
+        early: bool = False,
     ) -> None:
         self._run, self._stage = run, stage
         self._log_file = run.paths.log_file(stage.name)
@@ -52,7 +55,8 @@ class StageProcess:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=_environment(stage, rendezvous)
-            | {"JOB_PLAN_STEPS_DOWN": str(plan_steps_down), "JOB_WITHOUT_KERNELS": str(int(not kernels))},
+            | {"JOB_PLAN_STEPS_DOWN": str(plan_steps_down), "JOB_WITHOUT_KERNELS": str(int(not kernels))}
+            | {STARTED_EARLY: str(int(early))},
             start_new_session=True,
         )
 
@@ -75,13 +79,16 @@ class StageProcess:
                 elif event is not None:
                     yield event
 
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def wait(self) -> int:
         """The exit status; negative for the signal that ended it."""
         return self._process.wait()
 
     def kill(self) -> None:
         """End the stage at once; its torchrun workers die with it."""
-        if self._process.poll() is None:
+        if self.is_running():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -120,6 +127,7 @@ def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
         environment |= {"JOB_RDZV_ENDPOINT": rendezvous.endpoint, "JOB_RDZV_ID": rendezvous.id}
     environment |= {
         "JOB_SUPERVISOR_PID": str(os.getpid()),
+        "JOB_BEGAN": str(_JOB_BEGAN),
         "JOB_STAGE_BEGAN": str(time.time()),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",  # a folder `job` where the user happens to be is not this package

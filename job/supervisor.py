@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from job import turns
 from job.checkpoints.lease import Lease
 from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
 from job.checkpoints.retention import sweep
 from job.checkpoints.syncer import Syncer
+from job.early import EarlyProcesses
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, Stopped
 from job.gang import Gang, Rendezvous
 from job.ledger import Ledger
@@ -36,6 +38,7 @@ class Supervisor:
         self._records: list[StageRecord] = []
         self._stop = StopRequest(run, self._kill_process, self._warn)
         self._process: StageProcess | None = None
+        self._early = EarlyProcesses(run, set())
         self._lost: JobError | None = None
         self._syncer: Syncer | None = None
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
@@ -97,11 +100,15 @@ class Supervisor:
 
     def _run_missing(self) -> str:
         missing = self._ledger.missing()
-        for stage in STAGES:
-            if stage.name in missing:
-                self._run_stage(stage)
-            elif stage.name in self._run.settings.stages:
-                self._records.append(StageRecord(stage.name, "skipped"))
+        self._early = EarlyProcesses(self._run, missing)
+        try:
+            for stage in STAGES:
+                if stage.name in missing:
+                    self._run_stage(stage)
+                elif stage.name in self._run.settings.stages:
+                    self._records.append(StageRecord(stage.name, "skipped"))
+        finally:
+            self._early.kill()
         return "complete" if missing else "complete already; nothing to do"
 
     # -- one stage --------------------------------------------------------------------------------------------------
@@ -169,7 +176,8 @@ class Supervisor:
         """Start the stage's process, follow it to its end, and judge that."""
         self._metrics.training(stage.per_gpu)
         rendezvous = self._rendezvous if stage.per_gpu else None
-        process = self._process = StageProcess(
+        turns.give(self._run, stage.name)
+        process = self._process = self._early.take(stage) or StageProcess(
             self._run, stage, rendezvous, self._plan_steps_down, kernels=self._kernels
         )
         gang = self._gang if stage.per_gpu else None

@@ -25,3 +25,9 @@ def time_text(goodput: Mapping[str, Any]) -> str:
     seconds: dict[str, float] = {name: goodput["seconds"].get(name, 0.0) for name in _NAMES}
     named = sorted(((spent, _NAMES[name]) for name, spent in seconds.items() if spent >= 0.5), reverse=True)
     return ", ".join(f"{name} {spent:,.0f} s" for spent, name in named) or "under a second"
+
+
+def first_step_text(goodput: Mapping[str, Any]) -> str | None:
+    """How long the first step took to come, of this start of the job; None where there was no step."""
+    after = goodput.get("first_step_after_seconds")
+    return None if after is None else f"done {after:,.0f} s after the job began"

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 class Stage:
     """What the supervisor knows of a stage without importing it.
 
-    `needs` are the stages whose files it reads. A `kept` stage's folder is committed to the store, so that its result
+    `needs` are the stages whose files it reads. Its process is started when the stage `starts_with` begins, so that its imports
+    cost no time of their own, and waits for its turn. A `kept` stage's folder is committed to the store, so that its result
     outlives this machine. A `resumable` stage finds what an interrupted start of it left. `secrets` are the variables that its process may see.
     """
 
     name: str
     needs: tuple[str, ...] = ()
+    starts_with: str | None = None
     kept: bool = False
     per_gpu: bool = False
     online: bool = False
@@ -29,15 +31,22 @@ STAGES = (
     # Checks the machine, the sources, the store and the destination, so that what can fail fails now.
     Stage(name="preflight", online=True, secrets=_HUB + _AWS),
     # Model and datasets from the Hub, a folder or S3, each at a recorded commit.
-    Stage(name="download", online=True, resumable=True, secrets=_HUB + _AWS),
+    Stage(name="download", starts_with="preflight", online=True, resumable=True, secrets=_HUB + _AWS),
     # Rows to tokens and labels, once, as Arrow.
-    Stage(name="prepare", needs=("download",)),
+    Stage(name="prepare", starts_with="preflight", needs=("download",)),
     # QLoRA with TRL's SFTTrainer; one process per GPU.
-    Stage(name="train", needs=("download", "prepare"), kept=True, per_gpu=True, secrets=("WANDB_API_KEY",)),
+    Stage(
+        name="train",
+        starts_with="preflight",
+        needs=("download", "prepare"),
+        kept=True,
+        per_gpu=True,
+        secrets=("WANDB_API_KEY",),
+    ),
     # The prompts, answered before and after.
     Stage(name="sample", needs=("download", "prepare", "train"), kept=True),
     # Adapter into base, read back and compared with what was trained.
-    Stage(name="merge", needs=("download", "prepare", "train")),
+    Stage(name="merge", starts_with="sample", needs=("download", "prepare", "train")),
     # Merged model, adapter and model card to the Hub or a folder.
     Stage(
         name="publish", needs=("download", "prepare", "train", "sample", "merge"), kept=True, online=True, secrets=_HUB

@@ -11,6 +11,7 @@ from job.data.formats import check_columns
 from job.hub.sources import Source, fetch, look_up
 from job.report.events import message, progress
 from job.run import Run, write_json
+from job.turns import await_turn
 
 
 def wanted_sources(run: Run) -> list[tuple[Source, Path]]:
@@ -35,6 +36,7 @@ def recorded_commits(run: Run) -> dict[str, str]:
 
 def download(run: Run) -> None:
     """Fetch what is not here yet, at the commits that the run began with."""
+    await_turn(run, "download")
     commits, report = recorded_commits(run), {}
     sources = wanted_sources(run)
     listings = [look_up(source, commits.get(source.variable)) for source, _ in sources]

@@ -16,6 +16,7 @@ from job.model.loading import load_base, stored_dtype
 from job.model.merge import compare_distributions, largest_difference, next_token_distributions, write_merged
 from job.report.events import message, output
 from job.run import Run, write_json
+from job.turns import await_turn
 
 _PROOF_ROWS, _PROOF_TOKENS = 8, 256
 _MOST_DIFFERENCE = 2**-7  # of a weight's norm; rounding to bfloat16 stays under 2^-8
@@ -24,6 +25,7 @@ _MOST_KL = 0.02  # nats per token; rounding gives less than a thousandth, a wron
 
 def merge(run: Run) -> None:
     """Write the merged model, read it back as a user would, and refuse to go on if it is not the one that was trained."""
+    await_turn(run, "merge")
     base = load_base(run, quantized=run.settings.use_4bit)
     trained = with_adapter(run, base)
     rows = load_from_disk(run.paths.eval_data_dir if run.paths.eval_data_dir.exists() else run.paths.train_data_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from job.errors import InputError
 from job.report.events import message
 from job.run import Run, read_json, write_json
 from job.settings import Settings
+from job.turns import await_turn
 
 _DEFAULT_LENGTH = 1024
 _MALFORMED_LIMIT = 0.1  # beyond this the format was probably guessed wrong, and dropping rows would hide it
@@ -32,6 +34,8 @@ _MALFORMED_LIMIT = 0.1  # beyond this the format was probably guessed wrong, and
 
 def prepare(run: Run) -> None:
     """Tokenise the training and evaluation rows once, with labels, and save them as Arrow."""
+    _import_the_rest(run.settings)
+    await_turn(run, "prepare")
     disable_progress_bars()
     settings, paths = run.settings, run.paths
     tokenizer = load_tokenizer(paths.model_dir)
@@ -43,6 +47,13 @@ def prepare(run: Run) -> None:
         report[name] = _prepare_rows(run, name, rows, target, tokenizer, max_length)
     tokenizer.save_pretrained(paths.tokenizer_dir)
     write_json(paths.data_report_file, report)
+
+
+def _import_the_rest(settings: Settings) -> None:
+    """What takes seconds to import and would be asked for later: transformers brings most of itself with a Llama's tokenizer."""
+    importlib.import_module("transformers.models.llama.configuration_llama")
+    if settings.packing:
+        importlib.import_module("job.data.packing")
 
 
 def row_length(settings: Settings, model_config: dict[str, Any]) -> int:

@@ -24,9 +24,9 @@ from job.model.attention import attention_of
 from job.model.device import compute_dtype, device_of
 from job.model.loading import load_base
 from job.report.events import message, output
-from job.report.goodput import speed_text, time_text
+from job.report.goodput import first_step_text, speed_text, time_text
 from job.run import Run, read_json, write_json
-from job.training.arguments import peak_memory_bytes, training_arguments
+from job.training.arguments import allocator_retries, peak_memory_bytes, training_arguments
 from job.training.best import KeepBest
 from job.training.callbacks import (
     DecideSaves,
@@ -34,11 +34,12 @@ from job.training.callbacks import (
     RefuseNonsense,
     ReportProgress,
 )
-from job.training.execution import Execution
+from job.training.execution import Execution, limit_memory
 from job.training.launcher import unreachable
 from job.training.pace import SavePace
 from job.training.sharding import weight_bytes
 from job.training.trainer import AdapterTrainer
+from job.turns import await_turn
 
 
 def train(run: Run) -> None:
@@ -46,10 +47,11 @@ def train(run: Run) -> None:
     live_tensorboard = run.paths.run_dir / "tensorboard"
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(live_tensorboard)
     os.environ.setdefault("WANDB_DIR", str(run.paths.run_dir))
-    if device_of(run).type == "cuda":
-        torch.cuda.set_device(run.node.local_rank)
+    await_turn(run, "prepare", "train")  # the base is here, and may be loaded while the data is prepared
+    model = _load(run)
+    await_turn(run, "train")
     checkpoint = _restored_checkpoint(run)
-    trainer, stop = _build_trainer(run, checkpoint)
+    trainer, stop = _build_trainer(run, model, checkpoint)
     started = time.monotonic()
     result = _train(trainer, checkpoint)
     if stop.stopped:
@@ -77,7 +79,7 @@ def _train(trainer: AdapterTrainer, checkpoint: Path | None) -> Any:
     return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, DecideSaves]:
+def _build_trainer(run: Run, model: PreTrainedModel, checkpoint: Path | None) -> tuple[AdapterTrainer, DecideSaves]:
     train_rows = _rows(run.paths.train_data_dir)
     eval_rows = _rows(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
     max_length = int(read_json(run.paths.data_report_file)["max_length"])
@@ -86,7 +88,7 @@ def _build_trainer(run: Run, checkpoint: Path | None) -> tuple[AdapterTrainer, D
     stop = DecideSaves(run, pace)
     try:
         trainer = AdapterTrainer(
-            model=_load(run),
+            model=model,
             execution=execution,
             args=training_arguments(
                 run,
@@ -131,6 +133,10 @@ def _rows(folder: Path) -> Dataset:
 
 def _load(run: Run) -> PreTrainedModel:
     """The base, as this training multiplies with it."""
+    device = device_of(run)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit_memory(run.settings, device)
     return load_base(run, quantized=run.settings.use_4bit, attention=attention_of(run))
 
 
@@ -166,6 +172,8 @@ def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: 
     if (speed := speed_text(metrics["goodput"])) is not None:
         output("speed", speed)
     output("time", time_text(metrics["goodput"]))
+    if (first_step := first_step_text(metrics["goodput"])) is not None:
+        output("first step", first_step)
     if metrics["eval_loss_last"] is not None:
         output("evaluation loss", f"{metrics['eval_loss_first']:.4f} → {metrics['eval_loss_last']:.4f} nats a token")
 
@@ -199,6 +207,7 @@ def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "weight_bytes": weight_bytes(trainer.model),
         "peak_memory_bytes": peak_memory_bytes(device),
+        "allocator_retries": allocator_retries(device),
         "plan": trainer.execution.described(),
         "goodput": trainer.goodput.report(_matmul_flops(run)),
     }

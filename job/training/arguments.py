@@ -77,3 +77,9 @@ def _plain_optimizer(name: str) -> str:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """The most that torch had allocated on a GPU; None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def allocator_retries(device: torch.device) -> int | None:
+    """How often torch found no room on a GPU, gave back what it held unused and asked again, which waits for the GPU each time:
+    many are a plan too tight for its card. None on the CPU."""
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else None

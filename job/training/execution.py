@@ -39,7 +39,6 @@ class Execution:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        _limit_memory(run.settings, device_of(run))
         self.shape, self.plan = _decide(run)
         self._layers: list[FusedLayer] = []
 
@@ -236,14 +235,17 @@ def _obstacle(run: Run, device: torch.device, shape: Shape | None) -> str | None
     return None
 
 
-def _limit_memory(settings: Settings, device: torch.device) -> None:
+def limit_memory(settings: Settings, device: torch.device) -> None:
+    """Let this process take no more of the GPU than FT_GPU_MEMORY_GIB."""
     if device.type == "cuda" and settings.gpu_memory_gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * GIB / total), device)
 
 
 def _free_bytes(settings: Settings, device: torch.device) -> float:
+    """For a training, the weights of which may be there already."""
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
     return min(float(free), math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB)
 
 

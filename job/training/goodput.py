@@ -26,6 +26,8 @@ class Goodput(TrainerCallback):
     def __init__(self, tokens: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
         self._clock, self._tokens = clock, tokens
         self._began = float(os.environ.get("JOB_STAGE_BEGAN") or clock())
+        self._job_began = float(os.environ.get("JOB_BEGAN") or self._began)
+        self._first_step_after: float | None = None
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._flops_per_token = self._since = 0.0
         self._waited_for_first = self._tokens_of_first = 0.0
@@ -65,6 +67,7 @@ class Goodput(TrainerCallback):
             self._end_of_work = _mark()
         if "first_step" not in self._spent:
             self._settle("first_step")
+            self._first_step_after = self._since - self._job_began
             self._waited_for_first, self._tokens_of_first = self._spent["data"], self._tokens()
         elif self._end_of_work is None:
             self._settle("compute")
@@ -95,6 +98,8 @@ class Goodput(TrainerCallback):
         seconds = {name: round(value, 2) for name, value in self._spent.items()}
         seconds["idle"] = round(max(0.0, total - sum(self._spent.values())), 2)
         figures: dict[str, Any] = {"seconds": seconds}
+        if self._first_step_after is not None:
+            figures["first_step_after_seconds"] = round(self._first_step_after, 2)
         trained = self._tokens() - self._tokens_of_first
         if trained and self._spent["compute"]:
             rate = trained / (self._spent["compute"] + self._spent["data"] - self._waited_for_first)

@@ -18,7 +18,7 @@ from job.model.fused.layer import FusedLayer
 from job.model.fused.products import Normed
 from job.run import Run, read_json
 from job.stages.train import train
-from job.training.execution import Execution, _parts, switch_mode_only_if_another
+from job.training.execution import Execution, _free_bytes, _parts, switch_mode_only_if_another
 from job.training.optimizer import at_once
 from job.training.planner import Plan
 from job.training.workload import Shape
@@ -302,3 +302,13 @@ def test_parts_hold_whole_rows_and_no_more_tokens_than_allowed(lengths: list[int
     found = list(_parts(boundaries, most))
     assert [end - begin for begin, end in found] == parts
     assert [row for begin, end in found for row in range(begin, end)] == list(range(len(lengths)))
+
+
+def test_what_this_process_holds_of_the_gpu_already_is_free_for_its_plan(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights may be there before the plan is made."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
+    assert _free_bytes(make_run().settings, torch.device("cuda")) == 57
+    assert _free_bytes(make_run(GPU_MEMORY_GIB=str(40 / 2**30)).settings, torch.device("cuda")) == pytest.approx(40)

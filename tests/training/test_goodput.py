@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.report.goodput import speed_text, time_text
+from job.report.goodput import first_step_text, speed_text, time_text
 from job.training import goodput
 from job.training.goodput import Goodput
 
@@ -53,6 +53,8 @@ def test_every_second_is_counted_once() -> None:
     assert speed_text(found) == (
         "33 tokens/s a process, 2e-08 useful TFLOP/s (17% of what large products reach on this card)"
     )
+    assert found["first_step_after_seconds"] == 5 + 1 + 4
+    assert first_step_text(found) == "done 10 s after the job began"
     assert time_text(found) == "start 5 s, first step 4 s, saving 3 s, waiting for data 2 s, training 2 s, other 1 s"
 
 
@@ -122,3 +124,4 @@ def test_a_loss_that_is_read_is_training_and_the_rows_behind_it_are_waited_for(m
 def test_a_training_without_a_second_step_has_no_speed() -> None:
     assert speed_text({"seconds": {"start": 1.0}}) is None
     assert time_text({"seconds": {"start": 0.1}}) == "under a second"
+    assert first_step_text({"seconds": {"start": 1.0}}) is None

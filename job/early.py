@@ -1,0 +1,38 @@
+"""Processes of stages whose turn has not come yet."""
+
+from __future__ import annotations
+
+from job import turns
+from job.process import StageProcess
+from job.run import Run
+from job.stages import STAGES, Stage
+
+
+class EarlyProcesses:
+    """Those of `missing` stages that are started while an earlier one is at work. They die with this process."""
+
+    def __init__(self, run: Run, missing: set[str]) -> None:
+        self._run = run
+        self._to_start = [stage for stage in STAGES if stage.name in missing and not _meets_others(run, stage)]
+        self._waiting: dict[str, StageProcess] = {}
+        if self._to_start:
+            turns.clear(run)
+
+    def take(self, stage: Stage) -> StageProcess | None:
+        """The process that waits for this stage's turn, if one has lived to see it. Those that start with this stage are started."""
+        process = self._waiting.pop(stage.name, None)
+        self._waiting |= {
+            other.name: StageProcess(self._run, other, early=True)
+            for other in self._to_start
+            if other.starts_with == stage.name
+        }
+        return process if process is not None and process.is_running() else None
+
+    def kill(self) -> None:
+        for process in self._waiting.values():
+            process.kill()
+
+
+def _meets_others(run: Run, stage: Stage) -> bool:
+    """Whether its processes must be told first where those of other nodes are."""
+    return stage.per_gpu and run.node.count > 1

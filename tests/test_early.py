@@ -1,0 +1,103 @@
+"""Stages' processes that are started before their turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job import turns
+from job.run import Run
+from tests.conftest import Job, finished, read_until
+
+
+def stages_running(pid: int) -> dict[str, int]:
+    """Of the stages that have a process below `pid`, that process."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split():
+        arguments = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+        if "job.stage" in arguments:
+            found[arguments[-2]] = int(child)
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_process_started_early_waits_for_its_turn_and_counts_its_time_from_then(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    turns.give(run, "train")  # by an earlier start
+    turns.clear(run)
+    monkeypatch.setenv(turns.STARTED_EARLY, "1")
+    monkeypatch.setenv("JOB_STAGE_BEGAN", "0")
+    waiting = threading.Thread(target=turns.await_turn, args=(run, "prepare", "train"), daemon=True)
+    waiting.start()
+    for stage in ("preflight", "download"):
+        turns.give(run, stage)
+        waiting.join(0.2)
+        assert waiting.is_alive(), f"it took {stage}'s turn for its own"
+    before = time.time()
+    turns.give(run, "prepare")
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert before <= float(os.environ["JOB_STAGE_BEGAN"]) <= time.time()
+
+
+def test_a_process_started_in_its_turn_waits_for_nothing(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    monkeypatch.setenv("JOB_STAGE_BEGAN", "5")
+    turns.await_turn(run, "train")
+    assert os.environ["JOB_STAGE_BEGAN"] == "5"
+
+
+def test_later_stages_begin_in_processes_that_were_there_before_and_one_that_died_waiting_is_started_anew(
+    job: Job,
+) -> None:
+    process = job.start(FT_STAGES="train", FT_MAX_STEPS="2")
+    read_until(process, event="stage_started", stage="download")
+    early = stages_running(process.pid)
+    assert set(early) == {"download", "prepare", "train"}
+    os.kill(early["prepare"], signal.SIGKILL)
+    read_until(process, event="progress", stage="train")
+    assert stages_running(process.pid) == {"train": early["train"]}
+    result = finished(process, *process.communicate(timeout=120))
+    assert result.code == 0, result.stderr
+    run_dir = Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run"
+    goodput: dict[str, Any] = json.loads((run_dir / "train" / "metrics.json").read_text(encoding="utf-8"))["goodput"]
+    stages = next(event for event in result.events if event.get("event") == "run_ended")["stages"]
+    seconds = {stage["stage"]: stage["seconds"] for stage in stages}
+    before_training = sum(seconds[name] for name in ("preflight", "download", "prepare"))
+    own = goodput["seconds"]["start"] + goodput["seconds"]["first_step"]
+    # its own time begins with its turn, and not while it waits
+    assert goodput["first_step_after_seconds"] == pytest.approx(before_training + own, abs=1.5)
+    first_step = next(text for text in stages[-1]["outputs"] if text.startswith("first step: "))
+    assert first_step.endswith("after the job began")
+
+
+def test_a_start_that_fails_leaves_no_waiting_process_behind(job: Job) -> None:
+    process = job.start(FT_DATASET_NAME="/no/such/rows.jsonl", FT_STAGES="train")
+    read_until(process, event="stage_started", stage="preflight")
+    early: dict[str, int] = {}
+    while len(early) < 4 and process.poll() is None:
+        early |= stages_running(process.pid)
+    assert set(early) == {"preflight", "download", "prepare", "train"}
+    assert process.wait(timeout=60) != 0
+    deadline = time.monotonic() + 5
+    while any(map(is_running, early.values())):
+        assert time.monotonic() < deadline, "a process outlived its job"
+        time.sleep(0.05)
