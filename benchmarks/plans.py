@@ -1,8 +1,9 @@
 """The planner against measurements on this GPU: `python -m benchmarks.plans --model FOLDER`.
 
 A forward and backward pass of every kind of plan is timed, without an optimizer; what lies between the measured numbers of
-recomputed layers is interpolated, as time and memory grow by each layer alike. For each cap on memory the planner's choice
-is then measured too, and compared with the fastest plan that fits by these measurements.
+recomputed layers is interpolated, as time and memory grow by each layer alike. For each cap on memory the fastest plan that
+fits by these is then measured itself, in turns with the planner's choice. `of the host` is how long this process took to ask
+for all of a pass: where that is as long as the pass, a faster card would be no faster.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -34,6 +35,14 @@ from job.training.workload import Load, Shape
 
 LENGTH = 2048
 CONTEXT_GIB = 0.6  # what CUDA itself takes of a card
+
+
+class Measurement(NamedTuple):
+    """Seconds of a forward and backward pass, GiB at most, and the seconds that this process took to ask for it."""
+
+    seconds: float
+    gib: float
+    of_host: float
 
 
 class Bench:
@@ -56,21 +65,22 @@ class Bench:
         gc.collect()  # the weights of the form before
         torch.cuda.empty_cache()
 
-    def measure(self, recomputed: int, tokens: int, runs: int = 3) -> tuple[float, float]:
-        """Seconds, and GiB at most."""
+    def measure(self, recomputed: int, tokens: int, runs: int = 3) -> Measurement:
         for index, layer in enumerate(self._layers):
             layer.kept = index >= recomputed
         batch = self._batch(tokens)
         self._step(batch)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        seconds = []
+        times = []
         for _ in range(runs):
             began = time.perf_counter()
             self._step(batch)
+            asked = time.perf_counter()
             torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds), torch.cuda.max_memory_allocated() / GIB
+            times.append((time.perf_counter() - began, asked - began))
+        seconds, of_host = map(statistics.median, zip(*times, strict=True))
+        return Measurement(seconds, torch.cuda.max_memory_allocated() / GIB, of_host)
 
     def load(self, batch: int) -> Load:
         return Load.of(Counter(self._lengths), batch // LENGTH, -(-sum(self._lengths) // LENGTH), LENGTH)
@@ -129,10 +139,10 @@ def _load(folder: Path, settings: Settings) -> PeftModel:
     return model.train()
 
 
-Measured = dict[tuple[str, int, int], tuple[float, float]]
+Measured = dict[tuple[Weights, int, int], Measurement]
 
 
-def _between(measured: Measured, weights: str, recomputed: int, tokens: int, layers: int) -> tuple[float, float] | None:
+def _between(measured: Measured, weights: Weights, recomputed: int, tokens: int) -> tuple[float, float] | None:
     """Seconds and GiB of a plan that lies between two measured ones."""
     known = sorted(r for w, r, t in measured if (w, t) == (weights, tokens))
     below, above = (
@@ -142,8 +152,7 @@ def _between(measured: Measured, weights: str, recomputed: int, tokens: int, lay
         return None
     one, two = measured[weights, below, tokens], measured[weights, above, tokens]
     part = (recomputed - below) / max(1, above - below)
-    seconds, gib = (a + (b - a) * part for a, b in zip(one, two, strict=True))
-    return seconds, gib
+    return one.seconds + (two.seconds - one.seconds) * part, one.gib + (two.gib - one.gib) * part
 
 
 def main() -> int:
@@ -157,33 +166,28 @@ def main() -> int:
     parser.add_argument("--profile", type=int, default=0, help="tokens of a step to profile, with the last weights")
     options = parser.parse_args()
     bench = Bench(options.model)
-    layers, batch = bench.shape.layers, max(options.tokens)
-    load = bench.load(batch)
-    wanted = {
-        cap: choose(list(plans(bench.shape, load, bench.card, bench.settings)), cap * GIB) for cap in options.caps
-    }
+    batch = max(options.tokens)
+    candidates = list(plans(bench.shape, bench.load(batch), bench.card, bench.settings))
+    choices = {cap: choose(candidates, cap * GIB) for cap in options.caps}
     measured: Measured = {}
-    chosen: dict[float, tuple[float, float]] = {}
+    contenders: defaultdict[float, list[Contender]] = defaultdict(list)
     print(
-        "| weights, layers recomputed | tokens at once | ms | tokens/s | peak GiB | predicted ms, GiB |\n|---|---|---|---|---|---|"
+        "| weights, layers recomputed | tokens at once | ms | of the host | tokens/s | peak GiB | predicted ms, GiB |"
     )
+    print("|---|---|---|---|---|---|---|")
     for weights in options.weights:
         bench.take(weights)
         for tokens in options.tokens:
-            for recomputed in (0, layers // 2, layers):
+            for recomputed in (0, bench.shape.layers // 2, bench.shape.layers):
                 _measure_one(bench, measured, weights, recomputed, tokens)
-        for cap, plan in wanted.items():
-            if plan.weights == weights:
-                seconds, gib = bench.measure(plan.recomputed, plan.micro_batch_tokens)
-                chosen[cap] = seconds * batch / plan.micro_batch_tokens, gib
+        for cap, choice in choices.items():
+            contenders[cap] += _in_turns(bench, weights, choice, _fastest(measured, weights, cap, bench.shape.layers))
     print(
-        "\n| cap | the planner's choice | tokens/s | GiB | the best by search | tokens/s | choice to best |\n|---|---|---|---|---|---|---|"
+        "\n| cap | the planner's choice | tokens/s | GiB | the fastest other by search | tokens/s | GiB | choice to other |"
     )
-    for cap, (seconds, gib) in chosen.items():
-        best, name = min(_search(measured, batch, cap, layers))
-        plan = wanted[cap]
-        print(f"| {cap:g} GiB | {plan.described(layers)} | {batch / seconds:,.0f} | {gib:.1f} | {name} | {batch / best:,.0f} "
-              f"| {best / seconds:.3f} |", flush=True)  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    for cap, found in contenders.items():
+        _print_contest(cap, found)
     if options.profile:
         bench.measure(0, options.profile)
         print(bench.profile(options.profile))
@@ -192,7 +196,7 @@ def main() -> int:
 
 def _measure_one(bench: Bench, measured: Measured, weights: Weights, recomputed: int, tokens: int) -> None:
     try:
-        seconds, gib = measured[weights, recomputed, tokens] = bench.measure(recomputed, tokens)
+        found = measured[weights, recomputed, tokens] = bench.measure(recomputed, tokens)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return
@@ -200,18 +204,56 @@ def _measure_one(bench: Bench, measured: Measured, weights: Weights, recomputed:
     context = sum(length**2 for length in _fill(bench._lengths, tokens)) / tokens
     expected = predicted_seconds(bench.shape, plan, Load.one(tokens, context), bench.card)
     memory = predicted_bytes(bench.shape, plan, bench.settings) / GIB
-    print(f"| {weights}, {recomputed} | {tokens:,} | {seconds * 1e3:.1f} | {tokens / seconds:,.0f} | {gib:.2f} "
-          f"| {expected * 1e3:.0f}, {memory:.2f} |", flush=True)  # fmt: skip
+    print(f"| {weights}, {recomputed} | {tokens:,} | {found.seconds * 1e3:.1f} | {found.of_host * 1e3:.1f} "
+          f"| {tokens / found.seconds:,.0f} | {found.gib:.2f} | {expected * 1e3:.0f}, {memory:.2f} |", flush=True)  # fmt: skip
 
 
-def _search(measured: Measured, batch: int, cap: float, layers: int) -> Iterator[tuple[float, str]]:
-    """Seconds of the whole batch, and a name, of all plans that fit by what was measured."""
-    for weights in {weights for weights, _, _ in measured}:
-        for tokens in {tokens for _, _, tokens in measured}:
-            for recomputed in range(layers + 1):
-                found = _between(measured, weights, recomputed, tokens, layers)
-                if found is not None and found[1] + CONTEXT_GIB <= cap:
-                    yield found[0] * batch / tokens, f"{weights}, {recomputed} recomputed, {tokens:,} tokens"
+def _fastest(measured: Measured, weights: Weights, cap: float, layers: int) -> tuple[int, int] | None:
+    """Layers recomputed, and tokens at once, of the fastest plan that fits by what was measured."""
+    found = []
+    for tokens in {tokens for of, _, tokens in measured if of == weights}:
+        for recomputed in range(layers + 1):
+            between = _between(measured, weights, recomputed, tokens)
+            if between is not None and between[1] + CONTEXT_GIB <= cap:
+                found.append((between[0] / tokens, recomputed, tokens))
+    return min(found)[1:] if found else None
+
+
+class Contender(NamedTuple):
+    name: str
+    tokens_per_second: float
+    gib: float
+    is_choice: bool
+
+
+def _in_turns(
+    bench: Bench, weights: Weights, choice: Plan, fastest: tuple[int, int] | None, rounds: int = 3
+) -> list[Contender]:
+    """Measures the planner's choice, if it has these weights, and the search's: a host or a card that grows slow does so for both."""
+    chosen = (choice.recomputed, choice.micro_batch_tokens) if choice.weights == weights else None
+    contending = list(dict.fromkeys(plan for plan in (chosen, fastest) if plan is not None))
+    found = [[bench.measure(*plan) for plan in contending] for _ in range(rounds)]
+    return [
+        Contender(
+            f"{weights}, {recomputed} recomputed, {tokens:,} tokens",
+            tokens / statistics.median(measurement.seconds for measurement in of_plan),
+            max(measurement.gib for measurement in of_plan),
+            (recomputed, tokens) == chosen,
+        )
+        for (recomputed, tokens), of_plan in zip(contending, zip(*found, strict=True), strict=True)
+    ]
+
+
+def _print_contest(cap: float, contenders: list[Contender]) -> None:
+    choice = next((one for one in contenders if one.is_choice), None)
+    if choice is None:
+        print(f"| {cap:g} GiB | of weights that were not measured | | | | | | |", flush=True)
+        return
+    others = [one for one in contenders if not one.is_choice]
+    best = max(others, key=lambda one: one.tokens_per_second) if others else choice
+    shown = (f"{one.name} | {one.tokens_per_second:,.0f} | {one.gib:.1f}" for one in (choice, best))
+    ratio = choice.tokens_per_second / best.tokens_per_second
+    print(f"| {cap:g} GiB | {' | '.join(shown)} | {ratio:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

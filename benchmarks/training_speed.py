@@ -38,6 +38,7 @@ class Variant:
     peer: str | None = None
     arguments: tuple[str, ...] = ()
     packed: bool = True
+    whole: bool = False  # the job from its entrypoint on, with preflight, download and data
 
 
 def variants() -> list[Variant]:
@@ -48,6 +49,7 @@ def variants() -> list[Variant]:
         Variant("unsloth, 8 rows", 8, peer="unsloth"),
         Variant("TRL, Liger, recomputing", 8, peer="trl-liger", arguments=("--recompute",)),
         Variant("job, the seed's recipe", 4, packed=False),
+        Variant("job from its entrypoint, the seed's recipe", 4, packed=False, whole=True),
         Variant("job, the seed's recipe, plain layers", 4, _PLAIN, packed=False),
         Variant("TRL, the seed's notebook", 4, peer="trl-notebook", arguments=("--recompute",), packed=False),
         Variant(
@@ -159,14 +161,15 @@ def _prepare(options: argparse.Namespace, packed: bool) -> Path:
 def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> dict[str, Any] | None:
     name = re.sub(r"[^a-z0-9]+", "-", f"{variant.name} {time.time_ns()}".lower())
     folder = Path(options.folder) / "runs" / name
-    shutil.copytree(prepared, folder, symlinks=True)
+    if not variant.whole:
+        shutil.copytree(prepared, folder, symlinks=True)
     environment = {
         **_settings(options, name, variant.packed), **variant.settings, "FT_MAX_STEPS": str(options.steps + 4),
-        "FT_PER_DEVICE_TRAIN_BATCH_SIZE": str(variant.rows), "FT_LOGGING_STEPS": "1", "JOB_STAGE_BEGAN": str(time.time()),
+        "FT_PER_DEVICE_TRAIN_BATCH_SIZE": str(variant.rows), "FT_LOGGING_STEPS": "1", "FT_STAGES": "train",
+        "JOB_BEGAN": str(time.time()), "JOB_STAGE_BEGAN": str(time.time()),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "job.stage", "train"], env=environment, capture_output=True, text=True, check=False
-    )
+    stage = [str(ROOT / "entrypoint.py")] if variant.whole else ["-m", "job.stage", "train"]
+    done = subprocess.run([sys.executable, *stage], env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         print(f"{variant.name}: {done.stdout[-600:]}{done.stderr[-300:]}", file=sys.stderr, flush=True)
         return None
@@ -179,7 +182,8 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
     return {
         "tokens_per_second": goodput["tokens_per_second"],
         "peak_bytes": metrics["peak_memory_bytes"],
-        "first_step_seconds": goodput["seconds"]["start"] + goodput["seconds"]["first_step"],
+        "allocator_retries": metrics["allocator_retries"],
+        "first_step_seconds": goodput["first_step_after_seconds"],
         "seconds": goodput["seconds"],
         "losses": [round(entry["loss"], 4) for entry in state["log_history"] if "loss" in entry],
         "part_of_matmul_rate": goodput.get("part_of_matmul_rate"),
