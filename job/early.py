@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from job import turns
 from job.process import StageProcess
 from job.run import Run
@@ -11,8 +13,8 @@ from job.stages import STAGES, Stage
 class EarlyProcesses:
     """Those of `missing` stages that are started while an earlier one is at work. They die with this process."""
 
-    def __init__(self, run: Run, missing: set[str]) -> None:
-        self._run = run
+    def __init__(self, run: Run, missing: set[str], warn: Callable[[str], None]) -> None:
+        self._run, self._warn = run, warn
         self._to_start = [stage for stage in STAGES if stage.name in missing and not _meets_others(run, stage)]
         self._waiting: dict[str, StageProcess] = {}
         if self._to_start:
@@ -26,7 +28,12 @@ class EarlyProcesses:
             for other in self._to_start
             if other.starts_with == stage.name
         }
-        return process if process is not None and process.is_running() else None
+        if process is not None and not process.is_running():
+            self._warn(
+                f"The process that waited for stage {stage.name} ended with {process.wait()} before its turn; another is started."
+            )
+            return None
+        return process
 
     def kill(self) -> None:
         for process in self._waiting.values():

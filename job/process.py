@@ -126,7 +126,7 @@ def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
     if rendezvous is not None:
         environment |= {"JOB_RDZV_ENDPOINT": rendezvous.endpoint, "JOB_RDZV_ID": rendezvous.id}
     environment |= {
-        "JOB_SUPERVISOR_PID": str(os.getpid()),
+        "JOB_PARENT_PID": str(os.getpid()),
         "JOB_BEGAN": str(_JOB_BEGAN),
         "JOB_STAGE_BEGAN": str(time.time()),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),

@@ -78,11 +78,11 @@ def training_processes(settings: Settings) -> int:
 
 
 def _die_with_parent() -> None:
-    """A trainer whose supervisor was killed must not go on writing: the kernel kills it too (prctl(2), Linux)."""
+    """A process whose supervisor or torchrun was killed must not go on writing: the kernel kills it too (prctl(2), Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        supervisor = os.environ.get("JOB_SUPERVISOR_PID")
-        if supervisor is not None and "RANK" not in os.environ and int(supervisor) != os.getppid():
+        parent = os.environ.get("JOB_PARENT_PID")
+        if parent is not None and int(parent) != os.getppid():
             os._exit(ExitCode.TRY_AGAIN)  # it was killed before the line above
 
 

@@ -38,7 +38,7 @@ class Supervisor:
         self._records: list[StageRecord] = []
         self._stop = StopRequest(run, self._kill_process, self._warn)
         self._process: StageProcess | None = None
-        self._early = EarlyProcesses(run, set())
+        self._early = EarlyProcesses(run, set(), self._warn)
         self._lost: JobError | None = None
         self._syncer: Syncer | None = None
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
@@ -100,7 +100,7 @@ class Supervisor:
 
     def _run_missing(self) -> str:
         missing = self._ledger.missing()
-        self._early = EarlyProcesses(self._run, missing)
+        self._early = EarlyProcesses(self._run, missing, self._warn)
         try:
             for stage in STAGES:
                 if stage.name in missing:

@@ -6,12 +6,14 @@ Each does what needs no other stage's result, and then waits for its turn, which
 from __future__ import annotations
 
 import os
+import sys
 import time
 
+from job.errors import ExitCode
 from job.run import Run, read_json, write_json
 
 STARTED_EARLY = "JOB_STARTED_EARLY"  # set in the environment of a process that is to wait
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.1
 
 
 def clear(run: Run) -> None:
@@ -26,10 +28,13 @@ def give(run: Run, stage: str) -> None:
 
 def await_turn(run: Run, *stages: str) -> None:
     """Return when one of `stages` has begun; at once in a process that was not started early. The stage's time counts from
-    then on."""
+    then on. Whoever's parent goes meanwhile ends: the next turn would be given to another start's process."""
     if os.environ.get(STARTED_EARLY) != "1":
         return
+    parent = os.getppid()
     while not (begun := [when for stage, when in _given(run).items() if stage in stages]):
+        if os.getppid() != parent:
+            sys.exit(ExitCode.TRY_AGAIN)
         time.sleep(_POLL_SECONDS)
     os.environ["JOB_STAGE_BEGAN"] = str(max(begun))
 

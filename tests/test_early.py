@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import pytest
 
 from job import turns
 from job.run import Run
-from tests.conftest import Job, finished, read_until
+from tests.conftest import ROOT, Job, finished, read_until
 
 
 def stages_running(pid: int) -> dict[str, int]:
@@ -65,6 +67,24 @@ def test_a_process_started_in_its_turn_waits_for_nothing(
     assert os.environ["JOB_STAGE_BEGAN"] == "5"
 
 
+def test_a_process_whose_parent_goes_does_not_wait_for_another_starts_turn(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, parents = make_run(), iter([7, 7, 1])
+    monkeypatch.setenv(turns.STARTED_EARLY, "1")
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    with pytest.raises(SystemExit) as ended:
+        turns.await_turn(run, "train")
+    assert ended.value.code == 75
+
+
+@pytest.mark.parametrize("rank", [{}, {"RANK": "0"}])
+def test_a_process_whose_parent_was_gone_before_it_began_ends_at_once(rank: dict[str, str]) -> None:
+    environment = {**os.environ, "JOB_PARENT_PID": "1", turns.STARTED_EARLY: "1", **rank}
+    done = subprocess.run([sys.executable, "-m", "job.stage", "train"], cwd=ROOT, env=environment, timeout=60)
+    assert done.returncode == 75
+
+
 def test_later_stages_begin_in_processes_that_were_there_before_and_one_that_died_waiting_is_started_anew(
     job: Job,
 ) -> None:
@@ -73,7 +93,13 @@ def test_later_stages_begin_in_processes_that_were_there_before_and_one_that_die
     early = stages_running(process.pid)
     assert set(early) == {"download", "prepare", "train"}
     os.kill(early["prepare"], signal.SIGKILL)
-    read_until(process, event="progress", stage="train")
+    warnings = []
+    assert process.stdout is not None
+    for event in map(json.loads, process.stdout):
+        warnings += [event["message"]] if event["level"] == "warning" else []
+        if (event.get("event"), event.get("stage")) == ("progress", "train"):
+            break
+    assert warnings == ["The process that waited for stage prepare ended with -9 before its turn; another is started."]
     assert stages_running(process.pid) == {"train": early["train"]}
     result = finished(process, *process.communicate(timeout=120))
     assert result.code == 0, result.stderr

@@ -29,6 +29,7 @@ def launch(run: Run, stage: str, processes: int) -> int:
     # Without this every process would take all cores; torchrun's own answer, one thread, leaves most of them idle.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
+    os.environ["JOB_PARENT_PID"] = str(os.getpid())  # of the processes below
     config = LaunchConfig(
         min_nodes=run.node.count,
         max_nodes=run.node.count,

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 
 def _process() -> str:
@@ -19,15 +20,26 @@ def _process() -> str:
     return "supervisor" if any(argument.endswith("entrypoint.py") for argument in arguments) else "another"
 
 
+def _supervisor() -> int | None:
+    """The process above this one that runs the entrypoint."""
+    pid = os.getppid()
+    while pid > 1:
+        folder = Path(f"/proc/{pid}")
+        if b"entrypoint.py" in (folder / "cmdline").read_bytes():
+            return pid
+        pid = int((folder / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
+    return None
+
+
 def _arm(point: dict) -> None:
     event, match, left = point["event"], re.compile(point["match"]), [point["skip"]]
+    supervisor = _supervisor()
 
     def hook(name: str, arguments: tuple) -> None:
         if name == event and match.search(" ".join(map(str, arguments))):
             if left[0] == 0:
-                supervisor = os.environ.get("JOB_SUPERVISOR_PID")
-                if supervisor:
-                    os.kill(int(supervisor), signal.SIGKILL)
+                if supervisor is not None:
+                    os.kill(supervisor, signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
             left[0] -= 1
 
