@@ -123,6 +123,11 @@ class Paths:
         return self.run_dir / "stop-request"
 
     @property
+    def kernels_dir(self) -> Path:
+        """Triton's cache, for all runs below this folder, unless TRITON_CACHE_DIR names another."""
+        return self.output_dir / "cache" / "triton"
+
+    @property
     def turns_file(self) -> Path:
         """When each stage of this start began, for processes that wait for their turn."""
         return self.run_dir / "turns.json"

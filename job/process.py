@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from job.checkpoints.kernels import cache_dir
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NodeError, from_code
 from job.gang import Rendezvous
 from job.report.events import parse
@@ -55,6 +56,7 @@ class StageProcess:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=_environment(stage, rendezvous)
+            | {"TRITON_CACHE_DIR": str(cache_dir(run))}
             | {"JOB_PLAN_STEPS_DOWN": str(plan_steps_down), "JOB_WITHOUT_KERNELS": str(int(not kernels))}
             | {STARTED_EARLY: str(int(early))},
             start_new_session=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from job import turns
+from job.checkpoints.kernels import CompiledKernels
 from job.checkpoints.lease import Lease
 from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
 from job.checkpoints.retention import sweep
@@ -39,6 +40,7 @@ class Supervisor:
         self._stop = StopRequest(run, self._kill_process, self._warn)
         self._process: StageProcess | None = None
         self._early = EarlyProcesses(run, set(), self._warn)
+        self._compiled_kernels = CompiledKernels(run, console.say)
         self._lost: JobError | None = None
         self._syncer: Syncer | None = None
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
@@ -124,6 +126,7 @@ class Supervisor:
             for name in stage.needs:
                 self._ledger.bring_back(_BY_NAME[name])
             if stage.name == "train":
+                self._compiled_kernels.fetch()
                 self._resume_training()
             elif not stage.resumable:
                 shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
@@ -171,6 +174,8 @@ class Supervisor:
         self._metrics.checkpoint_committed(seconds)
         self._console.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step, committed=True)
         write_json(self._run.paths.upload_timing_file, {"step": step, "seconds": seconds})
+        if not self._stop.requested:
+            self._compiled_kernels.keep()
 
     def _watch(self, stage: Stage, record: StageRecord) -> None:
         """Start the stage's process, follow it to its end, and judge that."""

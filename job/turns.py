@@ -31,7 +31,7 @@ def await_turn(run: Run, *stages: str) -> None:
     then on. Whoever's parent goes meanwhile ends: the next turn would be given to another start's process."""
     if os.environ.get(STARTED_EARLY) != "1":
         return
-    parent = os.getppid()
+    parent = int(os.environ.get("JOB_PARENT_PID") or os.getppid())
     while not (begun := [when for stage, when in _given(run).items() if stage in stages]):
         if os.getppid() != parent:
             sys.exit(ExitCode.TRY_AGAIN)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints.test_kernels import make_kernel
 from tests.conftest import LIGHTHOUSE, Job, contents, finished, published, read_until
 
 # One worker makes the undisturbed run that all of these look at.
@@ -152,14 +153,21 @@ def test_a_stop_request_in_training_ends_with_75_and_the_next_start_goes_on_to_t
     assert contents(published(job))[name] == contents(published(uninterrupted))[name]
 
 
-def test_a_new_machine_goes_on_from_the_checkpoint_in_s3(job: Job, s3_environment: None, tmp_path: Path) -> None:
-    job.environment |= {"FT_STORE_URL": "s3://bucket/runs", "FT_STAGES": "train,sample", "FT_SAVE_STEPS": "1"}
-    process = job.start(FT_OUTPUT_DIR=str(tmp_path / "first machine"))
-    read_until(process, event="progress", stage="train", done=3)
+def test_a_new_machine_goes_on_from_the_checkpoint_in_s3_with_the_kernels_that_were_compiled(
+    job: Job, s3_environment: None, tmp_path: Path
+) -> None:
+    job.environment |= {
+        "FT_STORE_URL": "s3://bucket/runs", "FT_STAGES": "train,sample", "FT_SAVE_STEPS": "1", "FT_MAX_STEPS": "40",
+    }  # fmt: skip
+    kernel = make_kernel(tmp_path / "first machine" / "cache" / "triton", "norm")
+    process = job.start(FT_OUTPUT_DIR=str(tmp_path / "first machine"), FT_LOG_LEVEL="debug")
+    read_until(process, message="1 compiled kernels stored.")
     process.send_signal(signal.SIGTERM)
     assert finished(process, *process.communicate(timeout=120)).code == 75
     second = job.run(FT_OUTPUT_DIR=str(tmp_path / "second machine"))
     assert second.code == 0, second.stderr
+    fetched = tmp_path / "second machine" / "cache" / "triton" / kernel.name / "_norm.cubin"
+    assert fetched.read_bytes() == (kernel / "_norm.cubin").read_bytes()
     assert any("Going on from the checkpoint of step" in event.get("message", "") for event in second.events)
     third = job.run(FT_OUTPUT_DIR=str(tmp_path / "third machine"))
     assert third.ended == {"train": "skipped", "sample": "skipped"}

@@ -65,8 +65,8 @@ def _constants(tuned: gate_kernels.Tuned, ranks: int) -> dict[str, Any]:
     return {"ROWS": tuned.rows, "BLOCK": tuned.block, "RANKS": ranks, "STAGES": tuned.stages}
 
 
-def spilled(kernel: Any, loaded: dict[str, str], constants: dict[str, Any], warps: int) -> int:
-    """Bytes of registers that the assembler writes to memory."""
+def compiled(kernel: Any, loaded: dict[str, str], constants: dict[str, Any], warps: int) -> Any:
+    """The kernel for an H100."""
     function = kernel._function
     types, aligned = {}, {}
     for place, name in enumerate(function.arg_names):
@@ -78,20 +78,28 @@ def spilled(kernel: Any, loaded: dict[str, str], constants: dict[str, Any], warp
         fn=function, signature=types, attrs=aligned,
         constexprs={(function.arg_names.index(name),): value for name, value in constants.items()},
     )  # fmt: skip
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def spilled(kernel: Any) -> int:
+    """Bytes of registers that the assembler writes to memory."""
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
-        file.write(compiled.asm["ptx"])
+        file.write(kernel.asm["ptx"])
         file.flush()
         told = subprocess.run(
             [str(assembler), "-arch=sm_90a", "-v", file.name, "-o", "/dev/null"],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
-    assert compiled.metadata.shared <= _SHARED_BYTES, compiled.metadata.shared
+    assert kernel.metadata.shared <= _SHARED_BYTES, kernel.metadata.shared
     return sum(map(int, re.findall(r"(\d+) bytes spill stores", told)))
 
 
 if __name__ == "__main__":
     for kernel, loaded, constants, warps in kernels():
-        told = {"kernel": kernel._function.__name__, **constants, "spilled": spilled(kernel, loaded, constants, warps)}
+        told = {
+            "kernel": kernel._function.__name__,
+            **constants,
+            "spilled": spilled(compiled(kernel, loaded, constants, warps)),
+        }
         print(json.dumps(told), flush=True)

@@ -1,0 +1,153 @@
+"""Compiled kernels in the store."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from job.checkpoints.kernels import CompiledKernels
+from job.run import Run
+from tests.conftest import ROOT
+
+_COMPILE = """
+from job.training.adamw_kernel import _adamw_kernel
+from tests.model.hopper import compiled
+kernel = compiled(_adamw_kernel, {}, {"BLOCK": 1024}, 4)
+print(len(kernel.asm["cubin"]), sorted(kernel.asm))
+"""
+
+
+@pytest.fixture
+def machine(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Path, CompiledKernels]]:
+    """Another machine of one run: its cache folder, and what it knows of compiled kernels."""
+
+    def make(name: str, said: list[str] | None = None) -> tuple[Path, CompiledKernels]:
+        folder = tmp_path / name / "triton"
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+        told = [] if said is None else said
+        return folder, CompiledKernels(
+            make_run(STORE_URL=str(tmp_path / "store")), lambda text, level: told.append(f"{level}: {text}")
+        )
+
+    return make
+
+
+def compile_one(folder: Path) -> str:
+    """For an H100, without one; what came of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], cwd=ROOT, env={**environment, "TRITON_CACHE_DIR": str(folder)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_a_kernel_that_one_machine_compiled_is_not_compiled_by_the_next(
+    machine: Callable[..., tuple[Path, CompiledKernels]],
+) -> None:
+    first, kernels = machine("first")
+    made = compile_one(first)
+    kernels.keep()
+    second, kernels = machine("second")
+    kernels.fetch()
+    there = {path.relative_to(second): path.stat().st_mtime_ns for path in second.rglob("*") if path.is_file()}
+    assert {path.suffix for path in there} == {".cubin", ".json"}
+    found = compile_one(second)
+    assert found.split()[0] == made.split()[0]
+    assert "'ptx'" in made
+    assert "'ptx'" not in found, "it was compiled again"
+    assert {path.relative_to(second): path.stat().st_mtime_ns for path in second.rglob("*") if path.is_file()} == there
+
+
+def make_kernel(folder: Path, name: str) -> Path:
+    kernel = folder / name.ljust(52, "A")
+    kernel.mkdir(parents=True)
+    files = {f"_{name}.{kind}": str(kernel / f"_{name}.{kind}") for kind in ("cubin", "json", "ptx")}
+    (kernel / f"_{name}.cubin").write_bytes(name.encode())
+    (kernel / f"_{name}.json").write_text("{}", encoding="utf-8")
+    (kernel / f"_{name}.ptx").write_text("text", encoding="utf-8")
+    (kernel / "launcher.so").write_bytes(b"code of the host's")
+    (kernel / f"__grp___{name}.json").write_text(json.dumps({"child_paths": files}), encoding="utf-8")
+    return kernel
+
+
+def test_only_what_is_new_is_stored_and_only_what_is_missing_is_fetched(
+    machine: Callable[..., tuple[Path, CompiledKernels]],
+) -> None:
+    said: list[str] = []
+    folder, kernels = machine("first", said)
+    kernels.fetch()
+    kernels.keep()
+    assert said == []  # nothing here, nothing there
+    make_kernel(folder, "norm")
+    for _ in range(2):
+        kernels.keep()
+    make_kernel(folder, "gate")
+    kernels.keep()
+    assert said == ["debug: 1 compiled kernels stored.", "debug: 2 compiled kernels stored."]
+    said.clear()
+    folder, kernels = machine("second", said)
+    own = make_kernel(folder, "norm")
+    kernels.fetch()
+    kernels.keep()
+    assert said == ["debug: 1 compiled kernels fetched from the store."]
+    assert (own / "launcher.so").exists()
+    gate = folder / "gate".ljust(52, "A")
+    assert sorted(path.name for path in gate.iterdir()) == ["__grp___gate.json", "_gate.cubin", "_gate.json"]
+    listed = json.loads((gate / "__grp___gate.json").read_text(encoding="utf-8"))["child_paths"]
+    assert listed == {name: str(gate / name) for name in ("_gate.cubin", "_gate.json")}
+    assert not list(folder.glob("*.partial-*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda packed: packed[: len(packed) // 2],
+        lambda packed: b"no archive",
+        lambda packed: packed[:-9] + b"123456789",
+    ],
+)
+def test_what_is_damaged_in_the_store_is_compiled_again(
+    machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    folder, kernels = machine("first")
+    make_kernel(folder, "norm")
+    kernels.keep()
+    (stored,) = (tmp_path / "store").rglob("kernels.tar.gz")
+    stored.write_bytes(damage(stored.read_bytes()))
+    said: list[str] = []
+    folder, kernels = machine("second", said)
+    kernels.fetch()
+    assert len(said) == 1
+    assert said[0].startswith("warning: The compiled kernels in the store are not used: ")
+    assert not list(folder.glob("*"))
+    make_kernel(folder, "norm")
+    kernels.keep()
+    assert said[1:] == ["debug: 1 compiled kernels stored."]
+
+
+def test_an_archive_that_names_other_places_is_refused(
+    machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        entry = tarfile.TarInfo("../../evil/_norm.cubin")
+        archive.addfile(entry, io.BytesIO())
+    said: list[str] = []
+    _, kernels = machine("first", said)
+    target = tmp_path / "store" / "here" / "kernels.tar.gz"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(buffer.getvalue())
+    kernels.fetch()
+    assert "is no file of a kernel" in said[0]
+    assert not (tmp_path / "evil").exists()
