@@ -158,6 +158,14 @@ def job(tmp_path: Path, tiny_model: Path) -> Job:
     )
 
 
+def is_running(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Every file below `folder` and the hash of its bytes."""
     return {

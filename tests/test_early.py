@@ -17,7 +17,7 @@ import pytest
 
 from job import turns
 from job.run import Run
-from tests.conftest import ROOT, Job, finished, read_until
+from tests.conftest import ROOT, Job, finished, is_running, read_until
 
 
 def stages_running(pid: int) -> dict[str, int]:
@@ -28,13 +28,6 @@ def stages_running(pid: int) -> dict[str, int]:
         if "job.stage" in arguments:
             found[arguments[-2]] = int(child)
     return found
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_process_started_early_waits_for_its_turn_and_counts_its_time_from_then(

@@ -10,18 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.test_kernels import make_kernel
-from tests.conftest import LIGHTHOUSE, Job, contents, finished, published, read_until
+from tests.conftest import LIGHTHOUSE, Job, contents, finished, is_running, published, read_until
 
 # One worker makes the undisturbed run that all of these look at.
 shares_the_uninterrupted_run = pytest.mark.xdist_group("uninterrupted")
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @shares_the_uninterrupted_run
