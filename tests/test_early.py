@@ -72,8 +72,8 @@ def test_a_process_whose_parent_goes_does_not_wait_for_another_starts_turn(
 
 
 @pytest.mark.parametrize("rank", [{}, {"RANK": "0"}])
-def test_a_process_whose_parent_was_gone_before_it_began_ends_at_once(rank: dict[str, str]) -> None:
-    environment = {**os.environ, "JOB_PARENT_PID": "1", turns.STARTED_EARLY: "1", **rank}
+def test_a_process_whose_parent_was_gone_before_it_began_ends_at_once(rank: dict[str, str], tmp_path: Path) -> None:
+    environment = {**os.environ, "JOB_PARENT_PID": "1", "FT_OUTPUT_DIR": str(tmp_path), "FT_DEVICE": "cpu", **rank}
     done = subprocess.run([sys.executable, "-m", "job.stage", "train"], cwd=ROOT, env=environment, timeout=60)
     assert done.returncode == 75
 
