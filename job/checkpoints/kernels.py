@@ -1,4 +1,4 @@
-"""Kernels that Triton compiled, kept with the run: a machine that goes on with it would take a quarter of a minute to compile them again.
+"""Kernels that Triton compiled, kept with the run: a machine that goes on with it would take some ten seconds to compile them again.
 
 Triton's cache (TRITON_CACHE_DIR) has a folder for each kernel, named by a hash of all that it was compiled from. Kept are the GPU's
 code and its description; no code of the host's comes out of a store.
@@ -40,47 +40,54 @@ class CompiledKernels:
     def __init__(self, run: Run, say: Callable[[str, str], None]) -> None:
         self._run, self._say, self._folder = run, say, cache_dir(run)
         self._key = f"{run.id}/kernels.tar.gz"
-        self._stored: frozenset[str] = frozenset()
+        self._known: frozenset[str] = frozenset()  # that are stored, or for which there was no room
 
     def fetch(self) -> None:
         """Take over those of the store that are not here."""
         try:
-            kernels = _unpack(self._run.store.get(self._key))
+            packed = self._run.store.get(self._key)
+        except FileNotFoundError:
+            return
+        except JobError as error:
+            self._say(f"The compiled kernels in the store are not used: {error.message}", "warning")
+            return
+        try:
+            kernels = _unpack(packed)
             missing = {name: files for name, files in kernels.items() if not (self._folder / name).exists()}
             for name, files in missing.items():
                 self._place(name, files)
-        except FileNotFoundError:
+        except (ValueError, OSError) as error:
+            self._say(f"The compiled kernels in the store are not used: {error}.", "warning")
             return
-        except (JobError, ValueError, OSError) as error:
-            self._say(f"The compiled kernels in the store are not used: {getattr(error, 'message', error)}.", "warning")
-            return
-        self._stored = frozenset(kernels)
+        self._known = frozenset(kernels)
         self._say(f"{len(missing)} compiled kernels fetched from the store.", "debug")
 
     def keep(self) -> None:
-        """Store what is here, if the store lacks any of it."""
+        """Store what is here, if there is more than the last time: it is asked behind every checkpoint."""
         try:
-            kernels = self._newest()
-            if set(kernels) <= self._stored:
+            here = {path.parent for path in self._folder.glob(f"*/{_GROUP}*.json")}  # which Triton writes last
+            names = frozenset(folder.name for folder in here if _FOLDER.fullmatch(folder.name))
+            if names <= self._known:
                 return
+            kernels = self._newest(names)
             self._run.store.put(self._key, _pack(kernels))
         except (JobError, ValueError, OSError) as error:
-            self._say(f"The compiled kernels are not stored: {getattr(error, 'message', error)}.", "warning")
+            self._say(f"The compiled kernels are not stored: {getattr(error, 'message', error)}", "warning")
             return
-        self._stored = frozenset(kernels)
+        self._known = names
         self._say(f"{len(kernels)} compiled kernels stored.", "debug")
 
-    def _newest(self) -> dict[str, dict[str, bytes]]:
-        """Whole kernels by their folders' names, as many as there is room for."""
+    def _newest(self, names: frozenset[str]) -> dict[str, dict[str, bytes]]:
+        """Kernels by their folders' names, as many as there is room for."""
         found, size = {}, 0
-        folders = (folder for folder in self._folder.glob("*") if _FOLDER.fullmatch(folder.name) and folder.is_dir())
-        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
+        for folder in sorted(
+            map(self._folder.joinpath, names), key=lambda folder: folder.stat().st_mtime, reverse=True
+        ):
             files = {file.name: file.read_bytes() for file in folder.iterdir() if _FILE.fullmatch(file.name)}
             size += sum(map(len, files.values()))
             if size > _MOST_BYTES:
                 break
-            if any(name.endswith(".cubin") for name in files) and any(name.startswith(_GROUP) for name in files):
-                found[folder.name] = {name: _with_names(name, data) for name, data in files.items()}
+            found[folder.name] = {name: _with_names(name, data) for name, data in files.items()}
         return found
 
     def _place(self, name: str, files: dict[str, bytes]) -> None:
@@ -126,15 +133,21 @@ def _unpack(packed: bytes) -> dict[str, dict[str, bytes]]:
 
 def _with_names(file: str, data: bytes) -> bytes:
     """A kernel's list of files without this machine's folders, and without those that are not kept."""
-    if not file.startswith(_GROUP):
-        return data
-    names = [name for name in json.loads(data)["child_paths"] if _FILE.fullmatch(name)]
-    return json.dumps({"child_paths": {name: name for name in names}}).encode()
+    return _list({name: name for name in _listed(data)}) if file.startswith(_GROUP) else data
 
 
 def _with_paths(file: str, data: bytes, folder: Path) -> bytes:
     """The same list, for this machine."""
-    if not file.startswith(_GROUP):
-        return data
-    paths = {name: str(folder / name) for name in json.loads(data)["child_paths"]}
+    return _list({name: str(folder / name) for name in _listed(data)}) if file.startswith(_GROUP) else data
+
+
+def _list(paths: dict[str, str]) -> bytes:
     return json.dumps({"child_paths": paths}).encode()
+
+
+def _listed(data: bytes) -> list[str]:
+    """The files that are kept, of such a list; ValueError for one of another form, as another Triton may write."""
+    try:
+        return [name for name in dict(json.loads(data)["child_paths"]) if _FILE.fullmatch(name)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a kernel's list of files has another form: {error!r}") from error

@@ -18,8 +18,8 @@ from job.training.utilization import useful_flops_per_token
 class Goodput(TrainerCallback):
     """Seconds by what they were spent on, of this start of the training on this process; `tokens()` have been trained so far.
 
-    `start` is all up to the first step (model and data; imports only of a process that was not started early), `first_step` that one, with whatever is compiled or tuned in
-    it, `compute` the others; `data` is time between steps in which nothing was left to do for the GPU, for want of rows or of
+    `start` is all up to the first step (model and data; imports only of a process that was not started early), `first_step` that
+    one, with whatever is compiled or tuned in it, `compute` the others; `data` is time between steps in which nothing was left to do for the GPU, for want of rows or of
     who asks for more. What remains is `idle`.
     """
 

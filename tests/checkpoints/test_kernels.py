@@ -136,6 +136,29 @@ def test_what_is_damaged_in_the_store_is_compiled_again(
     assert said[1:] == ["debug: 1 compiled kernels stored."]
 
 
+def test_kernels_that_are_stored_are_not_read_again_behind_every_checkpoint(
+    machine: Callable[..., tuple[Path, CompiledKernels]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, kernels = machine("first")
+    make_kernel(folder, "norm")
+    (folder / "driver".ljust(52, "A")).mkdir()  # of the host's code alone
+    kernels.keep()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read again"))
+    kernels.keep()
+
+
+def test_a_list_of_files_in_a_form_that_nobody_knows_stores_nothing_and_stops_nobody(
+    machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    folder, kernels = machine("first", said)
+    (make_kernel(folder, "norm") / "__grp___norm.json").write_text('["_norm.cubin"]', encoding="utf-8")
+    kernels.keep()
+    assert len(said) == 1
+    assert said[0].startswith("warning: The compiled kernels are not stored: ")
+    assert not list((tmp_path / "store").rglob("kernels.tar.gz"))
+
+
 def test_an_archive_that_names_other_places_is_refused(
     machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path
 ) -> None:
