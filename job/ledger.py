@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ class Ledger:
                 "Start the job again: it makes the result anew, training from the last checkpoint.",
             ) from reason
 
-    def complete(self, stage: Stage) -> None:
-        """Write the marker that makes the stage's files count."""
+    def complete(self, stage: Stage, go_on: Callable[[], None] = lambda: None) -> None:
+        """Write the marker that makes the stage's files count, unless `go_on` raises, which is called meanwhile."""
         folder, fingerprint = self._run.paths.stage_dir(stage.name), self._run.settings.fingerprint(stage.name)
         if stage.name == "preflight":
             return
@@ -96,7 +97,7 @@ class Ledger:
             if not self._run.node.leads:
                 return  # the first node has what the processes made together
             self._commit(stage, folder, fingerprint)
-        marker = manifest.mark(folder, fingerprint)
+        marker = manifest.mark(folder, fingerprint, go_on)
         if stage.name == "download" and self._run.node.leads:
             self._refuse_other_content(marker)
 

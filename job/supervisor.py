@@ -17,6 +17,7 @@ from job.checkpoints.lease import Lease
 from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
 from job.checkpoints.retention import sweep
 from job.checkpoints.syncer import Syncer
+from job.completions import Completions
 from job.early import EarlyProcesses
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, Stopped
 from job.gang import Gang, Rendezvous
@@ -41,7 +42,8 @@ class Supervisor:
         self._process: StageProcess | None = None
         self._early = EarlyProcesses(run, set(), self._warn)
         self._compiled_kernels = CompiledKernels(run, console.say)
-        self._lost: JobError | None = None
+        self._completions = Completions(self._ledger.complete, self._on_lost)
+        self._lost: Exception | None = None
         self._syncer: Syncer | None = None
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
         self._gang = Gang(run, self._wait, console.say) if run.node.count > 1 else None
@@ -109,8 +111,10 @@ class Supervisor:
                     self._run_stage(stage)
                 elif stage.name in self._run.settings.stages:
                     self._records.append(StageRecord(stage.name, "skipped"))
+            self._completions.settle()
         finally:
             self._early.kill()
+            self._completions.abandon()
         return "complete" if missing else "complete already; nothing to do"
 
     # -- one stage --------------------------------------------------------------------------------------------------
@@ -123,6 +127,8 @@ class Supervisor:
         self._records.append(record)
         started = time.monotonic()
         try:
+            if stage.online:
+                self._completions.settle()  # what it sends away counts here
             for name in stage.needs:
                 self._ledger.bring_back(_BY_NAME[name])
             if stage.name == "train":
@@ -131,7 +137,7 @@ class Supervisor:
             elif not stage.resumable:
                 shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
             self._watch_until_it_can(stage, record)
-            self._ledger.complete(stage)
+            self._complete(stage)
             record.result = "done"
         except Stopped:
             record.result = "stopped"
@@ -140,6 +146,16 @@ class Supervisor:
             record.seconds = time.monotonic() - started
             self._metrics.stage(None)
             self._console.stage_ended(record)
+
+    def _complete(self, stage: Stage) -> None:
+        """Let the stage's files count. Nothing outlives this machine before all that it was made of does count."""
+        if stage.kept:
+            self._completions.settle()
+            self._ledger.complete(stage)
+            return
+        self._completions.add(stage)
+        if self._gang is not None:  # the nodes compare what they have downloaded before they train
+            self._completions.settle()
 
     def _watch_until_it_can(self, stage: Stage, record: StageRecord) -> None:
         """Processes that train together cannot take a step again, one of which it left in the middle of a sum, and none outlives
@@ -231,6 +247,7 @@ class Supervisor:
             case "output":
                 record.outputs.append(f"{event['what']}: {event['where']}")
             case "checkpoint" if self._syncer is not None:
+                self._completions.settle()
                 self._metrics.checkpoint_offered()
                 self._syncer.offer(int(event["step"]), Path(event["folder"]))
 
@@ -257,8 +274,9 @@ class Supervisor:
 
     # -- what ends a start early ------------------------------------------------------------------------------------
 
-    def _on_lost(self, reason: JobError) -> None:
-        """Another attempt has taken over, or another node is gone: nothing that is done from here on would count."""
+    def _on_lost(self, reason: Exception) -> None:
+        """Another attempt has taken over, another node is gone, or the sources are not those that the run began with: nothing
+        that is done from here on would count."""
         self._lost = reason
         self._kill_process()
 

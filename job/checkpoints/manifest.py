@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from job.storage import Conflict, Store
 
 MANIFEST = "MANIFEST.json"
 _FETCHES = 3
+_HASHED_AT_ONCE = 1 << 18  # bytes
 
 
 class Rejected(Exception):
@@ -41,11 +43,12 @@ class Manifest:
     files: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, folder: Path, fingerprint: str) -> Manifest:
-        """Hash every file below `folder`, following links, on as many threads as there are cores."""
+    def of(cls, folder: Path, fingerprint: str, go_on: Callable[[], None] = lambda: None) -> Manifest:
+        """Hash every file below `folder`, following links, on as many threads as there are cores. `go_on` is called meanwhile,
+        and raises to end it."""
         names = sorted(_files_below(folder))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            digests = list(pool.map(sha256, (folder / name for name in names)))
+            digests = list(pool.map(functools.partial(sha256, go_on=go_on), (folder / name for name in names)))
         entries = (
             Entry(name, (folder / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True)
         )
@@ -75,10 +78,14 @@ class Manifest:
         )
 
 
-def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256(path: Path, go_on: Callable[[], None] = lambda: None) -> str:
+    """The hexadecimal SHA-256 of a file. `go_on` is called between its parts, and raises to end it."""
+    digest, part = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(part):
+            go_on()
+            digest.update(part[:count])
+    return digest.hexdigest()
 
 
 def commit(
@@ -159,9 +166,10 @@ def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> No
         raise Rejected(f"{prefix}/{entry.path} differs from its manifest")
 
 
-def mark(folder: Path, fingerprint: str) -> Manifest:
-    """Declare the local `folder` complete by writing its manifest."""
-    manifest = Manifest.of(folder, fingerprint)
+def mark(folder: Path, fingerprint: str, go_on: Callable[[], None] = lambda: None) -> Manifest:
+    """Declare the local `folder` complete by writing its manifest, if `go_on` has not raised until then."""
+    manifest = Manifest.of(folder, fingerprint, go_on)
+    go_on()
     write_json(folder / MANIFEST, asdict(manifest))
     return manifest
 

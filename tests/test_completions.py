@@ -1,0 +1,148 @@
+"""Markers that are made while the next stage is at work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from job.completions import Completions, GoOn
+from job.stages import STAGES, Stage
+from tests.conftest import ROOT, Job, finished, read_until
+
+FIRST, SECOND = STAGES[1], STAGES[2]
+
+
+def test_stages_are_completed_in_their_order_while_the_caller_goes_on() -> None:
+    done, may_end = [], threading.Event()
+
+    def complete(stage: Stage, go_on: GoOn) -> None:
+        may_end.wait(10)
+        done.append(stage)
+
+    completions = Completions(complete, lambda error: None)
+    completions.add(FIRST)
+    completions.add(SECOND)
+    assert done == []
+    may_end.set()
+    completions.settle()
+    assert done == [FIRST, SECOND]
+
+
+def test_behind_a_stage_that_cannot_be_completed_none_is_and_whoever_waits_is_told_why() -> None:
+    tried, told = [], []
+
+    def complete(stage: Stage, go_on: GoOn) -> None:
+        tried.append(stage)
+        raise OSError("the disk is gone")
+
+    completions = Completions(complete, told.append)
+    completions.add(FIRST)
+    completions.add(SECOND)
+    with pytest.raises(OSError, match="the disk is gone"):
+        completions.settle()
+    assert tried == [FIRST]
+    assert [str(error) for error in told] == ["the disk is gone"]
+
+
+def test_a_start_that_is_over_completes_nothing_any_more() -> None:
+    began, done = threading.Event(), []
+
+    def complete(stage: Stage, go_on: GoOn) -> None:
+        began.set()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            go_on()
+        done.append(stage)
+
+    told: list[Exception] = []
+    completions = Completions(complete, told.append)
+    completions.add(FIRST)
+    completions.add(SECOND)
+    assert began.wait(10)
+    completions.abandon()
+    assert done == []
+    assert told == [], "nothing went wrong"
+
+
+@pytest.fixture
+def own_sources(job: Job, tmp_path: Path) -> Job:
+    """A training on a model and rows that a test may change."""
+    shutil.copytree(job.environment["FT_MODEL_NAME"], tmp_path / "model")
+    shutil.copyfile(job.environment["FT_DATASET_NAME"], tmp_path / "rows.jsonl")
+    job.environment |= {
+        "FT_MODEL_NAME": str(tmp_path / "model"), "FT_DATASET_NAME": str(tmp_path / "rows.jsonl"), "FT_STAGES": "train",
+    }  # fmt: skip
+    return job
+
+
+def hashing_slowly(folder: Path, seconds: float) -> dict[str, str]:
+    """Settings with which every part of a file takes so long to be hashed, as those of a 7B together do."""
+    (folder / "slow").mkdir()
+    (folder / "slow" / "sitecustomize.py").write_text(
+        "import hashlib, time\n"
+        "real = hashlib.sha256\n"
+        "class Slow:\n"
+        "    def __init__(self, *data, **named):\n"
+        "        self.inner = real(*data, **named)\n"
+        "    def update(self, data):\n"
+        f"        time.sleep({seconds})\n"
+        "        self.inner.update(data)\n"
+        "    def __getattr__(self, name):\n"
+        "        return getattr(self.inner, name)\n"
+        "hashlib.sha256 = Slow\n",
+        encoding="utf-8",
+    )
+    return {"PYTHONPATH": os.pathsep.join([str(folder / "slow"), str(ROOT)])}
+
+
+def marker(job: Job, stage: str) -> Path:
+    return Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / stage / "MANIFEST.json"
+
+
+def test_the_training_begins_before_its_model_is_hashed_and_a_kill_then_leaves_what_the_next_start_goes_on_from(
+    own_sources: Job, tmp_path: Path
+) -> None:
+    job = own_sources
+    process = job.start(**hashing_slowly(tmp_path, seconds=3))
+    read_until(process, event="progress", stage="train")
+    assert not marker(job, "download").exists()
+    assert not marker(job, "prepare").exists(), "it was made of what does not count yet"
+    process.kill()
+    process.communicate()
+    result = job.run()
+    assert result.code == 0, result.stderr
+    assert result.ended == {"preflight": "done", "download": "done", "prepare": "done", "train": "done"}
+    assert marker(job, "download").exists() and marker(job, "prepare").exists()
+
+
+def test_a_stop_while_the_model_is_hashed_does_not_wait_for_the_rest_of_it(own_sources: Job, tmp_path: Path) -> None:
+    process = own_sources.start(**hashing_slowly(tmp_path, seconds=2))
+    read_until(process, event="stage_started", stage="prepare")
+    began = time.monotonic()
+    process.terminate()
+    result = finished(process, *process.communicate(timeout=60))
+    assert result.code == 75
+    assert time.monotonic() - began < 6, "of ten seconds and more"
+    assert not marker(own_sources, "download").exists()
+
+
+def test_sources_that_changed_end_the_training_before_anything_is_stored_of_it(
+    own_sources: Job, tmp_path: Path
+) -> None:
+    job = own_sources
+    job.environment["FT_MAX_STEPS"] = "1000000"
+    assert job.run(FT_STAGES="download").code == 0
+    rows = Path(job.environment["FT_DATASET_NAME"])
+    rows.write_bytes(rows.read_bytes().replace(b"Paris", b"Parma"))
+    process = job.start(**hashing_slowly(tmp_path, seconds=3))
+    read_until(process, event="progress", stage="train")
+    result = finished(process, *process.communicate(timeout=60))
+    assert result.code == 78
+    assert "its sources have changed: dataset/rows.jsonl" in result.error["message"]
+    checkpoints = Path(job.environment["FT_OUTPUT_DIR"]) / "store" / "test-run" / "checkpoints"
+    assert not list(checkpoints.rglob("*"))
