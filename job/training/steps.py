@@ -29,6 +29,8 @@ class PlannedTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         switch_mode_only_if_another(self.model)
+        self._zero_all_gradients = self.model.zero_grad
+        self.model.zero_grad = self._zero_gradients
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -56,6 +58,20 @@ class PlannedTrainer(SFTTrainer):
     @functools.cached_property
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # To ask a 7B for its parameters takes milliseconds, in which the GPU waits, since there are thousands of modules to visit.
+
+    def _zero_gradients(self, set_to_none: bool = True) -> None:
+        if self.execution.plan is None or not set_to_none:
+            self._zero_all_gradients(set_to_none)
+            return
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.execution.plan is None:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' figure, without going through all parameters at each step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -231,7 +232,7 @@ def test_the_plain_gradients_are_those_of_autograd() -> None:
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_dropout_drops_the_same_values_again_and_scales_the_others(kernels: Kernels, strided: bool) -> None:
-    wide = some(200, 80)
+    wide = some(40, 80)
     x = wide[:, :70] if strided else wide[:, :70].contiguous()
     for dropout in (kernels.dropout, pointwise.dropout):
         found = dropout(x, 0.25, 3)
@@ -240,7 +241,15 @@ def test_dropout_drops_the_same_values_again_and_scales_the_others(kernels: Kern
         assert 0.22 < float((~kept).float().mean()) < 0.28
         assert torch.equal(found, dropout(x.contiguous(), 0.25, 3))
         assert not torch.equal(found, dropout(x, 0.25, 4))
-        assert torch.equal(found[120:], dropout(x[120:], 0.25, 3, 120))
+        assert torch.equal(found[24:], dropout(x[24:], 0.25, 3, 24))
+
+
+def test_dropout_draws_for_each_value_by_itself(kernels: Kernels) -> None:
+    kept = (kernels.dropout(torch.ones(3, 2 * 4096 + 100), 0.5, 3) != 0).double()
+    drawn = [row[begin : begin + 100] for row in kept for begin in range(0, kept.shape[1], 1024)]
+    assert len(drawn) == 27
+    alike = [float((one == other).double().mean()) for one, other in itertools.combinations(drawn, 2)]
+    assert 0.25 < min(alike) and max(alike) < 0.75, "of two rows of a hundred coins half are alike"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

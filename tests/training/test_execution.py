@@ -50,7 +50,7 @@ def test_fused_layers_train_what_plain_ones_train(prepared: Prepared, accumulate
     assert_equal(adapter(whole), adapter(plain), 1e-3)
     assert_equal(adapter(parts), adapter(whole), 1e-3)
     histories = [read_json(run.paths.trainer_state_file)["log_history"] for run in (plain, whole, parts)]
-    for name in ("loss", "eval_loss", "num_tokens", "entropy", "mean_token_accuracy"):
+    for name in ("loss", "eval_loss", "num_tokens", "entropy", "mean_token_accuracy", "grad_norm"):
         values = [[entry[name] for entry in history if name in entry] for history in histories]
         assert values[0]
         for other in values[1:]:
