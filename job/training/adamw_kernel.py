@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from job.model.fused.launch import Kernel
+from job.model.fused.launch import Kernel, cdiv
 
 _BLOCK = 1024
 
@@ -60,7 +60,7 @@ def adamw_(
         addresses = addresses.pin_memory().to(value.device, non_blocking=True)
     mean_left, square_left = (1 - beta**number for beta in betas)
     correction = math.sqrt(square_left)
-    _adamw_kernel[(triton.cdiv(max(one[0].numel() for one in parameters), _BLOCK), len(parameters))](
+    _adamw_kernel[(cdiv(max(one[0].numel() for one in parameters), _BLOCK), len(parameters))](
         addresses, value, gradient, *betas, epsilon * correction, -rate * correction / mean_left, 1 - rate * weight_decay,
         BLOCK=_BLOCK,
     )  # fmt: skip

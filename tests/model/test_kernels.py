@@ -11,9 +11,11 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import triton
+from triton.compiler.compiler import CompiledKernel
 
-from job.model.fused import gate_kernels, pointwise, triton_kernels
-from job.model.fused.launch import Kernel
+from job.model.fused import gate_kernels, launch, pointwise, triton_kernels
+from job.model.fused.launch import Kernel, cdiv, next_power_of_2
 from job.model.fused.rounding import Rounded
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -249,7 +251,7 @@ def test_dropout_draws_for_each_value_by_itself(kernels: Kernels) -> None:
     drawn = [row[begin : begin + 100] for row in kept for begin in range(0, kept.shape[1], 1024)]
     assert len(drawn) == 27
     alike = [float((one == other).double().mean()) for one, other in itertools.combinations(drawn, 2)]
-    assert 0.25 < min(alike) and max(alike) < 0.75, "of two rows of a hundred coins half are alike"
+    assert min(alike) > 0.25 and max(alike) < 0.75, "of two rows of a hundred coins half are alike"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -356,6 +358,24 @@ def test_4_bit_weights_become_the_very_values_that_bitsandbytes_makes(kind: str,
     assert not out[:, 512:].any()
 
 
+class Compiled:
+    """Stands for what Triton has compiled: notes what it is launched with."""
+
+    function, packed_metadata = 11, "metadata"
+
+    def __init__(self, launched: list[Any]) -> None:
+        self._launched = launched
+
+    def run(self, *arguments: Any) -> None:
+        self._launched.append(arguments)
+
+    def launch_metadata(self, *arguments: Any) -> str:
+        return "for a hook"
+
+    def _init_handles(self) -> None:
+        pass
+
+
 class Compiler:
     """Stands for `triton.jit` as far as `Kernel` knows it: notes what it is asked to compile, and what is launched."""
 
@@ -368,26 +388,28 @@ class Compiler:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*arguments: Any, **named: Any) -> Any:
             self.compiled.append((grid, arguments, named))
-            launched = self.launched
-
-            class Compiled:
-                def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                    return lambda *rest: launched.append((grid, rest))
-
-            return Compiled()
+            return Compiled(self.launched)
 
         return launch
 
 
-def test_a_kernel_is_looked_up_once_for_each_kind_of_arguments() -> None:
+def test_a_kernel_is_looked_up_once_for_each_kind_of_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_stream", lambda: 7)
     compiler = Compiler()
     kernel, x = Kernel(compiler), torch.zeros(64)
     kernel[(3,)](x, 32, 0.5, BLOCK=8, num_warps=4)
     kernel[(4, 2)](x[4:], 48, 0.25, BLOCK=8, num_warps=4)
     assert len(compiler.compiled) == 1
-    ((grid, (same, columns, scale, block)),) = compiler.launched
-    assert (grid, columns, scale, block) == ((4, 2, 1), 48, 0.25, 8)
+    ((*_, same, columns, scale, block),) = compiler.launched
+    assert (columns, scale, block) == (48, 0.25, 8)
     assert same.data_ptr() == x[4:].data_ptr()
+    by_triton: list[Any] = []
+    CompiledKernel.__getitem__(Compiled(by_triton), (4, 2, 1))(same, columns, scale, block, stream=7)
+    hooks = slice(6, 9)
+    assert compiler.launched[0][hooks] == (None, None, None)
+    assert by_triton[0][hooks][0] == "for a hook", "Triton launches in another form"
+    for parts in (slice(hooks.start), slice(hooks.stop, None)):
+        assert compiler.launched[0][parts] == by_triton[0][parts]
     others = [
         ((x[1:], 32, 0.5), 8, 4), ((x.double(), 32, 0.5), 8, 4), ((x, 33, 0.5), 8, 4), ((x, 1, 0.5), 8, 4),
         ((x, 2**40, 0.5), 8, 4), ((x, 32, 0.5), 16, 4), ((x, 32, 0.5), 8, 8),
@@ -396,3 +418,9 @@ def test_a_kernel_is_looked_up_once_for_each_kind_of_arguments() -> None:
         kernel[(3,)](*arguments, BLOCK=block, num_warps=warps)
     assert len(compiler.compiled) == 1 + len(others)
     assert len(compiler.launched) == 1
+
+
+def test_grids_are_counted_as_triton_counts() -> None:
+    for number in range(1, 70):
+        assert next_power_of_2(number) == triton.next_power_of_2(number)
+        assert [cdiv(number, part) for part in (1, 3, 64)] == [triton.cdiv(number, part) for part in (1, 3, 64)]

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from job.model.device import is_hopper
 from job.model.fused import MANY_TOKENS
-from job.model.fused.launch import Kernel, can_describe, described
+from job.model.fused.launch import Kernel, can_describe, cdiv, described
 from job.model.fused.rounding import Rounded
 from job.model.fused.triton_kernels import scale_of
 
@@ -236,7 +236,7 @@ def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = No
     if rounded is not None:
         _gated_rounded_kernel[(rows,)](gate_up, out, *rounded, columns, *strides, BLOCK=_BLOCK)
         return out
-    _gated_kernel[(rows, triton.cdiv(columns, _BLOCK))](gate_up, out, columns, *strides, BLOCK=_BLOCK)
+    _gated_kernel[(rows, cdiv(columns, _BLOCK))](gate_up, out, columns, *strides, BLOCK=_BLOCK)
     return out
 
 
@@ -248,7 +248,7 @@ def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Roun
             gradient, gate_up, out, *rounded, columns, gate_up.stride(0), BLOCK=_BLOCK
         )
         return out
-    grid = (rows, triton.cdiv(columns, _BLOCK))
+    grid = (rows, cdiv(columns, _BLOCK))
     _gated_backward_kernel[grid](gradient, gate_up, out, columns, gate_up.stride(0), BLOCK=_BLOCK)
     return out
 
@@ -269,9 +269,9 @@ def serves(values: Sequence[torch.Tensor], narrow: Sequence[torch.Tensor | None]
 def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     (tokens, ranks), columns = (len(gate_up), len(a)), gate_up.shape[1] // 2
     tuned, padded = GATED_NARROW, _padded(ranks)
-    row_blocks = triton.cdiv(tokens, tuned.rows)
+    row_blocks = cdiv(tokens, tuned.rows)
     part_columns = _part(columns, tuned.block, row_blocks, tuned.programs, gate_up.device)
-    parts = triton.cdiv(columns, part_columns)
+    parts = cdiv(columns, part_columns)
     sums = torch.empty(parts, tokens, ranks, device=gate_up.device, dtype=torch.float32)
     _gated_narrow_kernel[(row_blocks, parts)](
         described(gate_up, tuned.rows, tuned.block), described(a, padded, tuned.block), out, sums, tokens, columns, ranks,
@@ -293,9 +293,9 @@ def gated_backward_adapted_(
     narrow = (of_down, gate, up)
     ranks = [0 if part is None else part.shape[1] for part in narrow]
     tuned, padded = GATED_ADAPTED, _padded(max(ranks))
-    column_blocks = triton.cdiv(columns, tuned.block)
+    column_blocks = cdiv(columns, tuned.block)
     part_tokens = _part(tokens, tuned.rows, column_blocks, tuned.programs, gate_up.device)
-    parts = triton.cdiv(tokens, part_tokens)
+    parts = cdiv(tokens, part_tokens)
     sums = torch.empty(parts, sum(ranks) * columns, device=gate_up.device, dtype=torch.float32)
     values = described(gate_up, tuned.rows, tuned.block)
     _gated_adapted_kernel[(column_blocks, parts)](

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from job.model.fused.launch import Kernel
+from job.model.fused.launch import Kernel, cdiv, next_power_of_2
 from job.model.fused.rounding import Rounded
 
 _BLOCK = 2048
@@ -152,9 +152,7 @@ def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, ADD: 
     # Philox draws four numbers at once, and takes longer than the memory: each is for another part of the columns
     row, block = tl.program_id(0), tl.program_id(1)
     places = tl.arange(0, PART)
-    first, second, third, fourth = tl.rand4x(
-        seed, ((first_row + row) * tl.num_programs(1) + block) * PART + places
-    )
+    first, second, third, fourth = tl.rand4x(seed, ((first_row + row) * tl.num_programs(1) + block) * PART + places)
     x, out = x + row.to(tl.int64) * stride, out + row.to(tl.int64) * columns
     offsets = block * 4 * PART + places
     _drop(x, out, offsets, columns, first, probability, ADD)
@@ -311,7 +309,7 @@ def rms_norm_backward(
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
     tokens, count, dim = heads.shape
-    grid, block = (tokens, triton.cdiv(count, _HEADS)), triton.next_power_of_2(dim // 2)
+    grid, block = (tokens, cdiv(count, _HEADS)), next_power_of_2(dim // 2)
     strides = heads.stride(0), out.stride(0)
     _rotate_kernel[grid](heads, cos, sin, out, count, dim // 2, *strides, BLOCK=block, HEADS=_HEADS)
 
@@ -322,7 +320,7 @@ def rotate_back(
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     tokens, heads, dim = query.shape
     shared = key.shape[1]
-    grid, block = (tokens, triton.cdiv(heads + 2 * shared, _HEADS)), triton.next_power_of_2(dim // 2)
+    grid, block = (tokens, cdiv(heads + 2 * shared, _HEADS)), next_power_of_2(dim // 2)
     _rotate_back_kernel[grid](
         query, key, value, cos, sin, out, heads, shared, dim // 2, out.stride(0), BLOCK=block, HEADS=_HEADS
     )
@@ -334,11 +332,9 @@ def dropout(
     rows, columns = x.shape
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype) if add_to is None else add_to
     assert out.is_contiguous()
-    part = min(1024, triton.next_power_of_2(triton.cdiv(columns, 4)))  # what is dropped follows from it
-    grid = (rows, triton.cdiv(columns, 4 * part))
-    _dropout_kernel[grid](
-        x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to is not None, PART=part
-    )
+    part = min(1024, next_power_of_2(cdiv(columns, 4)))  # what is dropped follows from it
+    grid = (rows, cdiv(columns, 4 * part))
+    _dropout_kernel[grid](x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to is not None, PART=part)
     return out
 
 
@@ -367,7 +363,7 @@ def dequantize(weights: Sequence[bnb.nn.Params4bit], outs: Sequence[torch.Tensor
         parts = (first, state.absmax, *inner, state.code, out)
         described += [*(part.data_ptr() for part in parts), len(out)]
     state, columns = weights[0].quant_state, outs[0].shape[1]
-    grid = (max(map(len, outs)), triton.cdiv(columns, _BLOCK), len(outs))
+    grid = (max(map(len, outs)), cdiv(columns, _BLOCK), len(outs))
     _dequantize_kernel[grid](
         _numbers(outs[0].device, *described), outs[0], columns, outs[0].stride(0), GROUP=state.blocksize,
         SCALES=state.state2.blocksize if state.nested else 0, BLOCK=_BLOCK // 2,
@@ -380,7 +376,7 @@ def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scal
     for one, out in zip(values, outs, strict=True):
         described += [one.data_ptr(), out.data_ptr(), one.shape[1], one.shape[0], out.stride(0)]
     device, most = outs[0].device, max(one.numel() for one in values)
-    _place_all_kernel[(triton.cdiv(most, _BLOCK), len(outs))](
+    _place_all_kernel[(cdiv(most, _BLOCK), len(outs))](
         _numbers(device, *described), _numbers(device, *map(float, scales)), values[0], outs[0], BLOCK=_BLOCK
     )
 
@@ -394,9 +390,9 @@ def _numbers(device: torch.device, *values: float) -> torch.Tensor:
 
 def place(values: torch.Tensor, out: torch.Tensor, factors: torch.Tensor | None = None) -> None:
     rows, columns = values.shape
-    block = min(1024, triton.next_power_of_2(columns))
+    block = min(1024, next_power_of_2(columns))
     height = max(1, 4096 // block)
-    grid = (triton.cdiv(rows, height), triton.cdiv(columns, block))
+    grid = (cdiv(rows, height), cdiv(columns, block))
     _place_kernel[grid](
         values, values if factors is None else factors, out, rows, columns, values.stride(0), out.stride(0),
         TIMES=factors is not None, ROWS=height, BLOCK=block,
@@ -404,5 +400,5 @@ def place(values: torch.Tensor, out: torch.Tensor, factors: torch.Tensor | None 
 
 
 def _one_row(columns: int) -> dict[str, int]:
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
