@@ -22,8 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import WARM_UP_STEPS
+
 ROOT = Path(__file__).parent.parent
 LENGTH = 2048
+_GROUP = 50  # batches that rows grouped by length come in, longest first: fewer would be the long ones alone
 _PLAIN = {"FT_DECODER_LAYERS": "plain", "FT_PADDING_FREE": "false"}
 _OURS: dict[str, str] = {"FT_LORA_TARGET_MODULES": "all-linear", "FT_LORA_DROPOUT": "0"}
 
@@ -78,7 +81,9 @@ def main() -> int:
     parser.add_argument("--dataset", type=Path, help="a dataset file or folder; without it documents are generated")
     parser.add_argument("--folder", type=Path, default=Path("results/benchmark"), help="where everything is written")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of a run")
+    parser.add_argument(
+        "--steps", type=int, help="measured steps of a run; 12, or of rows grouped by length a whole group"
+    )
     parser.add_argument("--only", help="names of variants, separated by ;")
     parser.add_argument("--peers-path", help="PYTHONPATH for the peers, where they need other versions of packages")
     options = parser.parse_args()
@@ -117,6 +122,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def _steps(variant: Variant, options: argparse.Namespace) -> int:
+    return int(options.steps or (12 if variant.packed else _GROUP - WARM_UP_STEPS))
+
+
 def _run(variant: Variant, options: argparse.Namespace, prepared: dict[bool, Path]) -> dict[str, Any] | None:
     if variant.peer is None:
         return _run_job(variant, options, prepared[variant.packed])
@@ -128,7 +137,7 @@ def _run(variant: Variant, options: argparse.Namespace, prepared: dict[bool, Pat
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.peers", variant.peer, "--model", str(options.model),
          "--documents", str(prepared[False] / "prepare" / "train"), "--rows", str(variant.rows),
-         "--steps", str(options.steps), "--length", str(LENGTH), *variant.arguments],
+         "--steps", str(_steps(variant, options)), "--length", str(LENGTH), *variant.arguments],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
@@ -164,7 +173,8 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
     if not variant.whole:
         shutil.copytree(prepared, folder, symlinks=True)
     environment = {
-        **_settings(options, name, variant.packed), **variant.settings, "FT_MAX_STEPS": str(options.steps + 4),
+        **_settings(options, name, variant.packed), **variant.settings,
+        "FT_MAX_STEPS": str(_steps(variant, options) + WARM_UP_STEPS),
         "FT_PER_DEVICE_TRAIN_BATCH_SIZE": str(variant.rows), "FT_LOGGING_STEPS": "1", "FT_STAGES": "train",
         "JOB_BEGAN": str(time.time()), "JOB_STAGE_BEGAN": str(time.time()),
     }  # fmt: skip
