@@ -5,60 +5,65 @@ A marker lists every file's SHA-256, and to read the 13.5 GB of a 7B takes ten s
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
 
-from job.stages import Stage
+from job.checkpoints.syncer import give_way
 
 GoOn = Callable[[], None]  # called again and again while files are hashed; raises when that is to end
+Completion = Callable[[GoOn], None]
 
 
 class Completions:
-    """Calls `complete` for one stage after the other, in a thread of its own.
+    """Does one completion after the other, in a thread of its own.
 
-    After a failure no stage is completed; `on_failure` is called with it at once, and `settle` raises it.
+    After a failure none is done any more; `on_failure` is called with it at once, and `settle` raises it.
     """
 
-    def __init__(self, complete: Callable[[Stage, GoOn], None], on_failure: Callable[[Exception], None]) -> None:
-        self._complete, self._on_failure = complete, on_failure
-        self._stages: queue.Queue[Stage] = queue.Queue()
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self._on_failure = on_failure
+        self._waiting: queue.Queue[Completion] = queue.Queue()
         self._failure: Exception | None = None
         self._abandoned = False
         self._thread: threading.Thread | None = None
 
-    def add(self, stage: Stage) -> None:
-        """Complete `stage` behind those that were added before; returns at once."""
-        self._stages.put(stage)
+    def add(self, completion: Completion) -> None:
+        """Do it behind those that were added before; returns at once."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="completions", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="completions", daemon=True)
+            thread.start()
+            self._thread = thread
+        self._waiting.put(completion)
 
     def settle(self) -> None:
-        """Return when every stage that was added is complete; raises what one of them failed with."""
-        self._stages.join()
+        """Return when all that was added is done; raises what failed."""
+        self._waiting.join()
         if self._failure is not None:
             raise self._failure
 
     def abandon(self) -> None:
-        """Complete nothing any more. When this returns, nothing is written."""
+        """Do nothing any more. When this returns, nothing is written."""
         self._abandoned = True
-        self._stages.join()
+        self._waiting.join()
 
     def _work(self) -> None:
+        give_way()
         while True:
-            stage = self._stages.get()
+            completion = self._waiting.get()
             try:
                 if self._failure is None:
                     self._go_on()
-                    self._complete(stage, self._go_on)
+                    completion(self._go_on)
             except _Abandoned:
                 pass
             except Exception as error:
                 self._failure = error
-                self._on_failure(error)
+                with contextlib.suppress(Exception):  # a dead thread would leave everybody waiting
+                    self._on_failure(error)
             finally:
-                self._stages.task_done()
+                self._waiting.task_done()
 
     def _go_on(self) -> None:
         if self._abandoned:
@@ -66,4 +71,4 @@ class Completions:
 
 
 class _Abandoned(Exception):
-    """The start is over: what it has not completed, the next one does again."""
+    """The start is over: what is not complete, the next one does again."""

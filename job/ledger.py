@@ -88,18 +88,28 @@ class Ledger:
                 "Start the job again: it makes the result anew, training from the last checkpoint.",
             ) from reason
 
-    def complete(self, stage: Stage, go_on: Callable[[], None] = lambda: None) -> None:
-        """Write the marker that makes the stage's files count, unless `go_on` raises, which is called meanwhile."""
+    def complete(self, stage: Stage) -> None:
+        """Write the marker that makes the stage's files count."""
+        self.completion(stage)(lambda: None)
+
+    def completion(self, stage: Stage) -> Callable[[Callable[[], None]], None]:
+        """What is left to do for the stage's files, as they are now, to count. It is given a function, which is called meanwhile and
+        raises to end it."""
         folder, fingerprint = self._run.paths.stage_dir(stage.name), self._run.settings.fingerprint(stage.name)
-        if stage.name == "preflight":
-            return
-        if stage.kept:
-            if not self._run.node.leads:
-                return  # the first node has what the processes made together
-            self._commit(stage, folder, fingerprint)
-        marker = manifest.mark(folder, fingerprint, go_on)
-        if stage.name == "download" and self._run.node.leads:
-            self._refuse_other_content(marker)
+        if stage.name == "preflight" or (stage.kept and not self._run.node.leads):
+            return lambda go_on: None  # the first node has what the processes made together
+        listing = manifest.listed(folder)
+
+        def complete(go_on: Callable[[], None]) -> None:
+            if stage.kept:
+                self._commit(stage, folder, fingerprint)
+            found = manifest.Manifest.of(folder, fingerprint, listing, go_on)
+            go_on()
+            if stage.name == "download" and self._run.node.leads:
+                self._refuse_other_content(found)
+            manifest.mark(folder, found)
+
+        return complete
 
     def committed(self, stage: Stage) -> list[Commit]:
         """A kept stage's commits that count, the newest attempt's first."""
@@ -149,7 +159,7 @@ class Ledger:
         begun = record.setdefault("files", files)
         differing = [name for name in sorted({*files, *begun}) if files.get(name) != begun.get(name)]
         if differing:
-            self._run.paths.marker_file("download").unlink()
+            self._run.paths.marker_file("download").unlink(missing_ok=True)
             raise SettingsError(
                 f"Since run {self._run.id!r} began, its sources have changed: {', '.join(differing)}.",
                 "Choose another FT_RUN_ID to train on what is there now.",

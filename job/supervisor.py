@@ -42,7 +42,7 @@ class Supervisor:
         self._process: StageProcess | None = None
         self._early = EarlyProcesses(run, set(), self._warn)
         self._compiled_kernels = CompiledKernels(run, console.say)
-        self._completions = Completions(self._ledger.complete, self._on_lost)
+        self._completions = Completions(self._on_lost)
         self._lost: Exception | None = None
         self._syncer: Syncer | None = None
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
@@ -153,7 +153,7 @@ class Supervisor:
             self._completions.settle()
             self._ledger.complete(stage)
             return
-        self._completions.add(stage)
+        self._completions.add(self._ledger.completion(stage))
         if self._gang is not None:  # the nodes compare what they have downloaded before they train
             self._completions.settle()
 
@@ -181,7 +181,7 @@ class Supervisor:
         restored = restore_newest(self._run, self._lease.record, self._warn)
         if restored.step is not None:
             self._console.say(f"Going on from the checkpoint of step {restored.step}.", step=restored.step)
-        self._syncer = Syncer(self._run, self._lease, restored, self._on_commit, self._warn)
+        self._syncer = Syncer(self._run, self._lease, restored, self._on_commit, self._warn, self._completions.settle)
         if self._gang is not None:
             self._gang.gather()
             self._rendezvous = self._gang.announce(restored.commit)
@@ -203,6 +203,7 @@ class Supervisor:
         )
         gang = self._gang if stage.per_gpu else None
         try:
+            self._refuse_if_lost()  # from here on whoever finds out kills the process
             with gang.watched(self._on_lost) if gang else contextlib.nullcontext():
                 for event in process.events():
                     self._heed(stage, event, record)
@@ -212,8 +213,7 @@ class Supervisor:
             process.kill()
             self._metrics.training(False)
         self._finish_uploads()
-        if self._lost is not None:
-            raise self._lost
+        self._refuse_if_lost()
         if code == 0:
             return
         error = process.why(code)
@@ -247,7 +247,6 @@ class Supervisor:
             case "output":
                 record.outputs.append(f"{event['what']}: {event['where']}")
             case "checkpoint" if self._syncer is not None:
-                self._completions.settle()
                 self._metrics.checkpoint_offered()
                 self._syncer.offer(int(event["step"]), Path(event["folder"]))
 
@@ -285,9 +284,12 @@ class Supervisor:
         if process is not None:
             process.kill()
 
-    def _refuse_if_ending(self) -> None:
+    def _refuse_if_lost(self) -> None:
         if self._lost is not None:
             raise self._lost
+
+    def _refuse_if_ending(self) -> None:
+        self._refuse_if_lost()
         if self._stop.requested:
             raise Stopped("Stopped on request.", "Start the job again to go on.")
 

@@ -10,59 +10,62 @@ from pathlib import Path
 
 import pytest
 
-from job.completions import Completions, GoOn
-from job.stages import STAGES, Stage
+from job.completions import Completion, Completions, GoOn
 from tests.conftest import ROOT, Job, finished, read_until
 
-FIRST, SECOND = STAGES[1], STAGES[2]
 
-
-def test_stages_are_completed_in_their_order_while_the_caller_goes_on() -> None:
+def test_all_is_done_in_order_while_the_caller_goes_on() -> None:
     done, may_end = [], threading.Event()
 
-    def complete(stage: Stage, go_on: GoOn) -> None:
-        may_end.wait(10)
-        done.append(stage)
+    def completion(name: str) -> Completion:
+        return lambda go_on: done.append(name) if may_end.wait(10) else None
 
-    completions = Completions(complete, lambda error: None)
-    completions.add(FIRST)
-    completions.add(SECOND)
+    completions = Completions(lambda error: None)
+    for name in ("first", "second"):
+        completions.add(completion(name))
     assert done == []
     may_end.set()
     completions.settle()
-    assert done == [FIRST, SECOND]
+    assert done == ["first", "second"]
 
 
-def test_behind_a_stage_that_cannot_be_completed_none_is_and_whoever_waits_is_told_why() -> None:
-    tried, told = [], []
+def test_behind_a_failure_nothing_is_done_and_whoever_waits_is_told_why() -> None:
+    tried: list[str] = []
+    told: list[Exception] = []
 
-    def complete(stage: Stage, go_on: GoOn) -> None:
-        tried.append(stage)
+    def fails(go_on: GoOn) -> None:
+        tried.append("first")
         raise OSError("the disk is gone")
 
-    completions = Completions(complete, told.append)
-    completions.add(FIRST)
-    completions.add(SECOND)
-    with pytest.raises(OSError, match="the disk is gone"):
-        completions.settle()
-    assert tried == [FIRST]
+    def on_failure(error: Exception) -> None:
+        told.append(error)
+        raise ProcessLookupError
+
+    completions = Completions(on_failure)
+    completions.add(fails)
+    completions.add(lambda go_on: tried.append("second"))
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            completions.settle()
+    completions.abandon()
+    assert tried == ["first"]
     assert [str(error) for error in told] == ["the disk is gone"]
 
 
 def test_a_start_that_is_over_completes_nothing_any_more() -> None:
     began, done = threading.Event(), []
 
-    def complete(stage: Stage, go_on: GoOn) -> None:
+    def endless(go_on: GoOn) -> None:
         began.set()
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             go_on()
-        done.append(stage)
+        done.append("first")
 
     told: list[Exception] = []
-    completions = Completions(complete, told.append)
-    completions.add(FIRST)
-    completions.add(SECOND)
+    completions = Completions(told.append)
+    completions.add(endless)
+    completions.add(lambda go_on: done.append("second"))
     assert began.wait(10)
     completions.abandon()
     assert done == []
@@ -80,17 +83,17 @@ def own_sources(job: Job, tmp_path: Path) -> Job:
     return job
 
 
-def hashing_slowly(folder: Path, seconds: float) -> dict[str, str]:
-    """Settings with which every part of a file takes so long to be hashed, as those of a 7B together do."""
+def hashing_slowly(folder: Path, body: str) -> dict[str, str]:
+    """Settings with which Python runs `body` before each part of a file is hashed: a 7B's take long."""
     (folder / "slow").mkdir()
     (folder / "slow" / "sitecustomize.py").write_text(
-        "import hashlib, time\n"
+        "import hashlib, os, time\n"
         "real = hashlib.sha256\n"
         "class Slow:\n"
         "    def __init__(self, *data, **named):\n"
         "        self.inner = real(*data, **named)\n"
         "    def update(self, data):\n"
-        f"        time.sleep({seconds})\n"
+        f"        {body}\n"
         "        self.inner.update(data)\n"
         "    def __getattr__(self, name):\n"
         "        return getattr(self.inner, name)\n"
@@ -98,6 +101,11 @@ def hashing_slowly(folder: Path, seconds: float) -> dict[str, str]:
         encoding="utf-8",
     )
     return {"PYTHONPATH": os.pathsep.join([str(folder / "slow"), str(ROOT)])}
+
+
+def hashing_nothing_while_there_is(hold: Path) -> dict[str, str]:
+    hold.touch()
+    return hashing_slowly(hold.parent, f"while os.path.exists({str(hold)!r}): time.sleep(0.05)")
 
 
 def marker(job: Job, stage: str) -> Path:
@@ -108,7 +116,7 @@ def test_the_training_begins_before_its_model_is_hashed_and_a_kill_then_leaves_w
     own_sources: Job, tmp_path: Path
 ) -> None:
     job = own_sources
-    process = job.start(**hashing_slowly(tmp_path, seconds=3))
+    process = job.start(**hashing_nothing_while_there_is(tmp_path / "hold"))
     read_until(process, event="progress", stage="train")
     assert not marker(job, "download").exists()
     assert not marker(job, "prepare").exists(), "it was made of what does not count yet"
@@ -121,13 +129,15 @@ def test_the_training_begins_before_its_model_is_hashed_and_a_kill_then_leaves_w
 
 
 def test_a_stop_while_the_model_is_hashed_does_not_wait_for_the_rest_of_it(own_sources: Job, tmp_path: Path) -> None:
-    process = own_sources.start(**hashing_slowly(tmp_path, seconds=2))
+    with (tmp_path / "model" / "LICENSE").open("wb") as stream:
+        stream.truncate(80 * 2**18)
+    process = own_sources.start(**hashing_slowly(tmp_path, "time.sleep(1)"))
     read_until(process, event="stage_started", stage="prepare")
     began = time.monotonic()
     process.terminate()
-    result = finished(process, *process.communicate(timeout=60))
+    result = finished(process, *process.communicate(timeout=120))
     assert result.code == 75
-    assert time.monotonic() - began < 6, "of ten seconds and more"
+    assert time.monotonic() - began < 40, "of eighty seconds"
     assert not marker(own_sources, "download").exists()
 
 
@@ -139,10 +149,25 @@ def test_sources_that_changed_end_the_training_before_anything_is_stored_of_it(
     assert job.run(FT_STAGES="download").code == 0
     rows = Path(job.environment["FT_DATASET_NAME"])
     rows.write_bytes(rows.read_bytes().replace(b"Paris", b"Parma"))
-    process = job.start(**hashing_slowly(tmp_path, seconds=3))
-    read_until(process, event="progress", stage="train")
+    hold = tmp_path / "hold"
+    process = job.start(**hashing_nothing_while_there_is(hold))
+    read_until(process, event="stage_started", stage="train")
+    read_until(process, event="progress", stage="train", done=5)
+    hold.unlink()
     result = finished(process, *process.communicate(timeout=60))
     assert result.code == 78
     assert "its sources have changed: dataset/rows.jsonl" in result.error["message"]
     checkpoints = Path(job.environment["FT_OUTPUT_DIR"]) / "store" / "test-run" / "checkpoints"
     assert not list(checkpoints.rglob("*"))
+
+
+def test_a_source_that_changes_while_it_is_hashed_is_told(own_sources: Job, tmp_path: Path) -> None:
+    hold, rows = tmp_path / "hold", Path(own_sources.environment["FT_DATASET_NAME"])
+    process = own_sources.start(**hashing_nothing_while_there_is(hold))
+    read_until(process, event="stage_started", stage="train")
+    rows.write_bytes(rows.read_bytes().replace(b"Paris", b"Parma"))
+    hold.unlink()
+    result = finished(process, *process.communicate(timeout=60))
+    assert result.code == 75
+    assert "rows.jsonl was changed while it was read" in result.error["message"]
+    assert not marker(own_sources, "download").exists()

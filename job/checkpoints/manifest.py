@@ -21,6 +21,11 @@ _FETCHES = 3
 _HASHED_AT_ONCE = 1 << 18  # bytes
 
 
+Listing = dict[
+    str, tuple[int, int]
+]  # names, and of each the size in bytes and the time of the last change in nanoseconds
+
+
 class Rejected(Exception):
     """Stored files differ from their manifest; the message names the first that does."""
 
@@ -43,12 +48,17 @@ class Manifest:
     files: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, folder: Path, fingerprint: str, go_on: Callable[[], None] = lambda: None) -> Manifest:
-        """Hash every file below `folder`, following links, on as many threads as there are cores. `go_on` is called meanwhile,
-        and raises to end it."""
-        names = sorted(_files_below(folder))
+    def of(
+        cls, folder: Path, fingerprint: str, listing: Listing | None = None, go_on: Callable[[], None] = lambda: None
+    ) -> Manifest:
+        """Hash every file below `folder`, following links, on as many threads as there are cores; with a `listing`, those that it
+        names, and raise TransientError if one is not what it was then. `go_on` is called meanwhile, and raises to end it."""
+        names = sorted(_files_below(folder) if listing is None else listing)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             digests = list(pool.map(functools.partial(sha256, go_on=go_on), (folder / name for name in names)))
+        for name, state in (listing or {}).items():
+            if _state(folder / name) != state:
+                raise TransientError(f"{folder / name} was changed while it was read.", "Start the job again.")
         entries = (
             Entry(name, (folder / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True)
         )
@@ -166,12 +176,14 @@ def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> No
         raise Rejected(f"{prefix}/{entry.path} differs from its manifest")
 
 
-def mark(folder: Path, fingerprint: str, go_on: Callable[[], None] = lambda: None) -> Manifest:
-    """Declare the local `folder` complete by writing its manifest, if `go_on` has not raised until then."""
-    manifest = Manifest.of(folder, fingerprint, go_on)
-    go_on()
+def listed(folder: Path) -> Listing:
+    """The files that are below `folder` now, and what they would not be any more if somebody wrote them."""
+    return {name: _state(folder / name) for name in _files_below(folder)}
+
+
+def mark(folder: Path, manifest: Manifest) -> None:
+    """Declare the local `folder` complete."""
     write_json(folder / MANIFEST, asdict(manifest))
-    return manifest
 
 
 def marked(folder: Path) -> Manifest | None:
@@ -182,6 +194,11 @@ def marked(folder: Path) -> Manifest | None:
     except (FileNotFoundError, Rejected):
         return None
     return manifest if manifest.matches(folder, file.stat().st_mtime) else None
+
+
+def _state(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _files_below(folder: Path) -> Iterator[str]:

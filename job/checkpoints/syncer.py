@@ -28,13 +28,20 @@ class _Checkpoint:
     folder: Path
 
 
+def give_way() -> None:
+    """Let this thread, and those that it starts, run behind the training."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+
+
 class Syncer:
     """Commits the newest local checkpoint to the store, in a thread of the supervisor.
 
     The trainer never waits for it. While an upload runs, a newer checkpoint takes the place of the one that waits, so
     at most three lie on the local disk: one under way, one waiting, one being written. What fails is tried again until
     a newer checkpoint waits; `failure` is the reason why the newest offered is not in the store, if it is not.
-    `on_commit(step, seconds)` and `on_failure(message)` are called from the thread.
+    `on_commit(step, seconds)` and `on_failure(message)` are called from the thread, and so is `may_store`, which returns when
+    something may be stored, or raises.
     """
 
     def __init__(
@@ -44,9 +51,10 @@ class Syncer:
         restored: Restored,
         on_commit: Callable[[int, float], None],
         on_failure: Callable[[str], None],
+        may_store: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._lease, self._restored = run, lease, restored
-        self._on_commit, self._on_failure = on_commit, on_failure
+        self._on_commit, self._on_failure, self._may_store = on_commit, on_failure, may_store
         self._waiting: _Checkpoint | None = None
         self._busy = False
         self._closed = False
@@ -75,8 +83,7 @@ class Syncer:
         self._thread.join(timeout=1)
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
+        give_way()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._closed)
@@ -120,6 +127,7 @@ class Syncer:
         place = checkpoint_at(checkpoint.step, self._lease.record.attempt)
         fingerprint = self._run.settings.fingerprint("train")
         try:
+            self._may_store()
             commit(self._run.store, f"{self._run.id}/{place.folder}", checkpoint.folder, fingerprint, self._lease.renew)
         except JobError as error:
             return error

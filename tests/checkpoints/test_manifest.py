@@ -92,7 +92,7 @@ def test_a_manifest_that_cannot_be_read_is_written_anew(store: Store, folder: Pa
 
 
 def test_a_marked_folder_that_lost_a_file_is_not_complete(folder: Path) -> None:
-    mark(folder, "fingerprint")
+    mark(folder, Manifest.of(folder, "fingerprint"))
     assert marked(folder) is not None
     (folder / "deep" / "state.json").write_bytes(b"longer")
     assert marked(folder) is None
@@ -101,7 +101,7 @@ def test_a_marked_folder_that_lost_a_file_is_not_complete(folder: Path) -> None:
 
 
 def test_a_file_rewritten_with_the_same_size_is_noticed(folder: Path) -> None:
-    mark(folder, "fingerprint")
+    mark(folder, Manifest.of(folder, "fingerprint"))
     time.sleep(0.02)
     (folder / "deep" / "state.json").write_bytes(b"[]")
     assert marked(folder) is None
