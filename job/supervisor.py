@@ -148,14 +148,13 @@ class Supervisor:
             self._console.stage_ended(record)
 
     def _complete(self, stage: Stage) -> None:
-        """Let the stage's files count. Nothing outlives this machine before all that it was made of does count."""
-        if stage.kept:
-            self._completions.settle()
-            self._ledger.complete(stage)
+        """Let the stage's files count. Nothing outlives this machine before all that it was made of does count, and nodes compare
+        what they have downloaded before they train."""
+        if stage.hashed_behind and self._gang is None:
+            self._completions.add(self._ledger.completion(stage))
             return
-        self._completions.add(self._ledger.completion(stage))
-        if self._gang is not None:  # the nodes compare what they have downloaded before they train
-            self._completions.settle()
+        self._completions.settle()
+        self._ledger.complete(stage)
 
     def _watch_until_it_can(self, stage: Stage, record: StageRecord) -> None:
         """Processes that train together cannot take a step again, one of which it left in the middle of a sum, and none outlives

@@ -11,7 +11,8 @@ class Stage:
 
     `needs` are the stages whose files it reads. Its process is started when the stage `starts_with` begins, so that its imports
     cost no time of their own, and waits for its turn. A `kept` stage's folder is committed to the store, so that its result
-    outlives this machine. A `resumable` stage finds what an interrupted start of it left. `secrets` are the variables that its process may see.
+    outlives this machine. Files that are `hashed_behind` count only some time after their stage has ended, and the next one begins
+    meanwhile. A `resumable` stage finds what an interrupted start of it left. `secrets` are the variables that its process may see.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Stage:
     kept: bool = False
     per_gpu: bool = False
     online: bool = False
+    hashed_behind: bool = False
     resumable: bool = False
     secrets: tuple[str, ...] = ()
 
@@ -31,9 +33,16 @@ STAGES = (
     # Checks the machine, the sources, the store and the destination, so that what can fail fails now.
     Stage(name="preflight", online=True, secrets=_HUB + _AWS),
     # Model and datasets from the Hub, a folder or S3, each at a recorded commit.
-    Stage(name="download", starts_with="preflight", online=True, resumable=True, secrets=_HUB + _AWS),
+    Stage(
+        name="download",
+        starts_with="preflight",
+        online=True,
+        hashed_behind=True,
+        resumable=True,
+        secrets=_HUB + _AWS,
+    ),
     # Rows to tokens and labels, once, as Arrow.
-    Stage(name="prepare", starts_with="preflight", needs=("download",)),
+    Stage(name="prepare", starts_with="preflight", needs=("download",), hashed_behind=True),
     # QLoRA with TRL's SFTTrainer; one process per GPU.
     Stage(
         name="train",
