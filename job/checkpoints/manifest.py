@@ -20,10 +20,8 @@ MANIFEST = "MANIFEST.json"
 _FETCHES = 3
 _HASHED_AT_ONCE = 1 << 18  # bytes
 
-
-Listing = dict[
-    str, tuple[int, int]
-]  # names, and of each the size in bytes and the time of the last change in nanoseconds
+# Names, and of each the size in bytes and the time of the last change in nanoseconds
+Listing = dict[str, tuple[int, int]]
 
 
 class Rejected(Exception):
@@ -177,7 +175,7 @@ def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> No
 
 
 def listed(folder: Path) -> Listing:
-    """The files that are below `folder` now, and what they would not be any more if somebody wrote them."""
+    """The files that are below `folder` now: `Manifest.of` finds out by it whether one was written since."""
     return {name: _state(folder / name) for name in _files_below(folder)}
 
 
