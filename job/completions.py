@@ -19,23 +19,27 @@ Completion = Callable[[GoOn], None]
 class Completions:
     """Does one completion after the other, in a thread of its own.
 
-    After a failure none is done any more; `on_failure` is called with it at once, and `settle` raises it.
+    After a failure none is done any more; `on_failure` is called with it at once, `settle` raises it, and `failed` is the name of
+    what was to be completed. `undone` are the names of all that is not, or not yet.
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
         self._on_failure = on_failure
-        self._waiting: queue.Queue[Completion] = queue.Queue()
+        self._waiting: queue.Queue[tuple[str, Completion]] = queue.Queue()
+        self.failed: str | None = None
+        self.undone: set[str] = set()
         self._failure: Exception | None = None
         self._abandoned = False
         self._thread: threading.Thread | None = None
 
-    def add(self, completion: Completion) -> None:
+    def add(self, name: str, completion: Completion) -> None:
         """Do it behind those that were added before; returns at once."""
         if self._thread is None:
             thread = threading.Thread(target=self._work, name="completions", daemon=True)
             thread.start()
             self._thread = thread
-        self._waiting.put(completion)
+        self.undone.add(name)
+        self._waiting.put((name, completion))
 
     def settle(self) -> None:
         """Return when all that was added is done; raises what failed."""
@@ -51,15 +55,16 @@ class Completions:
     def _work(self) -> None:
         give_way()
         while True:
-            completion = self._waiting.get()
+            name, completion = self._waiting.get()
             try:
                 if self._failure is None:
                     self._go_on()
                     completion(self._go_on)
+                    self.undone.discard(name)
             except _Abandoned:
                 pass
             except Exception as error:
-                self._failure = error
+                self.failed, self._failure = name, error
                 with contextlib.suppress(Exception):  # a dead thread would leave everybody waiting
                     self._on_failure(error)
             finally:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from job import turns
-from job.checkpoints.kernels import CompiledKernels
+from job.checkpointing import Checkpointing
 from job.checkpoints.lease import Lease
-from job.checkpoints.restore import committed_checkpoints, restore_newest, step_of
+from job.checkpoints.restore import committed_checkpoints, step_of
 from job.checkpoints.retention import sweep
-from job.checkpoints.syncer import Syncer
 from job.completions import Completions
 from job.early import EarlyProcesses
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, Stopped
@@ -25,7 +24,7 @@ from job.ledger import Ledger
 from job.process import StageProcess
 from job.report.console import Console, StageRecord
 from job.report.metrics import Metrics
-from job.run import Run, write_json
+from job.run import Run
 from job.stages import STAGES, Stage
 from job.stop import StopRequest
 
@@ -41,11 +40,10 @@ class Supervisor:
         self._stop = StopRequest(run, self._kill_process, self._warn)
         self._process: StageProcess | None = None
         self._early = EarlyProcesses(run, set(), self._warn)
-        self._compiled_kernels = CompiledKernels(run, console.say)
         self._completions = Completions(self._on_lost)
         self._lost: Exception | None = None
-        self._syncer: Syncer | None = None
         self._metrics = Metrics(run.id, run.settings.stall_seconds)
+        self._checkpointing = Checkpointing(run, console, self._metrics, self._stop, self._completions.settle)
         self._gang = Gang(run, self._wait, console.say) if run.node.count > 1 else None
         self._rendezvous: Rendezvous | None = None
         self._plan_steps_down, self._kernels = 0, True
@@ -59,6 +57,9 @@ class Supervisor:
                 did = self._work()
             closing = f"Run {self._run.id} is {did}."
         finally:
+            for record in self._records:
+                if record.stage in self._completions.undone:  # it had ended well, and does not count
+                    record.result = "failed" if record.stage == self._completions.failed else "stopped"
             if self._records:
                 self._console.summary(self._records, closing)
 
@@ -132,7 +133,7 @@ class Supervisor:
             for name in stage.needs:
                 self._ledger.bring_back(_BY_NAME[name])
             if stage.name == "train":
-                self._compiled_kernels.fetch()
+                self._checkpointing.fetch_kernels()
                 self._resume_training()
             elif not stage.resumable:
                 shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
@@ -151,7 +152,7 @@ class Supervisor:
         """Let the stage's files count. Nothing outlives this machine before all that it was made of does count, and nodes compare
         what they have downloaded before they train."""
         if stage.hashed_behind and self._gang is None:
-            self._completions.add(self._ledger.completion(stage))
+            self._completions.add(stage.name, self._ledger.completion(stage))
             return
         self._completions.settle()
         self._ledger.complete(stage)
@@ -177,20 +178,10 @@ class Supervisor:
 
     def _resume_training(self) -> None:
         shutil.rmtree(self._run.paths.stage_dir("train"), ignore_errors=True)
-        restored = restore_newest(self._run, self._lease.record, self._warn)
-        if restored.step is not None:
-            self._console.say(f"Going on from the checkpoint of step {restored.step}.", step=restored.step)
-        self._syncer = Syncer(self._run, self._lease, restored, self._on_commit, self._warn, self._completions.settle)
+        commit = self._checkpointing.resume(self._lease)
         if self._gang is not None:
             self._gang.gather()
-            self._rendezvous = self._gang.announce(restored.commit)
-
-    def _on_commit(self, step: int, seconds: float) -> None:
-        self._metrics.checkpoint_committed(seconds)
-        self._console.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step, committed=True)
-        write_json(self._run.paths.upload_timing_file, {"step": step, "seconds": seconds})
-        if not self._stop.requested:
-            self._compiled_kernels.keep()
+            self._rendezvous = self._gang.announce(commit)
 
     def _watch(self, stage: Stage, record: StageRecord) -> None:
         """Start the stage's process, follow it to its end, and judge that."""
@@ -211,7 +202,7 @@ class Supervisor:
             self._process = None
             process.kill()
             self._metrics.training(False)
-        self._finish_uploads()
+        self._checkpointing.finish()
         self._refuse_if_lost()
         if code == 0:
             return
@@ -245,30 +236,11 @@ class Supervisor:
                 self._show_progress(stage, event)
             case "output":
                 record.outputs.append(f"{event['what']}: {event['where']}")
-            case "checkpoint" if self._syncer is not None:
-                self._metrics.checkpoint_offered()
-                self._syncer.offer(int(event["step"]), Path(event["folder"]))
+            case "checkpoint":
+                self._checkpointing.offer(int(event["step"]), Path(event["folder"]))
 
     def _show_progress(self, stage: Stage, event: dict[str, Any]) -> None:
         self._console.progress(stage.name, event)
-
-    def _finish_uploads(self) -> None:
-        """The training has ended: give the last checkpoint its time, as much as a stop request leaves.
-
-        Without a stop request one failure is enough: the stage's result is stored next, and speaks for itself.
-        """
-        if self._syncer is None:
-            return
-        syncer, self._syncer = self._syncer, None
-        while not syncer.drain(0.25):  # in slices, since a stop request may come while we wait
-            if self._stop.over:
-                self._warn("The last checkpoint was not stored in time.")
-                break
-            if syncer.failure is not None and not self._stop.requested:
-                break
-        syncer.close()
-        if self._stop.requested and syncer.failure is not None:
-            raise syncer.failure
 
     # -- what ends a start early ------------------------------------------------------------------------------------
 

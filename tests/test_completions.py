@@ -22,11 +22,11 @@ def test_all_is_done_in_order_while_the_caller_goes_on() -> None:
 
     completions = Completions(lambda error: None)
     for name in ("first", "second"):
-        completions.add(completion(name))
+        completions.add(name, completion(name))
     assert done == []
     may_end.set()
     completions.settle()
-    assert done == ["first", "second"]
+    assert done == ["first", "second"] and completions.undone == set()
 
 
 def test_behind_a_failure_nothing_is_done_and_whoever_waits_is_told_why() -> None:
@@ -42,13 +42,14 @@ def test_behind_a_failure_nothing_is_done_and_whoever_waits_is_told_why() -> Non
         raise ProcessLookupError
 
     completions = Completions(on_failure)
-    completions.add(fails)
-    completions.add(lambda go_on: tried.append("second"))
+    completions.add("first", fails)
+    completions.add("second", lambda go_on: tried.append("second"))
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
             completions.settle()
     completions.abandon()
     assert tried == ["first"]
+    assert (completions.failed, completions.undone) == ("first", {"first", "second"})
     assert [str(error) for error in told] == ["the disk is gone"]
 
 
@@ -64,8 +65,8 @@ def test_a_start_that_is_over_completes_nothing_any_more() -> None:
 
     told: list[Exception] = []
     completions = Completions(told.append)
-    completions.add(endless)
-    completions.add(lambda go_on: done.append("second"))
+    completions.add("first", endless)
+    completions.add("second", lambda go_on: done.append("second"))
     assert began.wait(10)
     completions.abandon()
     assert done == []
@@ -138,6 +139,7 @@ def test_a_stop_while_the_model_is_hashed_does_not_wait_for_the_rest_of_it(own_s
     result = finished(process, *process.communicate(timeout=120))
     assert result.code == 75
     assert time.monotonic() - began < 40, "of eighty seconds"
+    assert result.ended["download"] == "stopped"
     assert not marker(own_sources, "download").exists()
 
 
@@ -157,6 +159,7 @@ def test_sources_that_changed_end_the_training_before_anything_is_stored_of_it(
     result = finished(process, *process.communicate(timeout=60))
     assert result.code == 78
     assert "its sources have changed: dataset/rows.jsonl" in result.error["message"]
+    assert result.ended == {"preflight": "done", "download": "failed", "prepare": "stopped", "train": "failed"}
     checkpoints = Path(job.environment["FT_OUTPUT_DIR"]) / "store" / "test-run" / "checkpoints"
     assert not list(checkpoints.rglob("*"))
 
@@ -170,4 +173,5 @@ def test_a_source_that_changes_while_it_is_hashed_is_told(own_sources: Job, tmp_
     result = finished(process, *process.communicate(timeout=60))
     assert result.code == 75
     assert "rows.jsonl was changed while it was read" in result.error["message"]
+    assert result.ended["download"] == "failed", "it had ended well before"
     assert not marker(own_sources, "download").exists()
