@@ -66,6 +66,7 @@ def _handler_for(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 class _Handler(BaseHTTPRequestHandler):
     state: FakeHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body of an answer are two writes
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""

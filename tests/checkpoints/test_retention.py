@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from job.errors import TransientError
 from job.paths import Paths
 from job.storage.local import LocalStore
 
+_IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk would be waited for at every write
 TEMPLATE: list[Any] = []  # a Run; hypothesis builds its machines without fixtures
 
 
@@ -50,7 +52,7 @@ class Checkpoints(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=_IN_MEMORY))
         self.store = FlakyStore(self.folder / "store")
         self.machines = 0
         self.contents: dict[str, bytes] = {}  # commit folder → what was committed there
