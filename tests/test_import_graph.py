@@ -14,7 +14,7 @@ LEVELS = (
     {"entrypoint"},
     {"job.follower"},
     {"job.supervisor", "job.plan", "job.status"},
-    {"job.early", "job.completions"},
+    {"job.early", "job.completions", "job.checkpointing"},
     {"job.process", "job.stage", "job.ledger", "job.stop"},
     {"job.stages", "job.gang"},
     {"job.training"},

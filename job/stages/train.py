@@ -34,7 +34,8 @@ from job.training.callbacks import (
     RefuseNonsense,
     ReportProgress,
 )
-from job.training.execution import Execution, limit_memory
+from job.training.decision import limit_memory
+from job.training.execution import Execution
 from job.training.launcher import unreachable
 from job.training.pace import SavePace
 from job.training.sharding import weight_bytes

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +14,7 @@ from transformers import TrainingArguments
 
 from job.errors import InputError, KernelsFault, MemoryFull, NodeError, in_a_line
 from job.model.compilation import compile_layers
-from job.model.device import can_compile_kernels, device_of, is_alive, require_fp8, without_kernels
+from job.model.device import device_of, is_alive
 from job.model.fused import MANY_TOKENS, proof
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
@@ -24,14 +22,11 @@ from job.model.fused.proof import sample
 from job.model.quantization import make_resident
 from job.report.events import message
 from job.run import Run, read_json
-from job.settings import Settings
-from job.training.cards import GIB, Card, card_named
-from job.training.planner import Plan, choose, plans, smaller_plan
-from job.training.workload import Shape, load_of, obstacle
+from job.training import decision
+from job.training.planner import Plan, smaller_plan
 
 # Of a layer computed both ways, in 16 bits or 8; what is wrong differs by more than all of it
 _LARGEST_DIFFERENCE = {"4-bit": 0.2, "resident": 0.2, "fp8": 0.5}
-_UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
 
 
 class Execution:
@@ -39,7 +34,7 @@ class Execution:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.shape, self.plan = _decide(run)
+        self.shape, self.plan = decision.decide(run)
         self._layers: list[FusedLayer] = []
 
     @property
@@ -70,7 +65,7 @@ class Execution:
                 fuse_head(model)
             self._apply(self.plan)
             return
-        if _is_asked_for(settings):
+        if decision.is_asked_for(settings):
             raise NodeError(
                 f"The fused layers do not give what the model's own give on this machine: {failure}.",
                 "Another card or driver may do; or unset FT_DECODER_LAYERS and FT_FROZEN_PRECISION.",
@@ -95,7 +90,7 @@ class Execution:
             raise
         except Exception as error:  # whatever a compiler, a driver or a kernel may say
             reason = in_a_line(error)
-            if not is_alive(device_of(self._run)) and not _is_asked_for(self._run.settings):
+            if not is_alive(device_of(self._run)) and not decision.is_asked_for(self._run.settings):
                 raise KernelsFault(
                     f"A kernel of the fused layers ended in a fault of the GPU: {reason}.",
                     f"{_PLAIN} Another card may do.",
@@ -177,76 +172,6 @@ def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
         if end + 1 == len(boundaries) or boundaries[end + 1] - boundaries[begin] > most:
             yield begin, end
             begin = end
-
-
-def _decide(run: Run) -> tuple[Shape | None, Plan | None]:
-    settings, device = run.settings, device_of(run)
-    asked = _is_asked_for(settings)
-    if settings.decoder_layers in ("plain", "compiled") or (device.type == "cpu" and not asked):
-        return None, None
-    shape = Shape.of(read_json(run.paths.model_dir / "config.json"), settings)
-    reason = _obstacle(run, device, shape)
-    if reason is not None:
-        if asked:
-            named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
-            raise InputError(f"{named} cannot be: {reason}.", "Leave it at its default.")
-        if run.node.is_first:
-            message(f"The layers are computed by transformers and peft, which is slower: {reason}.", "warning")
-        return None, None
-    assert shape is not None
-    if settings.frozen_precision == "fp8":
-        require_fp8(device)
-    card, free = _UNKNOWN_CARD, float("inf")
-    if device.type == "cuda":
-        card = card_named(torch.cuda.get_device_name(device)) or card
-        free = _free_bytes(settings, device)
-    report = read_json(run.paths.data_report_file)
-    load = load_of(report, settings)
-    plan = choose(list(plans(shape, load, card, settings)), free)
-    for _ in range(int(os.environ.get("JOB_PLAN_STEPS_DOWN", "0"))):
-        plan = smaller_plan(plan, shape, settings) or plan
-    if run.node.is_first:
-        told = f"Plan: {plan.described(shape.layers)}"
-        if device.type == "cuda":
-            told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB"
-            if card is not _UNKNOWN_CARD:
-                told += f", {load.mean_batch / plan.seconds:,.0f} tokens/s a GPU"
-        message(f"{told}.")
-    return shape, plan
-
-
-def _is_asked_for(settings: Settings) -> bool:
-    return settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
-
-
-def _obstacle(run: Run, device: torch.device, shape: Shape | None) -> str | None:
-    """What the fused layers do not know, of the settings, the model and this machine."""
-    if without_kernels():
-        return "a kernel of the job's own ended in a fault of this GPU"
-    reason = obstacle(run.settings, shape)
-    if reason is not None:
-        return reason
-    if device.type == "cpu":
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "their attention needs a GPU from Ampere on"
-    if not can_compile_kernels():
-        return "Triton, which compiles their kernels, is not installed or lacks gcc or Python's headers (python3-dev)"
-    return None
-
-
-def limit_memory(settings: Settings, device: torch.device) -> None:
-    """Let this process take no more of the GPU than FT_GPU_MEMORY_GIB."""
-    if device.type == "cuda" and settings.gpu_memory_gib is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * GIB / total), device)
-
-
-def _free_bytes(settings: Settings, device: torch.device) -> float:
-    """For a training, the weights of which may be there already."""
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device)
-    return min(float(free), math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB)
 
 
 def switch_mode_only_if_another(model: torch.nn.Module) -> None:

@@ -18,7 +18,8 @@ from job.model.fused.layer import FusedLayer
 from job.model.fused.products import Normed
 from job.run import Run, read_json
 from job.stages.train import train
-from job.training.execution import Execution, _free_bytes, _parts, switch_mode_only_if_another
+from job.training.decision import free_bytes
+from job.training.execution import Execution, _parts, switch_mode_only_if_another
 from job.training.optimizer import at_once
 from job.training.planner import Plan
 from job.training.workload import Shape
@@ -160,7 +161,7 @@ def test_a_model_that_the_fused_layers_do_not_know_is_refused_if_they_are_asked_
 ) -> None:
     run = prepared("other", **FUSED)
     config = {**read_json(run.paths.model_dir / "config.json"), "attention_bias": True}
-    monkeypatch.setattr("job.training.execution.read_json", lambda path: config)
+    monkeypatch.setattr("job.training.decision.read_json", lambda path: config)
     with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused cannot be: the model is no Llama"):
         train(run)
 
@@ -197,8 +198,8 @@ def test_a_layer_that_comes_out_wrong_on_this_machine_is_computed_the_plain_way(
     reason = "RuntimeError: no kernel image" if broken == "crashes" else "a layer differs by"
     with pytest.raises(NodeError, match=f"do not give what the model's own give on this machine: {reason}"):
         train(run)
-    monkeypatch.setattr("job.training.execution._is_asked_for", lambda settings: settings.frozen_precision == "fp8")
-    monkeypatch.setattr("job.training.execution._decide", _decided_as_on_a_gpu)
+    monkeypatch.setattr("job.training.decision.is_asked_for", lambda settings: settings.frozen_precision == "fp8")
+    monkeypatch.setattr("job.training.decision.decide", _decided_as_on_a_gpu)
     train(run)
     assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
     assert_equal(adapter(run), adapter(plain))
@@ -219,15 +220,16 @@ def patched(name, *rest, **named):
         execution.is_alive = dead  # first, since the next line comes here again
         from job.model.fused import pointwise
         pointwise.gated = gated
-        decide, asked = execution._decide, execution._is_asked_for
+        decision = execution.decision
+        decide, asked = decision.decide, decision.is_asked_for
         def decided(run):
-            if execution.without_kernels():
+            if decision.without_kernels():
                 return decide(run)
-            execution._is_asked_for = lambda settings: True
+            decision.is_asked_for = lambda settings: True
             shape, plan = decide(run)
-            execution._is_asked_for = asked
+            decision.is_asked_for = asked
             return shape, plan
-        execution._decide = decided
+        decision.decide = decided
     return module
 
 def dead(device):
@@ -267,7 +269,7 @@ def test_without_kernels_nothing_is_planned_and_the_optimizer_is_bitsandbytes_ow
         InputError, match="FT_DECODER_LAYERS=fused cannot be: a kernel of the job's own ended in a fault"
     ):
         Execution(run)  # which was asked for
-    monkeypatch.setattr("job.training.execution._is_asked_for", lambda settings: False)
+    monkeypatch.setattr("job.training.decision.is_asked_for", lambda settings: False)
     assert Execution(run).plan is None
     assert at_once(bnb.optim.AdamW, {"optim_bits": 32}, torch.device("cuda", 0)) is bnb.optim.AdamW
 
@@ -310,5 +312,5 @@ def test_what_this_process_holds_of_the_gpu_already_is_free_for_its_plan(
     """The weights may be there before the plan is made."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
-    assert _free_bytes(make_run().settings, torch.device("cuda")) == 57
-    assert _free_bytes(make_run(GPU_MEMORY_GIB=str(40 / 2**30)).settings, torch.device("cuda")) == pytest.approx(40)
+    assert free_bytes(make_run().settings, torch.device("cuda")) == 57
+    assert free_bytes(make_run(GPU_MEMORY_GIB=str(40 / 2**30)).settings, torch.device("cuda")) == pytest.approx(40)
