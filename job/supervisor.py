@@ -58,8 +58,8 @@ class Supervisor:
             closing = f"Run {self._run.id} is {did}."
         finally:
             for record in self._records:
-                if record.stage in self._completions.undone:  # it had ended well, and does not count
-                    record.result = "failed" if record.stage == self._completions.failed else "stopped"
+                if record.stage in self._completions.undone:  # it had ended well, and the next start does it again
+                    record.result = "failed" if record.stage == self._completions.failed else "unfinished"
             if self._records:
                 self._console.summary(self._records, closing)
 

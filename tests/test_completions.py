@@ -71,6 +71,7 @@ def test_a_start_that_is_over_completes_nothing_any_more() -> None:
     completions.abandon()
     assert done == []
     assert told == [], "nothing went wrong"
+    assert (completions.failed, completions.undone) == (None, {"first", "second"})
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_a_stop_while_the_model_is_hashed_does_not_wait_for_the_rest_of_it(own_s
     result = finished(process, *process.communicate(timeout=120))
     assert result.code == 75
     assert time.monotonic() - began < 40, "of eighty seconds"
-    assert result.ended["download"] == "stopped"
+    assert result.ended["download"] == "unfinished"
     assert not marker(own_sources, "download").exists()
 
 
@@ -159,7 +160,7 @@ def test_sources_that_changed_end_the_training_before_anything_is_stored_of_it(
     result = finished(process, *process.communicate(timeout=60))
     assert result.code == 78
     assert "its sources have changed: dataset/rows.jsonl" in result.error["message"]
-    assert result.ended == {"preflight": "done", "download": "failed", "prepare": "stopped", "train": "failed"}
+    assert result.ended == {"preflight": "done", "download": "failed", "prepare": "unfinished", "train": "failed"}
     checkpoints = Path(job.environment["FT_OUTPUT_DIR"]) / "store" / "test-run" / "checkpoints"
     assert not list(checkpoints.rglob("*"))
 

@@ -20,7 +20,7 @@ LLAMA_7B: dict[str, Any] = {
 LOAD = Load(rows=8, batches=(16000.0,), largest_batch=16384, longest_row=2048, mean_context=900)
 H200 = card_named("NVIDIA H200")
 
-# Measured (BENCHMARKS.md): weights, layers recomputed, tokens at once; milliseconds of a forward and backward pass, and GiB that
+# Measured (BENCHMARKS.md, for the H100 in its history): weights, layers recomputed, tokens at once; milliseconds of a forward and backward pass, and GiB that
 # torch had allocated at most. The last two of the H200's are steps of the job, the first of them the mean of two cards; its others
 # were measured before the adapters' sums moved into the gate's kernels, which takes some 4% off
 MEASURED_ON_H200 = [

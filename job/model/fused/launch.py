@@ -9,11 +9,10 @@ arithmetic.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNED = 16  # bytes, or a multiple of: what Triton compiles different code for, and what descriptors need
@@ -31,7 +30,7 @@ class Kernel:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-        kind = (*map(_kind, arguments), *named.items())
+        kind = (*_kinds(arguments), *named.items())
         compiled = self._compiled.get(kind)
         if compiled is None:
             self._compiled[kind] = self._function[grid](*arguments, **named)  # None from Triton's interpreter
@@ -44,8 +43,8 @@ class Kernel:
 
 
 def _stream() -> int:
-    """The handle of the current stream of the current GPU."""
-    return int(driver.active.get_current_stream(driver.active.get_current_device()))
+    """The handle of the current stream of the current GPU, as Triton asks for it."""
+    return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
 def cdiv(whole: int, part: int) -> int:
@@ -58,15 +57,22 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _kind(argument: Any) -> Any:
-    """What Triton may compile other code for on NVIDIA's cards; finer than it need be, never coarser."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % ALIGNED == 0, argument.get_device()
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, *argument.block_shape, argument.base.get_device()
-    if isinstance(argument, int):
-        return argument == 1, argument % ALIGNED == 0, -_INT32 <= argument < _INT32
-    return type(argument)
+def _kinds(arguments: Sequence[Any]) -> list[Any]:
+    """What Triton may compile other code for on NVIDIA's cards; finer than it need be, never coarser. In one loop, since there are
+    tens of thousands of arguments in a step."""
+    kinds: list[Any] = []
+    for argument in arguments:
+        of = type(argument)
+        kinds.append(of)
+        if of is int:
+            kinds += "one" if argument == 1 else argument % ALIGNED == 0, -_INT32 <= argument < _INT32
+        elif of is TensorDescriptor:
+            kinds += argument.base.dtype, *argument.block_shape, argument.base.get_device()
+        elif isinstance(argument, torch.Tensor):
+            kinds += argument.dtype, argument.data_ptr() % ALIGNED == 0, argument.get_device()
+        elif of is not float:
+            kinds.append(argument)
+    return kinds
 
 
 def can_describe(matrix: torch.Tensor) -> bool:

@@ -8,7 +8,9 @@ needs, which the last product is not. Both give the same numbers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,6 +66,7 @@ class FusedLayer:
         self.gates = Products([gate.gate_proj, gate.up_proj], **options)
         self._gate_width = 2 * attention.config.intermediate_size
         self.down = Products([gate.down_proj], **options)
+        self._trained = [p for products in self._products() for p in products.parameters]
 
     def __call__(
         self,
@@ -77,9 +80,8 @@ class FusedLayer:
         """Takes the place of the layer's `forward`: (1, tokens, width) → the same."""
         cos, sin = (part[0].contiguous() for part in position_embeddings)
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
-        trained = [p for products in self._products() for p in products.parameters]
         seeds = [(self.dropout_seed + place, self.first_token) for place in range(LINEAR_LAYERS)]
-        out: torch.Tensor = _Layer.apply(hidden_states.squeeze(0), self, rows, seeds, *trained)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Layer.apply(hidden_states.squeeze(0), self, rows, seeds, *self._trained)  # type: ignore[no-untyped-call]
         return out.unsqueeze(0)
 
     def _products(self) -> tuple[Products, ...]:
@@ -101,7 +103,7 @@ class FusedLayer:
         rounded = self.inputs.rounded_input(x)
         normed, first = self._norm(0, x, self.inputs, rounded)
         packed, narrow_inputs = self.inputs.forward(normed, seeds[_ATTENTION_INPUTS], rounded=rounded)
-        rotated = packed[:, : (self._heads + self._shared_heads) * self._dim].unflatten(1, (-1, self._dim))  # type: ignore[no-untyped-call]
+        rotated = torch.unflatten(packed[:, : (self._heads + self._shared_heads) * self._dim], 1, (-1, self._dim))
         pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
         query, key, value = self._split_heads(packed)
         flat = self.output.new_input(x)
@@ -122,7 +124,7 @@ class FusedLayer:
 
     def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         counts = [self._heads, self._shared_heads, self._shared_heads]
-        parts = torch.split(packed, [count * self._dim for count in counts], dim=1)
+        parts = packed.split_with_sizes([count * self._dim for count in counts], 1)
         return tuple(torch.unflatten(part, 1, (-1, self._dim)) for part in parts)
 
     # -- backward ---------------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layer: FusedLayer, rows: Rows, seeds: Sequence[Draw], *trained: torch.Tensor
     ) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             out, kept, narrow_down = layer.forward(x, rows, seeds)
         ctx.layer, ctx.rows, ctx.seeds = layer, rows, seeds
         ctx.save_for_backward(x)
@@ -253,7 +255,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), of_out = ctx.saved_tensors, of_outputs[0]
         kept, ctx.kept = ctx.kept, None  # the graph outlives this call, and its memory need not
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             if kept is None:
                 kept = ctx.layer.middle(x, ctx.rows, ctx.seeds)
             of_x, of_trained = ctx.layer.backward(
@@ -261,6 +263,12 @@ class _Layer(torch.autograd.Function):
                 ctx.seeds, kept, ctx.narrow_down, of_x=ctx.needs_input_grad[0],
             )  # fmt: skip
         return of_x, None, None, None, *of_trained
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """For what has its types already. Where autocast is off anyway, entering it once more would cost the host more than a launch."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
 
 def can_fuse(model: PeftModel) -> bool:

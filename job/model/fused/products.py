@@ -80,7 +80,7 @@ class Products:
 
     def new_input(self, like: torch.Tensor) -> torch.Tensor:
         """(tokens of `like`, inputs and border), for x in the columns of `inner`."""
-        return like.new_empty(len(like), self._inputs + self._frozen.border)
+        return like.new_empty(like.shape[0], self._inputs + self._frozen.border)
 
     def inner(self, wide: torch.Tensor) -> torch.Tensor:
         """The input's own columns."""
@@ -88,7 +88,7 @@ class Products:
 
     def new_output(self, like: torch.Tensor) -> torch.Tensor:
         """(tokens of `like`, all outputs and border), for y or its gradient in its first columns."""
-        return like.new_empty(len(like), self._outputs + self._frozen.border)
+        return like.new_empty(like.shape[0], self._outputs + self._frozen.border)
 
     def rounded_input(self, like: torch.Tensor) -> Rounded | None:
         """Where `forward` wants its input in 8 bits as well, if it does."""
@@ -128,7 +128,7 @@ class Products:
         x = self.inner(x)
         if not self.drops:
             return x @ self._frozen.a.T
-        narrow = x.new_empty(len(x), self._border)
+        narrow = x.new_empty(x.shape[0], self._border)
         for adapter in self.adapters:
             dropped = pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
             torch.mm(dropped, self._frozen.a[adapter.ranks].T, out=narrow[:, adapter.ranks])
