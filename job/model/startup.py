@@ -9,8 +9,8 @@ import torch
 
 
 def import_bitsandbytes_uncompiled() -> None:
-    """Import bitsandbytes without torch's compiler, which it loads for functions of its own that GPUs do not use: their kernels
-    are compiled already. Of a process's start that is a tenth."""
+    """Import bitsandbytes without torch's compiler, which it loads for functions of its own that are used where it has neither GPU
+    kernels nor its library for CPUs: there they work uncompiled. Of a process's start that is a tenth."""
     compiler = torch.compile
     torch.compile = _as_it_is  # type: ignore[assignment]
     try:
