@@ -50,7 +50,7 @@ def main(name: str) -> int:
             from job.training.launcher import launch
 
             return launch(run, name, processes)
-        if name in _WITH_MODEL:
+        if settings.device == "cuda" and name in _WITH_MODEL:
             from job.model.startup import import_bitsandbytes_uncompiled
 
             import_bitsandbytes_uncompiled()
