@@ -69,8 +69,8 @@ def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _run(settings: Settings) -> int:
-    from job.follower import Follower
-    from job.supervisor import Supervisor
+    from job.supervision.follower import Follower
+    from job.supervision.supervisor import Supervisor
 
     run = Run.of(settings)
     console = open_console(settings.log_format, settings.log_level)
@@ -80,14 +80,14 @@ def _run(settings: Settings) -> int:
 
 
 def _plan(settings: Settings) -> int:
-    from job.plan import print_plan
+    from job.commands.plan import print_plan
 
     print_plan(Run.of(settings))
     return ExitCode.OK
 
 
 def _status(settings: Settings) -> int:
-    from job.status import print_status
+    from job.commands.status import print_status
 
     print_status(Run.of(settings))
     return ExitCode.OK
@@ -128,7 +128,7 @@ def _report(error: JobError) -> int:
         "level": "error",
         "exit_code": int(error.exit_code),
         "message": error.message,
-        "mend": error.mend,
+        "hint": error.hint,
     }
     line = masked(json.dumps(record, ensure_ascii=False), secrets)
     as_text = os.environ.get("FT_LOG_FORMAT") == "text" or (

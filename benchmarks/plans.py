@@ -29,9 +29,9 @@ from job.model.fused.head import fuse_head
 from job.model.fused.layer import FusedLayer, Weights, fuse_layers
 from job.model.quantization import four_bit_config
 from job.settings import Settings
-from job.training.cards import GIB, Card, card_named
-from job.training.planner import Plan, choose, plans, predicted_bytes, predicted_seconds
-from job.training.workload import Load, Shape
+from job.training.plan.candidates import Plan, choose, plans, predicted_bytes, predicted_seconds
+from job.training.plan.cards import GIB, Card, card_named
+from job.training.plan.load import Load, Shape
 
 LENGTH = 2048
 CONTEXT_GIB = 0.6  # what CUDA itself takes of a card

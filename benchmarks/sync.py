@@ -102,7 +102,7 @@ def steps(arguments: argparse.Namespace, scratch: Path) -> None:
             for _ in range(arguments.rounds):
                 shutil.rmtree(run_folder / "tensorboard", ignore_errors=True)
                 shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
-                stage = [sys.executable, "-m", "job.stage", "train"]
+                stage = [sys.executable, "-m", "job.stages", "train"]
                 alone = {**settings, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
                 subprocess.run(stage, env=alone, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 found["nobody"].append(step_seconds(run_folder))

@@ -178,7 +178,7 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
         "FT_PER_DEVICE_TRAIN_BATCH_SIZE": str(variant.rows), "FT_LOGGING_STEPS": "1", "FT_STAGES": "train",
         "JOB_BEGAN": str(time.time()), "JOB_STAGE_BEGAN": str(time.time()),
     }  # fmt: skip
-    stage = [str(ROOT / "entrypoint.py")] if variant.whole else ["-m", "job.stage", "train"]
+    stage = [str(ROOT / "entrypoint.py")] if variant.whole else ["-m", "job.stages", "train"]
     done = subprocess.run([sys.executable, *stage], env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         print(f"{variant.name}: {done.stdout[-600:]}{done.stderr[-300:]}", file=sys.stderr, flush=True)

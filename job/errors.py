@@ -33,17 +33,17 @@ class ExitCode(IntEnum):
 
 
 class JobError(Exception):
-    """An ending that a user can act on: `message` says what happened, `mend` what to do about it."""
+    """An ending that a user can act on: `message` says what happened, `hint` what to do about it."""
 
     exit_code = ExitCode.BUG
 
-    def __init__(self, message: str, mend: str = "") -> None:
+    def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.mend = mend
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}\n  {self.mend}" if self.mend else self.message
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
 class SettingsError(JobError):
@@ -136,6 +136,6 @@ def is_lost_contact(error: Exception) -> bool:
     )
 
 
-def from_code(code: int, message: str, mend: str = "") -> JobError:
+def from_code(code: int, message: str, hint: str = "") -> JobError:
     """Rebuild the error that a child process wrote down, from its exit code; unknown codes become a bug."""
-    return _BY_CODE.get(code, JobError)(message, mend)
+    return _BY_CODE.get(code, JobError)(message, hint)

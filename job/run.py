@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.cluster import Node, scheduler_run_id, this_node
+from job.cluster import Node, scheduler_run_id, this_node, visible_gpus
 from job.errors import Stopped
 from job.paths import Paths
 from job.settings import Settings
@@ -37,6 +37,13 @@ class Run:
     @property
     def id(self) -> str:
         return self.paths.run_id
+
+    @property
+    def processes_per_node(self) -> int:
+        """How many processes train on this machine: one per visible GPU unless a number is set."""
+        if self.settings.nproc_per_node != "auto":
+            return int(self.settings.nproc_per_node)
+        return max(1, len(visible_gpus())) if self.settings.device == "cuda" else 1
 
     def check_stop(self) -> None:
         """Raise Stopped if a stop was requested; stages call this between units of work."""

@@ -1,4 +1,4 @@
-"""Every mistake a user can make has its exit code and a message that mends it, and costs nothing."""
+"""Every mistake a user can make has its exit code and a message that says how to fix it, and costs nothing."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def refused(job: Job, code: int, **settings: str) -> dict[str, Any]:
     result = job.run(FT_STAGES="preflight,download,prepare", **settings)
     assert result.code == code, result.stderr
     assert result.error["exit_code"] == code
-    assert result.error["mend"]
+    assert result.error["hint"]
     return result.error
 
 
 def test_a_gpu_that_was_asked_for_and_is_absent(job: Job) -> None:
     error = refused(job, 69, FT_DEVICE="cuda")
     assert "torch sees no GPU" in error["message"]
-    assert "FT_DEVICE=cpu" in error["mend"]
+    assert "FT_DEVICE=cpu" in error["hint"]
 
 
 def test_a_dataset_without_the_column_is_refused_before_the_model_is_fetched(job: Job, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 4, encoding="utf-8")
     error = refused(job, 65, FT_DATASET_NAME=str(tmp_path / "rows.jsonl"), FT_DATASET_SPLIT="train")
     assert "question, answer" in error["message"]
-    assert "FT_DATASET_TEXT_FIELD" in error["mend"]
+    assert "FT_DATASET_TEXT_FIELD" in error["hint"]
     assert not (Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "download" / "model").exists()
 
 
@@ -45,7 +45,7 @@ def test_a_model_folder_without_config_or_with_pickled_weights_only(job: Job, tm
     assert "has no config.json" in refused(job, 65, FT_MODEL_NAME=str(folder))["message"]
     shutil.copy(Path(job.environment["FT_MODEL_NAME"]) / "config.json", folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "Pickled weights" in refused(job, 65, FT_MODEL_NAME=str(folder))["mend"]
+    assert "Pickled weights" in refused(job, 65, FT_MODEL_NAME=str(folder))["hint"]
 
 
 def test_a_path_that_does_not_exist(job: Job) -> None:
@@ -60,7 +60,7 @@ def test_no_space_on_the_disk(job: Job, tmp_path: Path) -> None:
         file.truncate(2**42)
     error = refused(job, 69, FT_MODEL_NAME=str(folder))
     assert " free, the run needs " in error["message"]
-    assert "FT_OUTPUT_DIR" in error["mend"]
+    assert "FT_OUTPUT_DIR" in error["hint"]
 
 
 def test_rows_that_are_not_what_their_format_promises(job: Job, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from job.environment import as_json, load_settings, settings_table
 from job.errors import SettingsError
-from job.ledger import Ledger
 from job.settings import STAGE_NAMES, Settings, masked, secret_values
 from job.stages import STAGES
+from job.supervision.ledger import Ledger
 from tests.conftest import ROOT
 
 NOTEBOOK_PARAMETERS = """model_name dataset_name new_model lora_r lora_alpha lora_dropout use_4bit bnb_4bit_compute_dtype
@@ -97,7 +97,7 @@ def test_the_stage_names_of_the_settings_are_those_of_the_job() -> None:
         ("FT_EXTRA_TRAINING_ARGS", '{"push_to_hub": true}', "decided by the job"),
     ],
 )
-def test_a_mistake_is_answered_with_what_is_allowed_and_how_to_mend_it(
+def test_a_mistake_is_answered_with_what_is_allowed_and_how_to_fix_it(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
 ) -> None:
     message = refusal(monkeypatch, **{variable: value})

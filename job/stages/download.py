@@ -11,7 +11,7 @@ from job.data.formats import check_columns
 from job.hub.sources import Source, fetch, look_up
 from job.report.events import message, progress
 from job.run import Run, write_json
-from job.turns import await_turn
+from job.stages.turn import await_turn
 
 
 def wanted_sources(run: Run) -> list[tuple[Source, Path]]:

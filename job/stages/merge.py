@@ -16,7 +16,7 @@ from job.model.loading import load_base, stored_dtype
 from job.model.merge import compare_distributions, largest_difference, next_token_distributions, write_merged
 from job.report.events import message, output
 from job.run import Run, write_json
-from job.turns import await_turn
+from job.stages.turn import await_turn
 
 _PROOF_ROWS, _PROOF_TOKENS = 8, 256
 _MOST_DIFFERENCE = 2**-7  # of a weight's norm; rounding to bfloat16 stays under 2^-8

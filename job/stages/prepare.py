@@ -26,7 +26,7 @@ from job.errors import InputError
 from job.report.events import message
 from job.run import Run, read_json, write_json
 from job.settings import Settings
-from job.turns import await_turn
+from job.stages.turn import await_turn
 
 _DEFAULT_LENGTH = 1024
 _MALFORMED_LIMIT = 0.1  # beyond this the format was probably guessed wrong, and dropping rows would hide it
@@ -94,7 +94,7 @@ def _prepare_rows(run: Run, name: str, rows: Dataset, target: Path, tokenizer: A
     if len(reasons) > _MALFORMED_LIMIT * len(rows):
         raise InputError(
             f"{len(reasons)} of {len(rows)} {name} rows are malformed as {row_format.name}: {reasons[0]}.",
-            "Set FT_DATASET_FORMAT to the form that the rows have, or mend the rows.",
+            "Set FT_DATASET_FORMAT to the form that the rows have, or hint the rows.",
         )
     lengths = [len(ids) for ids in encoded["input_ids"]]
     cut = encoded.remove_columns("malformed").map(_cut, fn_kwargs={"max_length": max_length}, batched=True)

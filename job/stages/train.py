@@ -26,6 +26,7 @@ from job.model.loading import load_base
 from job.report.events import message, output
 from job.report.goodput import first_step_text, speed_text, time_text
 from job.run import Run, read_json, write_json
+from job.stages.turn import await_turn
 from job.training.arguments import allocator_retries, peak_memory_bytes, training_arguments
 from job.training.best import KeepBest
 from job.training.callbacks import (
@@ -34,13 +35,12 @@ from job.training.callbacks import (
     RefuseNonsense,
     ReportProgress,
 )
-from job.training.decision import limit_memory
 from job.training.execution import Execution
 from job.training.launcher import unreachable
 from job.training.pace import SavePace
+from job.training.plan.choose import limit_memory
 from job.training.sharding import weight_bytes
 from job.training.trainer import AdapterTrainer
-from job.turns import await_turn
 
 
 def train(run: Run) -> None:

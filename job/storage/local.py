@@ -127,7 +127,7 @@ class LocalStore:
         except PermissionError as error:
             raise PermissionRefused(
                 f"The store folder {self.root} refuses access to {key!r}: {error.strerror}.",
-                "Make FT_STORE_URL a folder that this user may write, or mend its permissions.",
+                "Make FT_STORE_URL a folder that this user may write, or hint its permissions.",
             ) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

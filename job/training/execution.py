@@ -23,7 +23,7 @@ from job.model.quantization import make_resident
 from job.report.events import message
 from job.run import Run, read_json
 from job.training import decision
-from job.training.planner import Plan, smaller_plan
+from job.training.plan.candidates import Plan, smaller_plan
 
 # Of a layer computed both ways, in 16 bits or 8; what is wrong differs by more than all of it
 _LARGEST_DIFFERENCE = {"4-bit": 0.2, "resident": 0.2, "fp8": 0.5}

@@ -21,7 +21,7 @@ _MEET_SECONDS = 900  # every node has said that it is ready, and may still fetch
 
 
 def launch(run: Run, stage: str, processes: int) -> int:
-    """Run `python -m job.stage STAGE` as `processes` processes on this node; returns 0, or the code one of them ended with.
+    """Run `python -m job.stages STAGE` as `processes` processes on this node; returns 0, or the code one of them ended with.
 
     Raises NodeError or TransientError if a signal ended one. Its fellows, which cannot go on alone, are ended too.
     """
@@ -44,7 +44,7 @@ def launch(run: Run, stage: str, processes: int) -> int:
     )
     before = _oom_kills()
     try:
-        elastic_launch(config, sys.executable)("-m", "job.stage", stage)
+        elastic_launch(config, sys.executable)("-m", "job.stages", stage)
     except (DistNetworkError, DistStoreError, RendezvousError) as error:
         raise unreachable(error) from error
     except ChildFailedError as error:

@@ -33,7 +33,7 @@ from job.training.steps import PlannedTrainer
 
 _TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 _ADAPTER = "adapter_model.safetensors"
-_MEND = "Go on with the version of this job that wrote it, or choose another FT_RUN_ID."
+_HINT = "Go on with the version of this job that wrote it, or choose another FT_RUN_ID."
 
 
 class AdapterTrainer(PlannedTrainer):
@@ -192,11 +192,11 @@ class AdapterTrainer(PlannedTrainer):
         try:
             found = set_peft_model_state_dict(self.model, load_file(file))
         except (FileNotFoundError, SafetensorError) as error:
-            raise InputError(f"The checkpoint's {_ADAPTER} cannot be read: {error}", _MEND) from error
+            raise InputError(f"The checkpoint's {_ADAPTER} cannot be read: {error}", _HINT) from error
         missing = [name for name in found.missing_keys if ".lora_" in name]
         if found.unexpected_keys or missing:
             raise InputError(
-                f"The checkpoint's adapter has other layers: {[*found.unexpected_keys, *missing][0]}, ….", _MEND
+                f"The checkpoint's adapter has other layers: {[*found.unexpected_keys, *missing][0]}, ….", _HINT
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from job.training.cards import card_named
+from job.training.plan.cards import card_named
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -60,7 +60,7 @@ def test_a_missing_column_is_named_with_those_there_are() -> None:
     ) as caught:
         choose_format("text", "text", ["question", "answer"], [{}])
     assert caught.value.exit_code == 65
-    assert "FT_DATASET_TEXT_FIELD" in caught.value.mend
+    assert "FT_DATASET_TEXT_FIELD" in caught.value.hint
     with pytest.raises(InputError, match="fit none of the known forms"):
         choose_format("auto", "text", ["question", "answer"], [{}])
 

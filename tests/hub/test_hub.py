@@ -102,7 +102,7 @@ def test_what_the_hub_refuses_is_told_at_the_start_with_its_exit_code(
         hub.refuse = {"forbidden": 403, "unauthorized": 401, "failing": 500}[what]
     result = hub_job.run(**settings)
     assert result.code == code, result.stderr
-    assert told in result.error["message"] + result.error["mend"]
+    assert told in result.error["message"] + result.error["hint"]
     assert "hf_test_token" not in result.stdout + result.stderr
 
 

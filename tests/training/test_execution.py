@@ -18,11 +18,11 @@ from job.model.fused.layer import FusedLayer
 from job.model.fused.products import Normed
 from job.run import Run, read_json
 from job.stages.train import train
-from job.training.decision import free_bytes
 from job.training.execution import Execution, _parts, switch_mode_only_if_another
 from job.training.optimizer import at_once
-from job.training.planner import Plan
-from job.training.workload import Shape
+from job.training.plan.candidates import Plan
+from job.training.plan.choose import free_bytes
+from job.training.plan.load import Shape
 from tests.conftest import Job
 
 Prepared = Callable[..., Run]
@@ -161,7 +161,7 @@ def test_a_model_that_the_fused_layers_do_not_know_is_refused_if_they_are_asked_
 ) -> None:
     run = prepared("other", **FUSED)
     config = {**read_json(run.paths.model_dir / "config.json"), "attention_bias": True}
-    monkeypatch.setattr("job.training.decision.read_json", lambda path: config)
+    monkeypatch.setattr("job.training.plan.choose.read_json", lambda path: config)
     with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused cannot be: the model is no Llama"):
         train(run)
 
@@ -198,8 +198,8 @@ def test_a_layer_that_comes_out_wrong_on_this_machine_is_computed_the_plain_way(
     reason = "RuntimeError: no kernel image" if broken == "crashes" else "a layer differs by"
     with pytest.raises(NodeError, match=f"do not give what the model's own give on this machine: {reason}"):
         train(run)
-    monkeypatch.setattr("job.training.decision.is_asked_for", lambda settings: settings.frozen_precision == "fp8")
-    monkeypatch.setattr("job.training.decision.decide", _decided_as_on_a_gpu)
+    monkeypatch.setattr("job.training.plan.choose.is_asked_for", lambda settings: settings.frozen_precision == "fp8")
+    monkeypatch.setattr("job.training.plan.choose.decide", _decided_as_on_a_gpu)
     train(run)
     assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
     assert_equal(adapter(run), adapter(plain))
@@ -269,7 +269,7 @@ def test_without_kernels_nothing_is_planned_and_the_optimizer_is_bitsandbytes_ow
         InputError, match="FT_DECODER_LAYERS=fused cannot be: a kernel of the job's own ended in a fault"
     ):
         Execution(run)  # which was asked for
-    monkeypatch.setattr("job.training.decision.is_asked_for", lambda settings: False)
+    monkeypatch.setattr("job.training.plan.choose.is_asked_for", lambda settings: False)
     assert Execution(run).plan is None
     assert at_once(bnb.optim.AdamW, {"optim_bits": 32}, torch.device("cuda", 0)) is bnb.optim.AdamW
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Job
-from tests.test_interruptions import resumed_step
+from tests.supervision.test_interruptions import resumed_step
 from tests.test_nodes import Node
 
 TRAIN = Path("runs/test-run/train")

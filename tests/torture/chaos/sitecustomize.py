@@ -15,7 +15,7 @@ from pathlib import Path
 
 def _process() -> str:
     arguments = sys.orig_argv
-    if "job.stage" in arguments:
+    if "job.stages" in arguments:
         return arguments[-1]
     return "supervisor" if any(argument.endswith("entrypoint.py") for argument in arguments) else "another"
 

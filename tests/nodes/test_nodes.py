@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Job, Result, finished
-from tests.test_interruptions import resumed_step, signal_tree, tree_of
+from tests.supervision.test_interruptions import resumed_step, signal_tree, tree_of
 
 ADAPTER = "adapter/adapter_model.safetensors"
 BOUND_SECONDS = 60
@@ -285,15 +285,14 @@ def test_an_indexed_job_tells_the_place_and_a_setting_overrules_it() -> None:
 
 def test_the_first_node_waits_for_no_dead_one(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier start of the second node left in the store, and says that it is ready, is no node."""
-    from job import gang
     from job.errors import TransientError
 
-    monkeypatch.setattr(gang, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(gang, "_ABSENT_SECONDS", 1.5)
+    monkeypatch.setattr(rendezvous, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "_ABSENT_SECONDS", 1.5)
     run = make_run(NNODES="2", NODE_RANK="0")
     stale = {"node": 1, "name": "there", "holder": "dead", "beat": 9, "state": "ready"}
     run.store.put("here/nodes/attempt-0001/node-0001.json", json.dumps(stale).encode())
-    first = gang.Gang(run, lambda: time.sleep(0.05), lambda text: None)
+    first = rendezvous.Gang(run, lambda: time.sleep(0.05), lambda text: None)
     with pytest.raises(TransientError, match="Node 1 of 2 did not come"), first.led(1):
         first.gather()
     ending = json.loads(run.store.get("here/nodes/attempt-0001/node-0000.json"))
@@ -303,14 +302,13 @@ def test_the_first_node_waits_for_no_dead_one(make_run: Any, monkeypatch: pytest
 def test_a_silent_node_is_missed_but_not_while_the_store_is_silent(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from job import gang
     from job.errors import JobError, TransientError
 
-    monkeypatch.setattr(gang, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(gang, "DEAD_SECONDS", 0.6)
+    monkeypatch.setattr(rendezvous, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "DEAD_SECONDS", 0.6)
     first_run, second_run = make_run(NNODES="2", NODE_RANK="0"), make_run(NNODES="2", NODE_RANK="1")
     first_run.store.put("here/lease.json", b'{"attempt": 1, "released": false, "inherited": []}')
-    nodes = [gang.Gang(run, lambda: time.sleep(0.02), lambda text: None) for run in (first_run, second_run)]
+    nodes = [rendezvous.Gang(run, lambda: time.sleep(0.02), lambda text: None) for run in (first_run, second_run)]
     lost: list[JobError] = []
     with nodes[0].led(1):
         follower = threading.Thread(target=_follow, args=(nodes[1],))

@@ -15,12 +15,12 @@ from typing import Any
 
 from job.checkpoints.kernels import cache_dir
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NodeError, from_code
-from job.gang import Rendezvous
+from job.nodes.rendezvous import Rendezvous
 from job.report.events import parse
 from job.run import Run, read_json
 from job.settings import SECRET_VARIABLES, masked, secret_values
 from job.stages import Stage
-from job.turns import STARTED_EARLY
+from job.stages.turn import STARTED_EARLY
 
 # What torchrun tells its processes; ours are told by our own torchrun, not by an operator's that started the container.
 _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
@@ -31,7 +31,7 @@ _CODE_DIR = str(Path(__file__).parent.parent)  # the job may be started from any
 
 
 class StageProcess:
-    """`python -m job.stage NAME` in a session of its own, so that a terminal's Ctrl-C is for the supervisor alone."""
+    """`python -m job.stages NAME` in a session of its own, so that a terminal's Ctrl-C is for the supervisor alone."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class StageProcess:
         for stale in self._error_files():
             stale.unlink()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "job.stage", stage.name],
+            [sys.executable, "-m", "job.stages", stage.name],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -104,15 +104,15 @@ class StageProcess:
         if written:
             first = written[0]
             if (kind := _OTHERWISE.get(first.get("kind"))) is not None:
-                return kind(first["message"], first["mend"])
-            return from_code(first["exit_code"], first["message"], first["mend"])
-        mend = f"Its output is in {self._log_file}."
+                return kind(first["message"], first["hint"])
+            return from_code(first["exit_code"], first["message"], first["hint"])
+        hint = f"Its output is in {self._log_file}."
         if code >= 0:
-            return JobError(f"Stage {self._stage.name} ended with exit code {code}.", mend)
+            return JobError(f"Stage {self._stage.name} ended with exit code {code}.", hint)
         ended = f"Stage {self._stage.name} was ended by {signal.Signals(-code).name}."
         if -code in (signal.SIGKILL, signal.SIGBUS, signal.SIGTERM):
-            return NodeError(f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.", mend)
-        return JobError(ended, mend)
+            return NodeError(f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.", hint)
+        return JobError(ended, hint)
 
     def _error_files(self) -> list[Path]:
         return sorted(self._run.paths.error_file(self._stage.name, 0).parent.glob(f"{self._stage.name}-rank*.json"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from job.completions import Completion, Completions, GoOn
+from job.supervision.background_hashing import Completion, Completions, GoOn
 from tests.conftest import ROOT, Job, finished, read_until
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from job.settings import Settings
-from job.training.cards import GIB, Card
-from job.training.workload import Load, Shape
+from job.training.plan.cards import GIB, Card
+from job.training.plan.load import Load, Shape
 
 Weights = Literal["4-bit", "resident", "fp8"]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from job import turns
-from job.process import StageProcess
 from job.run import Run
-from job.stages import STAGES, Stage
+from job.stages import STAGES, Stage, turn
+from job.supervision.process import StageProcess
 
 
 class EarlyProcesses:
@@ -18,7 +17,7 @@ class EarlyProcesses:
         self._to_start = [stage for stage in STAGES if stage.name in missing and not _meets_others(run, stage)]
         self._waiting: dict[str, StageProcess] = {}
         if self._to_start:
-            turns.clear(run)
+            turn.clear(run)
 
     def take(self, stage: Stage) -> StageProcess | None:
         """The process that waits for this stage's turn, if one has lived to see it. Those that start with this stage are started."""

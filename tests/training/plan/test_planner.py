@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from job.settings import Settings
-from job.training.cards import CARDS, GIB, card_named
-from job.training.planner import Plan, choose, fits, plans, predicted_bytes, predicted_seconds, smaller_plan
-from job.training.workload import Load, Shape, obstacle
+from job.training.plan.candidates import Plan, choose, fits, plans, predicted_bytes, predicted_seconds, smaller_plan
+from job.training.plan.cards import CARDS, GIB, card_named
+from job.training.plan.load import Load, Shape, obstacle
 from tests.conftest import Job
 
 LLAMA_7B: dict[str, Any] = {
@@ -261,4 +261,4 @@ def test_the_plan_command_shows_what_a_named_card_would_do(job: Job) -> None:
     refused = job.run("plan", FT_PLAN_GPU="A1000")
     assert refused.code == 78
     assert "FT_PLAN_GPU='A1000'" in refused.error["message"]
-    assert "A100-40GB" in refused.error["mend"]
+    assert "A100-40GB" in refused.error["hint"]

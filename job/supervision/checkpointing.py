@@ -12,7 +12,7 @@ from job.checkpoints.syncer import Syncer
 from job.report.console import Console
 from job.report.metrics import Metrics
 from job.run import Run, write_json
-from job.stop import StopRequest
+from job.supervision.stop import StopRequest
 
 _SLICE_SECONDS = 0.25  # since a stop request may come while the last upload is waited for
 

@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_ends_with_69_and_leaves_the_last_checkpoint_whole(
     full = finished(process, *process.communicate(timeout=120))
     assert full.code == 69, full.stderr
     assert "No space left" in full.error["message"]
-    assert "FT_OUTPUT_DIR" in full.error["mend"]
+    assert "FT_OUTPUT_DIR" in full.error["hint"]
     again = job.run()  # without the mount, on the roomy disk below it
     assert again.code == 0, again.stderr
     assert resumed_step(again.events) >= 2

@@ -24,7 +24,7 @@ class NodeRecord:
     state: str = "preparing"  # → ready → training → ended
     exit_code: int | None = None
     message: str = ""
-    mend: str = ""
+    hint: str = ""
     members: tuple[str, ...] = ()  # the holders, in the order of the nodes
     endpoint: str = ""  # host:port where torchrun's agents meet
     resume: str | None = None  # the commit to go on from, a folder of the run in the store
@@ -75,7 +75,7 @@ class Peer:
         assert self.record is not None and self.record.exit_code is not None
         code = self.record.exit_code if self.record.exit_code in CONTAGIOUS else ExitCode.TRY_AGAIN
         message = f"{self.described} ended with exit code {self.record.exit_code}: {self.record.message}"
-        return from_code(code, message, self.record.mend)
+        return from_code(code, message, self.record.hint)
 
     def seen(self, record: NodeRecord | None) -> None:
         if record is not None and record != self.record:

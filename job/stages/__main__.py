@@ -1,4 +1,4 @@
-"""The child's side of a stage: `python -m job.stage NAME`, started by the supervisor (or, for training, by torchrun)."""
+"""The child's side of a stage: `python -m job.stages NAME`, started by the supervisor (or, for training, by torchrun)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from job.cluster import visible_gpus
 from job.errors import (
     ExitCode,
     JobError,
@@ -39,7 +38,7 @@ def main(name: str) -> int:
     settings = Settings()  # the supervisor has checked it; here some secrets are missing on purpose
     stage = next(stage for stage in STAGES if stage.name == name)
     run = Run.of(settings)
-    processes = training_processes(settings) if stage.per_gpu else 1
+    processes = run.processes_per_node if stage.per_gpu else 1
     launches = stage.per_gpu and (processes > 1 or run.node.count > 1) and "RANK" not in os.environ
     try:
         if "download" in stage.needs:
@@ -70,13 +69,6 @@ def _read_ahead(run: Run) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def training_processes(settings: Settings) -> int:
-    """How many processes train on this machine: one per visible GPU unless a number is set."""
-    if settings.nproc_per_node != "auto":
-        return int(settings.nproc_per_node)
-    return max(1, len(visible_gpus())) if settings.device == "cuda" else 1
-
-
 def _die_with_parent() -> None:
     """A process whose supervisor or torchrun was killed must not go on writing: the kernel kills it too (prctl(2), Linux)."""
     if sys.platform == "linux":
@@ -98,7 +90,7 @@ def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int
     record = {
         "exit_code": int(known.exit_code),
         "message": masked(known.message, secrets),
-        "mend": masked(known.mend, secrets),
+        "hint": masked(known.hint, secrets),
         "kind": type(known).__name__,
     }
     print(record["message"], flush=True)

@@ -12,9 +12,9 @@ from job.model.device import can_compile_kernels, device_of, require_fp8, withou
 from job.report.events import message
 from job.run import Run, read_json
 from job.settings import Settings
-from job.training.cards import GIB, Card, card_named
-from job.training.planner import Plan, choose, plans, smaller_plan
-from job.training.workload import Shape, load_of, obstacle
+from job.training.plan.candidates import Plan, choose, plans, smaller_plan
+from job.training.plan.cards import GIB, Card, card_named
+from job.training.plan.load import Shape, load_of, obstacle
 
 _UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # of two plans the same is faster on most
 

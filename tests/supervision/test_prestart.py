@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from job import turns
 from job.run import Run
+from job.stages import turn
 from tests.conftest import ROOT, Job, finished, is_running, read_until
 
 
@@ -25,7 +25,7 @@ def stages_running(pid: int) -> dict[str, int]:
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split():
         arguments = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
-        if "job.stage" in arguments:
+        if "job.stages" in arguments:
             found[arguments[-2]] = int(child)
     return found
 
@@ -34,18 +34,18 @@ def test_a_process_started_early_waits_for_its_turn_and_counts_its_time_from_the
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run()
-    turns.give(run, "train")  # by an earlier start
-    turns.clear(run)
-    monkeypatch.setenv(turns.STARTED_EARLY, "1")
+    turn.give(run, "train")  # by an earlier start
+    turn.clear(run)
+    monkeypatch.setenv(turn.STARTED_EARLY, "1")
     monkeypatch.setenv("JOB_STAGE_BEGAN", "0")
-    waiting = threading.Thread(target=turns.await_turn, args=(run, "prepare", "train"), daemon=True)
+    waiting = threading.Thread(target=turn.await_turn, args=(run, "prepare", "train"), daemon=True)
     waiting.start()
     for stage in ("preflight", "download"):
-        turns.give(run, stage)
+        turn.give(run, stage)
         waiting.join(0.2)
         assert waiting.is_alive(), f"it took {stage}'s turn for its own"
     before = time.time()
-    turns.give(run, "prepare")
+    turn.give(run, "prepare")
     waiting.join(5)
     assert not waiting.is_alive()
     assert before <= float(os.environ["JOB_STAGE_BEGAN"]) <= time.time()
@@ -56,7 +56,7 @@ def test_a_process_started_in_its_turn_waits_for_nothing(
 ) -> None:
     run = make_run()
     monkeypatch.setenv("JOB_STAGE_BEGAN", "5")
-    turns.await_turn(run, "train")
+    turn.await_turn(run, "train")
     assert os.environ["JOB_STAGE_BEGAN"] == "5"
 
 
@@ -64,17 +64,17 @@ def test_a_process_whose_parent_goes_does_not_wait_for_another_starts_turn(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, parents = make_run(), iter([7, 7, 1])
-    monkeypatch.setenv(turns.STARTED_EARLY, "1")
+    monkeypatch.setenv(turn.STARTED_EARLY, "1")
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     with pytest.raises(SystemExit) as ended:
-        turns.await_turn(run, "train")
+        turn.await_turn(run, "train")
     assert ended.value.code == 75
 
 
 @pytest.mark.parametrize("rank", [{}, {"RANK": "0"}])
 def test_a_process_whose_parent_was_gone_before_it_began_ends_at_once(rank: dict[str, str], tmp_path: Path) -> None:
     environment = {**os.environ, "JOB_PARENT_PID": "1", "FT_OUTPUT_DIR": str(tmp_path), "FT_DEVICE": "cpu", **rank}
-    done = subprocess.run([sys.executable, "-m", "job.stage", "train"], cwd=ROOT, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "job.stages", "train"], cwd=ROOT, env=environment, timeout=60)
     assert done.returncode == 75
 
 

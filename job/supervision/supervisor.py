@@ -11,22 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from job import turns
-from job.checkpointing import Checkpointing
 from job.checkpoints.lease import Lease
 from job.checkpoints.restore import committed_checkpoints, step_of
 from job.checkpoints.retention import sweep
-from job.completions import Completions
-from job.early import EarlyProcesses
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, Stopped
-from job.gang import Gang, Rendezvous
-from job.ledger import Ledger
-from job.process import StageProcess
+from job.nodes.rendezvous import Gang, Rendezvous
 from job.report.console import Console, StageRecord
 from job.report.metrics import Metrics
 from job.run import Run
-from job.stages import STAGES, Stage
-from job.stop import StopRequest
+from job.stages import STAGES, Stage, turn
+from job.supervision.background_hashing import Completions
+from job.supervision.checkpointing import Checkpointing
+from job.supervision.ledger import Ledger
+from job.supervision.prestart import EarlyProcesses
+from job.supervision.process import StageProcess
+from job.supervision.stop import StopRequest
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -187,7 +186,7 @@ class Supervisor:
         """Start the stage's process, follow it to its end, and judge that."""
         self._metrics.training(stage.per_gpu)
         rendezvous = self._rendezvous if stage.per_gpu else None
-        turns.give(self._run, stage.name)
+        turn.give(self._run, stage.name)
         process = self._process = self._early.take(stage) or StageProcess(
             self._run, stage, rendezvous, self._plan_steps_down, kernels=self._kernels
         )

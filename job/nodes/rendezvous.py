@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from job.checkpoints.lease import Commit, LeaseRecord
 from job.cluster import free_port, node_name, own_address
 from job.errors import ExitCode, JobError, TransientError, from_os_error
-from job.peers import DEAD_SECONDS, NodeRecord, Peer, parse
+from job.nodes.record import DEAD_SECONDS, NodeRecord, Peer, parse
 from job.run import Run
 
 BEAT_SECONDS = 3.0
@@ -200,8 +200,8 @@ class Gang:
             self._await_hearing()
         if self._attempt:
             code = int(error.exit_code) if error else int(ExitCode.OK)
-            message, mend = (error.message, error.mend) if error else ("", "")
-            self._tell(state="ended", exit_code=code, message=message, mend=mend)
+            message, hint = (error.message, error.hint) if error else ("", "")
+            self._tell(state="ended", exit_code=code, message=message, hint=hint)
 
     def _await_hearing(self) -> None:
         """A first node that has not begun yet must hear why this one is not coming: it would wait for long."""

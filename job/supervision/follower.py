@@ -9,9 +9,9 @@ from job.checkpoints import manifest
 from job.checkpoints.folder_lock import FolderLock
 from job.checkpoints.restore import clear, step_of_folder
 from job.errors import TransientError
-from job.ledger import Ledger
 from job.stages import STAGES, Stage
-from job.supervisor import Supervisor
+from job.supervision.ledger import Ledger
+from job.supervision.supervisor import Supervisor
 
 _OWN = ("preflight", "download", "prepare")
 

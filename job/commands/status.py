@@ -8,9 +8,9 @@ import time
 from job.checkpoints.lease import LeaseRecord
 from job.checkpoints.restore import committed_checkpoints, step_of
 from job.errors import SettingsError
-from job.ledger import Ledger
 from job.run import Run
 from job.stages import STAGES
+from job.supervision.ledger import Ledger
 
 
 def print_status(run: Run) -> None:

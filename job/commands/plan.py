@@ -15,10 +15,9 @@ from job.hub.publish import Destination
 from job.hub.sources import Listing, Source, disk_needed, look_up, model_config
 from job.run import Run, read_json
 from job.settings import Settings, variable
-from job.stage import training_processes
-from job.training.cards import CARDS, GIB, Card, card_named
-from job.training.planner import Plan, choose, fits, plans
-from job.training.workload import Load, Shape, load_of, obstacle
+from job.training.plan.candidates import Plan, choose, fits, plans
+from job.training.plan.cards import CARDS, GIB, Card, card_named
+from job.training.plan.load import Load, Shape, load_of, obstacle
 
 
 def print_plan(run: Run) -> None:
@@ -35,9 +34,7 @@ def print_plan(run: Run) -> None:
             lines.append((name.removesuffix("_name").replace("_", " "), _describe(source, listings)))
     gpus = visible_gpus()
     devices = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus) or "no GPU here"
-    lines.append(
-        ("device", f"cpu × {training_processes(settings)}" if settings.device == "cpu" else f"cuda: {devices}")
-    )
+    lines.append(("device", f"cpu × {run.processes_per_node}" if settings.device == "cpu" else f"cuda: {devices}"))
     lines += [
         ("stages", " → ".join(settings.stages)),
         ("steps", _steps(run)),
@@ -186,7 +183,7 @@ def _steps(run: Run) -> str:
         return "known once the data is prepared"
     per_step = (
         settings.per_device_train_batch_size
-        * training_processes(settings)
+        * run.processes_per_node
         * run.node.count
         * settings.gradient_accumulation_steps
     )

@@ -1,0 +1,1 @@
+"""Several machines that train together: who is there, when to start, and who has gone."""
