@@ -1,17 +1,17 @@
 # syntax=docker/dockerfile:1
-# The CUDA base gives the driver's library paths; torch's wheels bring the CUDA libraries themselves.
+# The CUDA base image sets the driver's library paths. The CUDA libraries themselves come with torch's wheels.
 ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE_IMAGE}
 
-# tini is PID 1: it hands signals and exit codes through. gcc is what Triton compiles its launchers with.
+# tini is PID 1 and passes on signals and exit codes. Triton compiles its launchers with gcc.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev python3-venv tini \
  && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
  && useradd --uid 10001 --user-group --create-home --home-dir /work job
 
-# The dependencies change seldom and the code often: they are a layer of their own. Every wheel is checked by its hash.
-# requirements-cpu.txt makes an image for machines without a GPU. `ca` and `pip` are for builds behind a proxy or a mirror.
+# Dependencies change less often than code, so they get their own layer. pip checks the hash of every wheel.
+# requirements-cpu.txt builds an image for machines without a GPU. `ca` and `pip` are for builds behind a proxy or a mirror.
 ARG REQUIREMENTS=requirements.txt
 ENV PATH=/opt/venv/bin:$PATH
 COPY ${REQUIREMENTS} /app/requirements.txt
@@ -25,13 +25,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 COPY entrypoint.py /app/entrypoint.py
 COPY job /app/job
-# An image whose packages do not go together must not be made.
+# Fail the build if the packages are incompatible.
 RUN python3 -m compileall -q /app \
  && pip check --disable-pip-version-check \
  && python3 -c "import torch, transformers, trl, peft, bitsandbytes, datasets, accelerate, boto3, wandb" \
  && python3 /app/entrypoint.py --version
 
-# Everything that is written lands below /work: mount a volume there.
+# The job writes only below /work: mount a volume there.
 ENV HOME=/work \
     FT_OUTPUT_DIR=/work/results \
     HF_HOME=/work/cache/huggingface \

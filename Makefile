@@ -1,4 +1,4 @@
-# `make demo` runs the whole job on a small model; `make test` runs the tests; `make check` the linters and types.
+# `make demo` runs the whole job on a small model, `make test` the tests, `make check` the linters and type checks.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 DEMO_MODEL := results/demo-model
 
-# for example BENCH="--runs 1 --only 'job;unsloth'"
+# for example, BENCH="--runs 1 --only 'job;unsloth'"
 BENCH :=
 
 .PHONY: help demo test torture bench-gpu check lock image image-test system-packages clean
@@ -19,18 +19,18 @@ SEED := 0
 
 help:
 	@echo "make demo   run the whole job on SmolLM2-135M, on the CPU, in under 10 minutes"
-	@echo "make test   all tests that this machine can run"
-	@echo "make system-packages   (root, Debian) Slurm, buildah and podman, for the tests that need them"
-	@echo "make torture KILLS=20 SEED=0   kill the job so many times, and compare with a run left alone"
-	@echo "make bench-gpu   (a GPU) training speed against the other trainers that are installed"
-	@echo "make check  ruff, mypy, shellcheck, hadolint, manifest schemas"
+	@echo "make test   run all tests that this machine can run"
+	@echo "make system-packages   (root, Debian) install Slurm, buildah and podman for the tests that need them"
+	@echo "make torture KILLS=20 SEED=0   kill the job KILLS times, then compare with an undisturbed run"
+	@echo "make bench-gpu   (needs a GPU) compare training speed with the other trainers installed"
+	@echo "make check  run ruff, mypy, shellcheck, hadolint and the manifest schemas"
 	@echo "make image  build the image with docker"
-	@echo "make image-test   build it with buildah, for CPUs, and run its tests"
-	@echo "make lock   resolve requirements.in into the two locks"
-	@echo "make clean  remove the environment and all results"
+	@echo "make image-test   build the CPU image with buildah and run its tests"
+	@echo "make lock   resolve requirements.in into the two lock files"
+	@echo "make clean  remove .venv and all results"
 
 $(INSTALLED): requirements.in requirements-dev.txt
-	@echo "Making the Python environment in .venv; this takes a minute or two."
+	@echo "Creating the Python environment in .venv. This takes a minute or two."
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

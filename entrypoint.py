@@ -73,8 +73,8 @@ def _run(settings: Settings) -> int:
     from job.supervision.supervisor import Supervisor
 
     run = Run.of(settings)
-    console = open_console(settings.log_format, settings.log_level)
-    console.say(f"Run {run.id}: {settings.model_name} on {settings.dataset_name}.", run_id=run.id, store=run.store.url)
+    console = open_console(settings.log_format, settings.log_level, run.id)
+    console.say(f"Run {run.id}: {settings.model_name} on {settings.dataset_name}.", store=run.store.url)
     (Supervisor if run.node.leads else Follower)(run, console).supervise()
     return ExitCode.OK
 

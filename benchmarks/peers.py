@@ -1,7 +1,8 @@
-"""One other trainer on the benchmark's documents, in a process of its own; prints one JSON line.
+"""Run another trainer on the benchmark's documents, in its own process, and print one JSON line.
 
-`python -m benchmarks.peers NAME --model FOLDER --documents FOLDER …`; what it needs is imported here and nowhere else, and a
-peer that is not installed ends with exit code 3.
+    python -m benchmarks.peers NAME --model FOLDER --documents FOLDER --rows N …
+
+Only this module imports the other trainers. Exit code 3 means that the trainer is not installed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("name", choices=("trl-notebook", "trl-liger", "unsloth"))
     parser.add_argument("--model", required=True)
-    parser.add_argument("--documents", required=True, help="rows of input_ids, as the job's prepare stage saves them")
-    parser.add_argument("--rows", type=int, required=True, help="rows of a step")
+    parser.add_argument("--documents", required=True, help="rows of input_ids, as saved by the job's prepare stage")
+    parser.add_argument("--rows", type=int, required=True, help="rows per step")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--recompute", action="store_true")
-    parser.add_argument("--bfloat16", action="store_true", help="the notebook in the type that the others compute in")
+    parser.add_argument("--bfloat16", action="store_true", help="run the notebook in bfloat16, like the other trainers")
     parser.add_argument("--memory-gib", type=float)
     options = parser.parse_args()
     needed = {"unsloth": "unsloth", "trl-liger": "liger_kernel"}.get(options.name)
@@ -43,7 +44,7 @@ def main() -> int:
 def _measure(options: argparse.Namespace, began: float) -> dict[str, Any]:
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     if options.name == "unsloth":
-        import unsloth  # noqa: F401 - it must come first
+        import unsloth  # noqa: F401 - it must be imported first
     import torch
     from datasets import load_from_disk
     from transformers import TrainerCallback
@@ -68,13 +69,13 @@ def _measure(options: argparse.Namespace, began: float) -> dict[str, Any]:
         "per_device_train_batch_size": options.rows, "learning_rate": 2e-4, "weight_decay": 0.001, "optim": "paged_adamw_32bit",
         "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "max_grad_norm": 0.3, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
         "max_length": options.length, "packing": not notebook, "bf16": not notebook, "fp16": False, "seed": 42,
-        "gradient_accumulation_steps": 1,  # unsloth's own default is another
+        "gradient_accumulation_steps": 1,  # unsloth has another default
         "use_liger_kernel": options.name == "trl-liger",
     }  # fmt: skip
     if options.name != "unsloth":
         arguments["gradient_checkpointing"] = options.recompute
     if notebook:
-        known = SFTConfig.__dataclass_fields__  # transformers 5 renamed it
+        known = SFTConfig.__dataclass_fields__  # transformers 5 renamed group_by_length
         grouped = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in known else {}
         arguments |= grouped or {"group_by_length": True}
     trainer = SFTTrainer(
@@ -127,7 +128,7 @@ def _load(options: argparse.Namespace, dtype: Any, notebook: bool) -> tuple[Any,
 
 
 def _count_tokens(trainer: Any, tokenizer: Any) -> list[int]:
-    """Tokens of each step that are no padding, as the trainer's own batches have them."""
+    """Count the tokens of each step's batches, without padding."""
     counts: list[int] = []
     step = trainer.training_step
 

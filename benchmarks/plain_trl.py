@@ -1,10 +1,10 @@
-"""A plain TRL script with the seed notebook's settings: what the job's training is compared with, step by step.
+"""A plain TRL script with the notebook's settings, to compare the job's training with, step by step.
 
     python benchmarks/plain_trl.py MODEL TRAIN_FILE EVAL_FILE OUT.json [--steps N] [--all-linear] [--length N] [--device cpu]
 
-It uses nothing of this project. TRAIN_FILE is Parquet or JSONL with a `text` column in `<s>[INST] … [/INST] … </s>` form,
-EVAL_FILE the same or `-`. A leading `<s>` is removed from the text, since the tokenizer writes its own; left in, every
-row would begin with two.
+It uses nothing from this project. TRAIN_FILE is Parquet or JSONL with a `text` column in the format
+`<s>[INST] … [/INST] … </s>`. EVAL_FILE is the same, or `-` for none. A leading `<s>` is removed from the text because
+the tokenizer adds one: otherwise every row would start with two.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> None:
             task_type="CAUSAL_LM",
         ),
     )
-    if not on_gpu:  # trl casts the adapter to bfloat16 even beside float32 products
+    if not on_gpu:  # trl casts the adapter to bfloat16 even when the products are float32
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

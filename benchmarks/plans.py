@@ -1,9 +1,9 @@
-"""The planner against measurements on this GPU: `python -m benchmarks.plans --model FOLDER`.
+"""Compare the planner with measurements on this GPU: `python -m benchmarks.plans --model FOLDER`.
 
-A forward and backward pass of every kind of plan is timed, without an optimizer; what lies between the measured numbers of
-recomputed layers is interpolated, as time and memory grow by each layer alike. For each cap on memory the fastest plan that
-fits by these is then measured itself, in turns with the planner's choice. `of the host` is how long this process took to ask
-for all of a pass: where that is as long as the pass, a faster card would be no faster.
+It times a forward and backward pass of every kind of plan, without an optimizer. Plans between the measured numbers of
+recomputed layers are interpolated, because every layer adds the same time and memory. For each memory cap, the fastest
+plan that fits by these figures is then measured, alternating with the planner's choice. `host ms` is how long this
+process took to launch a whole pass: where that is as long as the pass, a faster card would not help.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from transformers import AutoModelForCausalLM
 from job.model.attention import register_varlen
 from job.model.fused.head import fuse_head
 from job.model.fused.layer import FusedLayer, Weights, fuse_layers
+from job.model.patches import Patches
 from job.model.quantization import four_bit_config
 from job.settings import Settings
-from job.training.plan.candidates import Plan, choose, plans, predicted_bytes, predicted_seconds
+from job.training.plan.candidates import Plan, plans, predicted_bytes, predicted_seconds
 from job.training.plan.cards import GIB, Card, card_named
+from job.training.plan.choose import choose
 from job.training.plan.load import Load, Shape
 
 LENGTH = 2048
-CONTEXT_GIB = 0.6  # what CUDA itself takes of a card
+CONTEXT_GIB = 0.6  # what CUDA itself uses on a card
 
 
 class Measurement(NamedTuple):
-    """Seconds of a forward and backward pass, GiB at most, and the seconds that this process took to ask for it."""
+    """Seconds of a forward and backward pass, its peak in GiB, and the seconds that the host took to launch it."""
 
     seconds: float
     gib: float
@@ -46,23 +48,25 @@ class Measurement(NamedTuple):
 
 
 class Bench:
-    """The model in the form that was asked for last, and documents of guanaco's lengths for it."""
+    """The model with the weights that were last requested, and documents with guanaco's lengths."""
 
     def __init__(self, folder: Path) -> None:
         self.settings = Settings(lora_target_modules="all-linear", lora_dropout=0, packing=True)
         shape = Shape.of(json.loads((folder / "config.json").read_text(encoding="utf-8")), self.settings)
         card = card_named(torch.cuda.get_device_name())
-        assert shape is not None and card is not None, "a Llama, and a card that the planner knows"
+        assert shape is not None and card is not None, "needs a Llama, and a card that the planner knows"
         self.shape: Shape = shape
         self.card: Card = card
         chance = random.Random(0)
         self._lengths = [min(LENGTH - 2, max(16, int(chance.lognormvariate(5.9, 0.8)))) for _ in range(2000)]
         self.model = _load(folder, self.settings)
         self._layers: list[FusedLayer] = []
+        self._patches = Patches()
+        self._patches.settle_weights()  # two copies of a 7B would not fit
 
     def take(self, weights: Weights) -> None:
-        self._layers = fuse_layers(self.model, weights)
-        gc.collect()  # the weights of the form before
+        self._layers = list(fuse_layers(self.model, weights, self._patches))
+        gc.collect()  # frees the previous weights
         torch.cuda.empty_cache()
 
     def measure(self, recomputed: int, tokens: int, runs: int = 3) -> Measurement:
@@ -135,7 +139,7 @@ def _load(folder: Path, settings: Settings) -> PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    fuse_head(model)
+    fuse_head(model, Patches())
     return model.train()
 
 
@@ -143,7 +147,7 @@ Measured = dict[tuple[Weights, int, int], Measurement]
 
 
 def _between(measured: Measured, weights: Weights, recomputed: int, tokens: int) -> tuple[float, float] | None:
-    """Seconds and GiB of a plan that lies between two measured ones."""
+    """Interpolate the seconds and GiB of a plan between two measured ones."""
     known = sorted(r for w, r, t in measured if (w, t) == (weights, tokens))
     below, above = (
         max((r for r in known if r <= recomputed), default=None), min((r for r in known if r >= recomputed), default=None)
@@ -161,9 +165,11 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--caps", type=float, nargs="*", default=[8, 16, 40], help="GiB")
     parser.add_argument(
-        "--weights", nargs="+", default=["4-bit", "resident"], help="of 4-bit, resident, fp8; in that order"
+        "--weights", nargs="+", default=["4-bit", "resident"], help="any of 4-bit, resident, fp8, in that order"
     )
-    parser.add_argument("--profile", type=int, default=0, help="tokens of a step to profile, with the last weights")
+    parser.add_argument(
+        "--profile", type=int, default=0, help="profile a step of this many tokens, with the last weights"
+    )
     options = parser.parse_args()
     bench = Bench(options.model)
     batch = max(options.tokens)
@@ -171,9 +177,7 @@ def main() -> int:
     choices = {cap: choose(candidates, cap * GIB) for cap in options.caps}
     measured: Measured = {}
     contenders: defaultdict[float, list[Contender]] = defaultdict(list)
-    print(
-        "| weights, layers recomputed | tokens at once | ms | of the host | tokens/s | peak GiB | predicted ms, GiB |"
-    )
+    print("| weights, layers recomputed | tokens at once | ms | host ms | tokens/s | peak GiB | predicted ms, GiB |")
     print("|---|---|---|---|---|---|---|")
     for weights in options.weights:
         bench.take(weights)
@@ -182,9 +186,7 @@ def main() -> int:
                 _measure_one(bench, measured, weights, recomputed, tokens)
         for cap, choice in choices.items():
             contenders[cap] += _in_turns(bench, weights, choice, _fastest(measured, weights, cap, bench.shape.layers))
-    print(
-        "\n| cap | the planner's choice | tokens/s | GiB | the fastest other by search | tokens/s | GiB | choice to other |"
-    )
+    print("\n| cap | planner's choice | tokens/s | GiB | fastest other plan | tokens/s | GiB | choice / other |")
     print("|---|---|---|---|---|---|---|---|")
     for cap, found in contenders.items():
         _print_contest(cap, found)
@@ -209,7 +211,7 @@ def _measure_one(bench: Bench, measured: Measured, weights: Weights, recomputed:
 
 
 def _fastest(measured: Measured, weights: Weights, cap: float, layers: int) -> tuple[int, int] | None:
-    """Layers recomputed, and tokens at once, of the fastest plan that fits by what was measured."""
+    """Layers recomputed and tokens at once of the fastest plan that fits, by the measurements."""
     found = []
     for tokens in {tokens for of, _, tokens in measured if of == weights}:
         for recomputed in range(layers + 1):
@@ -229,7 +231,10 @@ class Contender(NamedTuple):
 def _in_turns(
     bench: Bench, weights: Weights, choice: Plan, fastest: tuple[int, int] | None, rounds: int = 3
 ) -> list[Contender]:
-    """Measures the planner's choice, if it has these weights, and the search's: a host or a card that grows slow does so for both."""
+    """Measure the planner's choice, if it has these weights, and the search's, alternating.
+
+    A host or card that slows down then does so for both.
+    """
     chosen = (choice.recomputed, choice.micro_batch_tokens) if choice.weights == weights else None
     contending = list(dict.fromkeys(plan for plan in (chosen, fastest) if plan is not None))
     found = [[bench.measure(*plan) for plan in contending] for _ in range(rounds)]
@@ -247,7 +252,7 @@ def _in_turns(
 def _print_contest(cap: float, contenders: list[Contender]) -> None:
     choice = next((one for one in contenders if one.is_choice), None)
     if choice is None:
-        print(f"| {cap:g} GiB | of weights that were not measured | | | | | | |", flush=True)
+        print(f"| {cap:g} GiB | its weights were not measured | | | | | | |", flush=True)
         return
     others = [one for one in contenders if not one.is_choice]
     best = max(others, key=lambda one: one.tokens_per_second) if others else choice

@@ -1,10 +1,10 @@
-"""Is a killed and resumed training the same training? And how long until it goes on?
+"""Is a killed and resumed training still the same training, and how long does resuming take?
 
     FT_MODEL_NAME=… FT_DATASET_NAME=… python benchmarks/resume.py --kill-at 60 150
 
-Trains twice without disturbance, which shows how much two runs on this device differ by themselves, and once killed by
-SIGKILL behind the given steps; prints the largest difference of the loss between each two, and the seconds from the
-start of a process to its first step. Settings come from the environment; FT_OUTPUT_DIR is a new folder for each run.
+Trains twice without interruption, which shows how much two runs on this device differ anyway, and once killed by
+SIGKILL after the given steps. Prints the largest difference in loss between the runs, and the seconds from the start of
+a process to its first step. Settings come from the environment, and FT_OUTPUT_DIR is a new folder for each run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(folder: Path, kill_at: int | None) -> dict[str, Any]:
-    """One life of the job: until it ends, or is killed behind a step."""
+    """Start the job, and let it finish or kill it after step `kill_at`."""
     environment = {
         "FT_LOGGING_STEPS": "1", "FT_SAVE_STEPS": "20", **os.environ, "FT_OUTPUT_DIR": str(folder), "FT_RUN_ID": "resume", "FT_LOG_FORMAT": "json",
         "FT_STAGES": "preflight,download,prepare,train", "FT_LOG_LEVEL": "debug",
@@ -38,7 +38,7 @@ def start(folder: Path, kill_at: int | None) -> dict[str, Any]:
         event = json.loads(line)
         if event.get("event") == "stage_started" and event.get("stage") == "train":
             life["train_began"] = time.monotonic() - began
-        if str(event.get("message", "")).startswith("Going on from"):
+        if str(event.get("message", "")).startswith("Resuming from"):
             life["resumed_from"] = event["step"]
         if event.get("event") == "progress" and event.get("stage") == "train":
             life["first_step"] = life["first_step"] or time.monotonic() - began
@@ -77,7 +77,7 @@ def main() -> None:
         json.dumps(
             {
                 "steps": len(curves["first"]),
-                "two undisturbed runs differ by at most": largest_difference(curves["first"], curves["second"]),
+                "two uninterrupted runs differ by at most": largest_difference(curves["first"], curves["second"]),
                 "the killed run differs by at most": min(
                     largest_difference(curves["killed"], curves[name]) for name in ("first", "second")
                 ),

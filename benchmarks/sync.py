@@ -1,12 +1,14 @@
-"""Storing checkpoints: how fast, against s5cmd, and what the training feels of it.
+"""How fast checkpoints are stored, compared with s5cmd, and how much that slows the training.
 
     python benchmarks/sync.py throughput --s5cmd PATH [--endpoint URL] [--mib 1024] [--runs 3]
     FT_MODEL_NAME=… FT_DATASET_NAME=… python benchmarks/sync.py steps [--slow 10] [--steps 300] [--save-steps 20]
 
-`throughput` stores one checkpoint folder, ours and s5cmd in turns, on one S3 server: ours includes the
-hashes and the manifest. `steps` trains twice with the same saves: once with nobody syncing them, once under the
-supervisor, with a store slowed to a tenth of what `throughput` reaches here; it compares the times of the steps, taken
-from the trainer's own TensorBoard log, and notes the supervisor's peak memory and the most checkpoints on the disk.
+`throughput` stores one checkpoint folder on an S3 server, alternating between our code and s5cmd. Our time includes the
+hashes and the manifest.
+
+`steps` trains twice with the same saves: once without syncing them, and once under the supervisor, with the store
+slowed to a tenth of its speed. It compares the step times in the trainer's TensorBoard log, and reports the
+supervisor's peak memory and the most checkpoints on the disk.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAU
 
 
 def a_checkpoint(folder: Path, mib: int) -> Path:
-    """Random bytes in the proportions of an adapter and its two optimizer moments."""
+    """Write random bytes in the proportions of an adapter and its two optimizer moments."""
     folder.mkdir()
     for name, share in {"adapter_model.safetensors": 0.2, "optimizer.safetensors": 0.8}.items():
         with (folder / name).open("wb") as file:
@@ -67,7 +69,7 @@ def throughput(arguments: argparse.Namespace, scratch: Path) -> None:
             command = [arguments.s5cmd, "--endpoint-url", url, "cp", f"{folder}/", f"s3://bucket/{uuid.uuid4().hex}/"]
             theirs.append(timed(lambda command=command: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)))
             _empty(store)
-    print(json.dumps({"ours, seconds": ours[1:], "s5cmd, seconds": theirs[1:], "first of each left out": True}))
+    print(json.dumps({"ours, seconds": ours[1:], "s5cmd, seconds": theirs[1:], "the first of each is left out": True}))
     ratio = statistics.median(theirs[1:]) / statistics.median(ours[1:])
     print(f"{arguments.mib} MiB: ours {arguments.mib / statistics.median(ours[1:]):.0f} MiB/s, {ratio:.2f} × s5cmd")
 
@@ -124,7 +126,7 @@ def steps(arguments: argparse.Namespace, scratch: Path) -> None:
 
 
 def supervised(settings: dict[str, str], run_folder: Path) -> dict[str, object]:
-    """Train under the supervisor; what it used of memory and disk, and how many checkpoints it stored."""
+    """Train under the supervisor. Returns how many checkpoints it stored, and its memory and disk use."""
     process = subprocess.Popen(_command(), env=settings | {"FT_STAGES": "train"}, stdout=subprocess.PIPE, text=True)
     most, memory, stored = [0], [0], 0
 
@@ -148,7 +150,7 @@ def supervised(settings: dict[str, str], run_folder: Path) -> dict[str, object]:
 
 
 def step_seconds(run_folder: Path) -> dict[int, float]:
-    """Step → seconds since the step before, by the trainer's own clock; the first few, which warm up, are left out."""
+    """Step → seconds since the previous step, by the trainer's clock, without the first few, which warm up."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0})
@@ -171,7 +173,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     speed = commands.add_parser("throughput")
     speed.add_argument("--s5cmd", required=True)
-    speed.add_argument("--endpoint", help="an S3 server with a bucket named bucket; unset, ministack")
+    speed.add_argument("--endpoint", help="an S3 server with a bucket named bucket (default: ministack)")
     speed.add_argument("--mib", type=int, default=1024)
     speed.add_argument("--runs", type=int, default=3)
     felt = commands.add_parser("steps")

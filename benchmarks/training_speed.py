@@ -1,9 +1,9 @@
-"""The job's training against other trainers, on one GPU and one workload: `make bench-gpu`.
+"""Compare the job's training speed with other trainers', on one GPU and one workload: `make bench-gpu`.
 
-Every variant is a process of its own; the variants take turns, so that a card that grows warm does so for all. Tokens are
-those that are no padding. Without `--model` a Llama-2-7B with random weights is written first: speed does not depend on
-what a model knows. Without `--dataset` the documents are random letters with the lengths of guanaco's (log-normal, 16 to
-2048 tokens).
+Every variant runs in its own process. The variants take turns, so that a card that heats up does so for all. Padding is not
+counted as tokens. Without `--model`, a Llama-2-7B with random weights is written first, since speed does not depend on
+what a model knows. Without `--dataset`, the documents are random letters with guanaco's lengths (log-normal, 16 to 2048
+tokens).
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from benchmarks.peers import WARM_UP_STEPS
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 2048
-_GROUP = 50  # batches that rows grouped by length come in, longest first: fewer would be the long ones alone
+_GROUP = (
+    50  # rows grouped by length come in groups of 50 batches, longest first: fewer steps would measure only long rows
+)
 _PLAIN = {"FT_DECODER_LAYERS": "plain", "FT_PADDING_FREE": "false"}
 _OURS: dict[str, str] = {"FT_LORA_TARGET_MODULES": "all-linear", "FT_LORA_DROPOUT": "0"}
 
 
 @dataclass
 class Variant:
-    """One line of the table: the job with `settings`, or a peer with `arguments`."""
+    """One line of the table: the job with `settings`, or another trainer with `arguments`."""
 
     name: str
     rows: int
@@ -41,7 +43,7 @@ class Variant:
     peer: str | None = None
     arguments: tuple[str, ...] = ()
     packed: bool = True
-    whole: bool = False  # the job from its entrypoint on, with preflight, download and data
+    whole: bool = False  # the job from its entrypoint, with preflight, download and data
 
 
 def variants() -> list[Variant]:
@@ -51,12 +53,12 @@ def variants() -> list[Variant]:
         Variant("job, fp8", 16, {**_OURS, "FT_FROZEN_PRECISION": "fp8"}),
         Variant("unsloth, 8 rows", 8, peer="unsloth"),
         Variant("TRL, Liger, recomputing", 8, peer="trl-liger", arguments=("--recompute",)),
-        Variant("job, the seed's recipe", 4, packed=False),
-        Variant("job from its entrypoint, the seed's recipe", 4, packed=False, whole=True),
-        Variant("job, the seed's recipe, plain layers", 4, _PLAIN, packed=False),
-        Variant("TRL, the seed's notebook", 4, peer="trl-notebook", arguments=("--recompute",), packed=False),
+        Variant("job, default recipe", 4, packed=False),
+        Variant("job from its entrypoint, default recipe", 4, packed=False, whole=True),
+        Variant("job, default recipe, plain layers", 4, _PLAIN, packed=False),
+        Variant("TRL, notebook", 4, peer="trl-notebook", arguments=("--recompute",), packed=False),
         Variant(
-            "TRL, the seed's notebook in bfloat16",
+            "TRL, notebook in bfloat16",
             4,
             peer="trl-notebook",
             arguments=("--recompute", "--bfloat16"),
@@ -77,15 +79,17 @@ def variants() -> list[Variant]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a model folder; without it a 7B shape is written")
-    parser.add_argument("--dataset", type=Path, help="a dataset file or folder; without it documents are generated")
+    parser.add_argument("--model", type=Path, help="a model folder (default: a 7B shape is written)")
+    parser.add_argument("--dataset", type=Path, help="a dataset file or folder (default: documents are generated)")
     parser.add_argument("--folder", type=Path, default=Path("results/benchmark"), help="where everything is written")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
-        "--steps", type=int, help="measured steps of a run; 12, or of rows grouped by length a whole group"
+        "--steps",
+        type=int,
+        help="measured steps per run (default: 12, or a whole group of batches if grouped by length)",
     )
-    parser.add_argument("--only", help="names of variants, separated by ;")
-    parser.add_argument("--peers-path", help="PYTHONPATH for the peers, where they need other versions of packages")
+    parser.add_argument("--only", help="names of variants, separated by semicolons")
+    parser.add_argument("--peers-path", help="PYTHONPATH for the other trainers, if they need other package versions")
     options = parser.parse_args()
     wanted = [v for v in variants() if not options.only or v.name in options.only.split(";")]
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -102,13 +106,13 @@ def main() -> int:
                 line = json.dumps({"variant": variant.name, **result})
                 print(line, flush=True)
                 with (options.folder / "results.jsonl").open("a", encoding="utf-8") as stream:
-                    stream.write(line + "\n")  # what was measured outlives a call that is cut off
+                    stream.write(line + "\n")  # keeps the measurements if this process is cut off
     print(table(results))
     return 0
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians, one line a variant, in Markdown."""
+    """The medians as a Markdown table, one line per variant."""
     lines = ["| variant | tokens/s | peak GiB | start to first step, s | runs |", "|---|---|---|---|---|"]
     for name, runs in results.items():
         if not runs:
@@ -158,7 +162,7 @@ def _settings(options: argparse.Namespace, run_id: str, packed: bool) -> dict[st
 
 
 def _prepare(options: argparse.Namespace, packed: bool) -> Path:
-    """The data, by the job's own stages; the peers get the same documents."""
+    """Prepare the data with the job's own stages. The other trainers get the same documents."""
     name = "packed" if packed else "documents"
     environment = {**_settings(options, name, packed), "FT_STAGES": "preflight,prepare"}
     subprocess.run(
@@ -202,7 +206,7 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
 
 
 def write_documents(path: Path) -> Path:
-    """Random letters, each a token of the byte tokenizer below."""
+    """Write random letters, each a token of the byte tokenizer below."""
     chance = random.Random(0)
     with path.open("w", encoding="utf-8") as stream:
         for _ in range(3000):
@@ -213,7 +217,7 @@ def write_documents(path: Path) -> Path:
 
 
 def write_llama_7b(folder: Path) -> Path:
-    """Llama-2-7B's shape with random weights and a tokenizer of single bytes."""
+    """Write a model with Llama-2-7B's shape, random weights and a tokenizer of single bytes."""
     if (folder / "config.json").is_file():
         return folder
     import torch

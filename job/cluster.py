@@ -1,4 +1,4 @@
-"""Who am I: this process's place among the processes of the job, and the run's name where a scheduler gives one."""
+"""This process's place in the job, the machine's GPUs, and the run id if a scheduler provides one."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ import pynvml
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """This machine among those that train together, and this process's rank as torchrun set it: (0, 0, 1) for a process
-    that torchrun did not start."""
+    """This machine's place among those that train together, and this process's rank as set by torchrun.
+
+    A process that torchrun did not start has `rank` 0, `local_rank` 0 and `world_size` 1.
+    """
 
     index: int = 0
     count: int = 1
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    ends_at: float | None = None  # seconds since the epoch, where the scheduler sets a limit
+    ends_at: float | None = None  # seconds since the epoch, if the scheduler sets a time limit
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the first of all; it alone writes results."""
+        """Whether this is the first process of all, the only one that writes results."""
         return self.rank == 0
 
     @property
     def leads(self) -> bool:
-        """Whether this machine is the first; it alone writes to the store, merges and publishes."""
+        """Whether this machine is the first, the only one that writes to the store, merges and publishes."""
         return self.index == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A card as its driver reports it."""
+    """A GPU as its driver reports it."""
 
     name: str
     memory_bytes: int
@@ -48,27 +50,27 @@ def this_node(
     node_rank: int | Literal["auto"] = "auto",
     environ: Mapping[str, str] = os.environ,
 ) -> Node:
-    """Read what Slurm, Kubernetes and torchrun tell of this process; `nnodes` and `node_rank` overrule the schedulers.
+    """Read this process's place from Slurm, Kubernetes and torchrun. `nnodes` and `node_rank` override the schedulers.
 
-    ValueError, with a sentence for the user, where the place cannot be known or is impossible.
+    Raises ValueError, with a sentence for the user, if the place is unknown or impossible.
     """
-    in_step = "SLURM_STEP_NUM_NODES" in environ  # under srun; a batch script alone runs on one node of many
+    in_step = "SLURM_STEP_NUM_NODES" in environ  # under srun. The batch script itself runs on only one node
     count = nnodes if nnodes != "auto" else int(environ["SLURM_STEP_NUM_NODES"]) if in_step else 1
     if nnodes == "auto" and not in_step and "JOB_COMPLETION_INDEX" in environ:
         raise ValueError(
-            "FT_NNODES is not set, and this is a pod of an Indexed Job: set it to the Job's completions, or to 1 if each pod trains by itself."
+            "FT_NNODES is not set in a pod of an Indexed Job: set it to the Job's completions, or to 1 if each pod trains alone."
         )
     index = node_rank
     if index == "auto":
         told = environ.get("SLURM_NODEID") if in_step else environ.get("JOB_COMPLETION_INDEX")
         if told is None and count > 1:
             raise ValueError(
-                f"FT_NNODES={count} needs FT_NODE_RANK: neither Slurm nor an Indexed Job tells this node's place."
+                f"FT_NNODES={count} needs FT_NODE_RANK: neither Slurm nor an Indexed Job provides this node's rank."
             )
         index = int(told or 0) if count > 1 else 0
     if index >= count:
         hint = " Set FT_NNODES, the number of nodes, too." if nnodes == "auto" else ""
-        raise ValueError(f"FT_NODE_RANK={index}: must be less than FT_NNODES={count}, and the first node's is 0.{hint}")
+        raise ValueError(f"FT_NODE_RANK={index}: must be less than FT_NNODES={count}. The first node has rank 0.{hint}")
     ends_at = environ.get("SLURM_JOB_END_TIME", "")
     return Node(
         index=index,
@@ -81,33 +83,33 @@ def this_node(
 
 
 def node_name(environ: Mapping[str, str] = os.environ) -> str:
-    """What the scheduler calls this machine, for people and for `sbatch --exclude`."""
+    """The scheduler's name for this machine, for people and for `sbatch --exclude`."""
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def own_address() -> str:
     """An address at which other machines of the cluster reach this one.
 
-    The host's name may be known to this machine alone, or stand for a loopback address (Debian's /etc/hosts), so the
-    address of the interface with the default route comes first. No packet is sent.
+    The address of the interface with the default route comes first. The host name may be unknown to other machines, or
+    resolve to a loopback address (Debian's /etc/hosts). No packet is sent.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # RFC 5737: an address that nobody has
+            probe.connect(("192.0.2.1", 9))  # RFC 5737: reserved for documentation, so nobody has it
             return str(probe.getsockname()[0])
         except OSError:  # no default route
             return socket.gethostname()
 
 
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
+    """A port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def scheduler_run_id(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The Slurm job's id, one per array element and the same after a requeue; None outside Slurm."""
+    """A run id from the Slurm job, one per array element and the same after a requeue. None outside Slurm."""
     if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
         return f"slurm-{environ['SLURM_ARRAY_JOB_ID']}-{environ['SLURM_ARRAY_TASK_ID']}"
     return f"slurm-{environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environ else None
@@ -115,7 +117,7 @@ def scheduler_run_id(environ: Mapping[str, str] = os.environ) -> str | None:
 
 @contextlib.contextmanager
 def _cards() -> Iterator[list[Any]]:
-    """The driver's handles of this machine's GPUs; none where there is no driver."""
+    """The driver's handles of this machine's GPUs, an empty list without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -128,14 +130,14 @@ def _cards() -> Iterator[list[Any]]:
 
 
 def gpu_memory_used() -> tuple[int, ...]:
-    """Bytes in use on each GPU of the machine that the driver shows us; empty where there is no driver."""
+    """Bytes in use on each GPU that the driver shows us. Empty without a driver."""
     with contextlib.suppress(pynvml.NVMLError), _cards() as cards:
         return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(card).used) for card in cards)
     return ()
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs this job may use, without loading torch; empty where there is no driver."""
+    """The NVIDIA GPUs this job may use, found without loading torch. Empty without a driver."""
     with _cards() as cards:
         gpus = [
             Gpu(name=str(pynvml.nvmlDeviceGetName(card)), memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(card).total))
@@ -149,7 +151,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     for name in filter(None, (part.strip() for part in visible.split(","))):
         matches = [gpus[int(name)]] if name.isdigit() and int(name) < len(gpus) else []
         matches += [gpu for gpu, uuid in zip(gpus, uuids, strict=True) if uuid.startswith(name)]
-        if not matches:  # CUDA itself stops at the first name it does not know
+        if not matches:  # CUDA, too, stops at the first name it does not recognize
             break
         chosen.append(matches[0])
     return tuple(chosen)

@@ -1,4 +1,4 @@
-"""From the process's environment to `Settings`, with every mistake explained at once."""
+"""Turns the environment into `Settings`, and explains all mistakes in it at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from job.cluster import this_node
 from job.errors import SettingsError
 from job.settings import PREFIX, Settings, allowed_text, default_text, masked, secret_values, variable
 
-# SFTConfig arguments that the job itself decides; a second opinion would break resume, the store or the proof.
+# SFTConfig arguments that the job sets itself. Overriding them would break resume, the store or the merge verification.
 _OWNED_ARGUMENTS = {
     "output_dir", "run_name", "resume_from_checkpoint", "report_to", "save_strategy", "save_total_limit", "save_only_model",
     "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "use_cpu", "deepspeed", "fsdp",
@@ -29,7 +29,7 @@ _OWNED_ARGUMENTS = {
 
 
 def load_settings() -> Settings:
-    """Read FT_ENV_FILE (the real environment wins) and the environment; raise one SettingsError that lists every mistake."""
+    """Read the environment and FT_ENV_FILE (the environment wins). Raises one SettingsError with every mistake."""
     named = os.environ.get("FT_ENV_FILE")
     env_file = Path(named or str(Settings.model_fields["env_file"].default)).expanduser()
     readable = env_file.exists() and not env_file.is_dir()
@@ -42,7 +42,7 @@ def load_settings() -> Settings:
     except ValidationError as error:
         malformed = _malformed_values(error)
         problems += malformed.values()
-        # the other mistakes are wanted too, so go on as if the malformed variables were unset
+        # report the other mistakes too, so continue as if the malformed variables were unset
         settings = Settings(**{name: Settings.model_fields[name].default for name in malformed})
     problems += _contradictions(settings) + _unknown_choices(settings) + _bad_extra_arguments(settings)
     if problems:
@@ -61,13 +61,13 @@ def _unknown_names() -> list[str]:
     for name in sorted(os.environ):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "there is no such setting; unset it."
-            problems.append(f"{name}: unknown; {hint}")
+            hint = f"Did you mean {near[0]}?" if near else "Unset it."
+            problems.append(f"{name}: unknown setting. {hint}")
     return problems
 
 
 def _malformed_values(error: ValidationError) -> dict[str, str]:
-    """Field name → one line; a union reports one error per member, of which the variable's own description says it all."""
+    """Field name → one line. A union reports one error per member, but the allowed values cover them all."""
     problems: dict[str, str] = {}
     for detail in error.errors():
         field_name = str(detail["loc"][0])
@@ -80,7 +80,7 @@ def _malformed_values(error: ValidationError) -> dict[str, str]:
         if detail["type"] == "value_error":
             plain += f" ({reason})"
         default = default_text(field_name)
-        way_out = "Unset it to go without." if default == "(unset)" else f"Unset it for {default}."
+        way_out = "Or unset it." if default == "(unset)" else f"Or unset it for the default, {default}."
         problems.setdefault(field_name, f"{plain}. {way_out}")
     return problems
 
@@ -90,23 +90,29 @@ def _contradictions(settings: Settings) -> list[str]:
     if settings.fp16 is True and settings.bf16 is True:
         problems.append("FT_FP16 and FT_BF16 are both true: choose one, or leave both at auto.")
     if settings.use_nested_quant and not settings.use_4bit:
-        problems.append("FT_USE_NESTED_QUANT=true quantises the constants of 4-bit weights: it needs FT_USE_4BIT=true.")
+        problems.append(
+            "FT_USE_NESTED_QUANT=true quantizes the constants of 4-bit weights, so it needs FT_USE_4BIT=true."
+        )
     if settings.eval_dataset_name is not None and (settings.eval_split or "").replace(".", "", 1).isdigit():
         problems.append(
-            f"FT_EVAL_SPLIT={settings.eval_split!r} holds out a part of the training data, but FT_EVAL_DATASET_NAME names "
-            "other data: name one of its splits, such as test or train[:100], or unset it for train."
+            f"FT_EVAL_SPLIT={settings.eval_split!r} holds out part of the training data, but FT_EVAL_DATASET_NAME names another "
+            "dataset: set FT_EVAL_SPLIT to one of its splits, such as test or train[:100], or unset it for train."
         )
     named = settings.chat_template
     if named not in ("auto", "llama-2", "chatml") and not Path(named).expanduser().is_file():
-        problems.append(f"FT_CHAT_TEMPLATE={named!r} is no file and no known template: use auto, llama-2 or chatml.")
+        problems.append(
+            f"FT_CHAT_TEMPLATE={named!r} is neither a file nor a known template: use auto, llama-2 or chatml."
+        )
     if settings.device_map.startswith("{") and not _is_json(settings.device_map):
-        problems.append(f"FT_DEVICE_MAP={settings.device_map!r} is no JSON object.")
+        problems.append(f"FT_DEVICE_MAP={settings.device_map!r} is not a JSON object.")
     if settings.eval_steps is not None and not settings.evaluates:
         problems.append("FT_EVAL_STEPS is set, but there is nothing to evaluate on: set FT_EVAL_SPLIT too.")
     if settings.early_stopping_patience is not None and settings.eval_steps is None:
         problems.append("FT_EARLY_STOPPING_PATIENCE counts evaluations: set FT_EVAL_STEPS and FT_EVAL_SPLIT too.")
     if settings.device == "cpu" and (settings.fp16 is True or settings.bnb_4bit_compute_dtype == "float16"):
-        problems.append("FT_DEVICE=cpu cannot compute in float16: use float32 or bfloat16, or leave it at auto.")
+        problems.append(
+            "FT_DEVICE=cpu cannot compute in float16: use float32 or bfloat16, or leave the setting at auto."
+        )
     try:
         node = this_node(settings.nnodes, settings.node_rank)
     except ValueError as error:
@@ -114,35 +120,39 @@ def _contradictions(settings: Settings) -> list[str]:
     else:
         if node.count > 1 and settings.device_map != "auto":
             problems.append(
-                "FT_DEVICE_MAP spreads the model over one machine's GPUs: with several nodes leave it at auto."
+                "FT_DEVICE_MAP spreads the model over one machine's GPUs: leave it at auto with several nodes."
             )
     if settings.master_addr != "auto" and not re.fullmatch(r"[\w.-]+", settings.master_addr):
         problems.append(
-            f"FT_MASTER_ADDR={settings.master_addr!r}: must be a host name or an IPv4 address alone; the port is FT_MASTER_PORT."
+            f"FT_MASTER_ADDR={settings.master_addr!r}: must be only a host name or an IPv4 address. Set the port in FT_MASTER_PORT."
         )
     if settings.sharding == "full" and settings.device_map != "auto":
         problems.append("FT_SHARDING=full spreads the model itself: leave FT_DEVICE_MAP at auto.")
     if settings.sharding == "full" and settings.early_stopping_patience is not None:
-        problems.append("FT_EARLY_STOPPING_PATIENCE keeps the best adapter of one process: it needs FT_SHARDING=none.")
+        problems.append(
+            "FT_EARLY_STOPPING_PATIENCE keeps the best adapter of a single process, so it needs FT_SHARDING=none."
+        )
     problems += _contradictory_plans(settings)
     if not settings.stages:
         problems.append("FT_STAGES names no stage: unset it to run all of them.")
     if settings.publish_to and settings.publish_to.startswith("hf:"):
         if not settings.publish_to.removeprefix("hf://").strip("/") or not settings.publish_to.startswith("hf://"):
-            problems.append(f"FT_PUBLISH_TO={settings.publish_to!r}: a Hub repository is written hf://user/name.")
+            problems.append(f"FT_PUBLISH_TO={settings.publish_to!r}: write a Hub repository as hf://user/name.")
         if "publish" in settings.stages and not os.environ.get("HF_TOKEN"):
-            problems.append(f"FT_PUBLISH_TO={settings.publish_to!r} needs HF_TOKEN, a token that may write to the Hub.")
+            problems.append(
+                f"FT_PUBLISH_TO={settings.publish_to!r} needs HF_TOKEN, a token with write access to the Hub."
+            )
     if settings.store_url and "://" in settings.store_url and not settings.store_url.startswith(("s3://", "file://")):
         problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder or s3://bucket/prefix.")
     return problems
 
 
 def _contradictory_plans(settings: Settings) -> list[str]:
-    """What is asked of how steps are computed, and cannot be at once."""
+    """Contradictions between the settings that decide how steps are computed."""
     problems = []
     if settings.recomputed_layers != "auto" and settings.gradient_checkpointing != "auto":
         problems.append(
-            "FT_RECOMPUTED_LAYERS counts layers and FT_GRADIENT_CHECKPOINTING names all or none: set one of them."
+            "FT_RECOMPUTED_LAYERS is a number of layers, and FT_GRADIENT_CHECKPOINTING means all or none: set only one of them."
         )
     asked = {
         "FT_FROZEN_PRECISION=fp8": settings.frozen_precision == "fp8",
@@ -157,21 +167,21 @@ def _contradictory_plans(settings: Settings) -> list[str]:
     }
     for wanted in (name for name, is_so in asked.items() if is_so):
         problems += [
-            f"{wanted} and {other} exclude each other: unset one." for other, is_so in against.items() if is_so
+            f"{wanted} and {other} do not work together: unset one." for other, is_so in against.items() if is_so
         ]
     if settings.frozen_precision == "fp8":
         if settings.resident_weights != "auto":
-            problems.append("FT_FROZEN_PRECISION=fp8 holds weights in 8 bits: leave FT_RESIDENT_WEIGHTS at auto.")
+            problems.append("FT_FROZEN_PRECISION=fp8 keeps weights in 8 bits: leave FT_RESIDENT_WEIGHTS at auto.")
         if settings.device == "cpu":
             problems.append("FT_FROZEN_PRECISION=fp8 needs a GPU: unset it for FT_DEVICE=cpu.")
     if settings.resident_weights != "auto" and not settings.use_4bit:
-        problems.append("FT_RESIDENT_WEIGHTS is about 4-bit weights: unset it for FT_USE_4BIT=false.")
+        problems.append("FT_RESIDENT_WEIGHTS applies only to 4-bit weights: unset it for FT_USE_4BIT=false.")
     if settings.padding_free is False and settings.packing:
-        problems.append("FT_PACKING=true lays rows one behind the other: leave FT_PADDING_FREE at auto.")
+        problems.append("FT_PACKING=true concatenates rows without padding: leave FT_PADDING_FREE at auto.")
     for name in ("recomputed_layers", "micro_batch_tokens"):
         if getattr(settings, name) != "auto":
             problems += [
-                f"{variable(name)} is for fused layers, which {other} excludes: unset one."
+                f"{variable(name)} works only with fused layers, which {other} rules out: unset one."
                 for other, is_so in against.items()
                 if is_so
             ]
@@ -192,12 +202,14 @@ def _bad_extra_arguments(settings: Settings) -> list[str]:
     for name in settings.extra_training_args:
         where = f"FT_EXTRA_TRAINING_ARGS: {name!r}"
         if name in covered:
-            problems.append(f"{where} has a variable of its own: set {covered[name]}.")
+            problems.append(f"{where} has its own variable: set {covered[name]}.")
         elif name in _OWNED_ARGUMENTS:
             problems.append(f"{where} is decided by the job and cannot be set.")
         elif name not in known:
             near = difflib.get_close_matches(name, sorted(known - _OWNED_ARGUMENTS), n=1, cutoff=0.5)
-            problems.append(f"{where} is no argument of SFTConfig" + (f"; did you mean {near[0]!r}?" if near else "."))
+            problems.append(
+                f"{where} is not an argument of SFTConfig" + (f". Did you mean {near[0]!r}?" if near else ".")
+            )
     return problems
 
 
@@ -210,7 +222,7 @@ def _is_json(text: str) -> bool:
 
 
 def _unknown_choices(settings: Settings) -> list[str]:
-    """Optimizer and schedule names, which transformers would refuse only after the model is downloaded."""
+    """Unknown optimizer and schedule names. transformers would reject them only after the model download."""
     problems = []
     for field_name, module, class_name in (
         ("optim", "training_args.py", "OptimizerNames"),
@@ -240,7 +252,7 @@ def _training_argument_names() -> set[str]:
 
 
 def _class_bodies(package: str, module: str, class_name: str) -> list[ast.stmt]:
-    """The statements of one class, read from the package's source: importing it would take seconds and load torch."""
+    """The statements of one class, parsed from the package's source. Importing it would take seconds and load torch."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise SettingsError(f"The package {package!r} is not installed.", "Install it: pip install -r requirements.txt")
@@ -251,7 +263,7 @@ def _class_bodies(package: str, module: str, class_name: str) -> list[ast.stmt]:
 
 
 def settings_table() -> list[dict[str, Any]]:
-    """Name, allowed values, default and meaning of every variable, in the order of the class."""
+    """Name, allowed values, default and meaning of every variable, in class order."""
     return [
         {
             "name": variable(name),
@@ -264,5 +276,5 @@ def settings_table() -> list[dict[str, Any]]:
 
 
 def as_json(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON values; there is no secret among them by construction."""
+    """The settings as JSON values. By construction, none of them is a secret."""
     return dict(json.loads(settings.model_dump_json()))

@@ -1,16 +1,16 @@
-"""Everything the job can end with, and the exit code each ending has.
+"""Every way the job can end, with its exit code.
 
     JobError
     ├── SettingsError      78  the environment variables are wrong
-    ├── InputError         65  the data, the model or the merge proof is not acceptable
-    ├── NodeError          69  this machine is unfit: no GPU, a broken GPU, no space
-    │   ├── MemoryFull     69  the GPU's memory does not suffice, and a plan that needs less is left
-    │   └── KernelsFault   69  the GPU does not survive the job's own kernels
-    ├── PermissionRefused  77  the Hub or S3 said no, or the model is gated
-    ├── TransientError     75  the network or a store failed past its retries
-    └── Stopped            75  asked to stop; the work so far is committed
+    ├── InputError         65  the data, the model or the merged result is not usable
+    ├── NodeError          69  this machine is unfit: no GPU, a broken GPU, no disk space
+    │   ├── MemoryFull     69  the GPU ran out of memory, and a smaller plan is left to try
+    │   └── KernelsFault   69  the job's own kernels crashed the GPU
+    ├── PermissionRefused  77  the Hub or S3 refused access, or the model is gated
+    ├── TransientError     75  the network or a store failed after all retries
+    └── Stopped            75  asked to stop, and the work so far is committed
 
-Whatever else is raised is a bug and ends with 70. The codes are those of sysexits.h, so that a Kubernetes
+Any other exception is a bug and exits with 70. The codes come from sysexits.h, so that a Kubernetes
 podFailurePolicy and a Slurm script can tell "retry", "retry elsewhere" and "fail" apart.
 """
 
@@ -21,7 +21,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the process ends with; the values are fixed by sysexits.h."""
+    """The exit codes of the process. sysexits.h defines the values."""
 
     OK = 0
     BAD_INPUT = 65
@@ -33,7 +33,7 @@ class ExitCode(IntEnum):
 
 
 class JobError(Exception):
-    """An ending that a user can act on: `message` says what happened, `hint` what to do about it."""
+    """A failure that a user can act on: `message` says what happened, `hint` says what to do about it."""
 
     exit_code = ExitCode.BUG
 
@@ -47,39 +47,39 @@ class JobError(Exception):
 
 
 class SettingsError(JobError):
-    """One or more environment variables are unknown, malformed or do not go together."""
+    """One or more environment variables are unknown, malformed or contradict each other."""
 
     exit_code = ExitCode.SETTINGS
 
 
 class InputError(JobError):
-    """The dataset, the base model or the merged model is not what the job can work with."""
+    """The job cannot work with the dataset, the base model or the merged model."""
 
     exit_code = ExitCode.BAD_INPUT
 
 
 class NodeError(JobError):
-    """This machine cannot do the work; another one may."""
+    """This machine cannot do the work. Another one may."""
 
     exit_code = ExitCode.NODE_UNFIT
 
 
 class MemoryFull(NodeError):
-    """The GPU's memory does not suffice for the plan of the training, and one that needs less is left."""
+    """The GPU does not have enough memory for the training plan, and a smaller plan is left to try."""
 
 
 class KernelsFault(NodeError):
-    """A kernel of the job's own ended in a fault of the GPU, which lost the process; without them another one may do."""
+    """One of the job's own kernels crashed the GPU and its process. A new process may succeed without these kernels."""
 
 
 class PermissionRefused(JobError):
-    """A remote service knows us and refuses, or does not know us."""
+    """A remote service refused access: the credentials are missing, invalid or insufficient."""
 
     exit_code = ExitCode.PERMISSION
 
 
 class TransientError(JobError):
-    """A remote service failed in a way that a later start may not see."""
+    """A remote service failed, and starting again later may succeed."""
 
     exit_code = ExitCode.TRY_AGAIN
 
@@ -100,35 +100,35 @@ _BY_CODE: dict[int, type[JobError]] = {
 
 
 def in_a_line(error: BaseException) -> str:
-    """Its type and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
 
 
 def from_os_error(error: BaseException) -> JobError | None:
-    """What the operating system's refusals mean for a user; None for those that mean nothing in general."""
+    """The JobError for an operating system error that a user can act on, or None for any other error."""
     if not isinstance(error, OSError):
         return None
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NodeError(
             f"No space left on the disk{where}.",
-            "Free space or set FT_OUTPUT_DIR to a larger volume; what was committed is intact.",
+            "Free some space, or set FT_OUTPUT_DIR to a larger volume. Committed work is intact.",
         )
     if error.errno in (errno.EIO, errno.ESTALE, errno.ENOMEM):
         return NodeError(
-            f"The disk or the memory fails{where}: {error.strerror}.",
-            "Another machine may do; what was committed is intact.",
+            f"The disk or the memory failed{where}: {error.strerror}.",
+            "Try another machine. Committed work is intact.",
         )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return PermissionRefused(
-            f"This user may not write or read{where}: {error.strerror}.",
-            "Set FT_OUTPUT_DIR (and FT_STORE_URL) to a folder that it may write; in a container, check the volume's owner.",
+            f"This user is not allowed to read or write{where}: {error.strerror}.",
+            "Set FT_OUTPUT_DIR (and FT_STORE_URL) to a folder that this user can write to. In a container, check the volume's owner.",
         )
     return None
 
 
 def is_lost_contact(error: Exception) -> bool:
-    """Whether a collective operation failed because another process, or the network to it, is gone."""
+    """Whether a collective operation failed because another process died or became unreachable."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError", "RendezvousError"):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -136,6 +136,14 @@ def is_lost_contact(error: Exception) -> bool:
     )
 
 
+def exit_code_of(error: BaseException | None) -> ExitCode:
+    """What the process ends with, given what `main` raised or returned."""
+    if error is None:
+        return ExitCode.OK
+    known = error if isinstance(error, JobError) else from_os_error(error)
+    return known.exit_code if known is not None else ExitCode.BUG
+
+
 def from_code(code: int, message: str, hint: str = "") -> JobError:
-    """Rebuild the error that a child process wrote down, from its exit code; unknown codes become a bug."""
+    """Rebuild the error that a child process recorded, from its exit code. Unknown codes become a bug."""
     return _BY_CODE.get(code, JobError)(message, hint)

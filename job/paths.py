@@ -1,4 +1,4 @@
-"""Every local file name of a run. Stages find each other's results here and nowhere else."""
+"""Every local file name of a run. Stages find each other's results only through these names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Paths:
-    """The files of the run `run_id` below `output_dir`; nothing is created by asking for a name."""
+    """The files of the run `run_id` below `output_dir`. Asking for a name creates nothing."""
 
     output_dir: Path
     run_id: str
@@ -16,12 +16,12 @@ class Paths:
 
     @property
     def run_dir(self) -> Path:
-        """One for each node, since several may share a file system."""
+        """One folder per node, since nodes may share a file system."""
         first = self.output_dir / "runs" / self.run_id
         return first if self.node == 0 else first / "nodes" / str(self.node)
 
     def stage_dir(self, stage: str) -> Path:
-        """Everything that one stage writes, its marker last."""
+        """Everything that one stage writes. Its marker is written last."""
         return self.run_dir / stage
 
     def marker_file(self, stage: str) -> Path:
@@ -30,7 +30,7 @@ class Paths:
     # download
     @property
     def model_dir(self) -> Path:
-        """The base model: links to safetensors, configuration and tokenizer files, and nothing that unpickles."""
+        """The base model: links to safetensors, configuration and tokenizer files, but nothing pickled."""
         return self.stage_dir("download") / "model"
 
     @property
@@ -39,13 +39,18 @@ class Paths:
 
     @property
     def eval_dataset_dir(self) -> Path:
-        """The evaluation dataset, where it is another than the training dataset."""
+        """The evaluation dataset, if it is not the training dataset."""
         return self.stage_dir("download") / "eval_dataset"
 
     @property
     def sources_file(self) -> Path:
-        """Where model and datasets came from, and at which commit."""
+        """Where the model and the datasets came from, and at which commits."""
         return self.stage_dir("download") / "sources.json"
+
+    @property
+    def datasets_cache_dir(self) -> Path:
+        """Where the datasets library keeps its Arrow copies of this run's data."""
+        return self.run_dir / "datasets-cache"
 
     # prepare
     @property
@@ -58,18 +63,18 @@ class Paths:
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The tokenizer with the chat template that the data was written in."""
+        """The tokenizer, with the chat template used for the data."""
         return self.stage_dir("prepare") / "tokenizer"
 
     @property
     def data_report_file(self) -> Path:
-        """Rows, tokens, what was cut or dropped, and one row as the model sees it."""
+        """Counts of rows and tokens, what was truncated or dropped, and one row as the model sees it."""
         return self.stage_dir("prepare") / "data_report.json"
 
     # train
     @property
     def checkpoints_dir(self) -> Path:
-        """Local checkpoints, `checkpoint-STEP` each, `writing-STEP` before; the store's committed copies count."""
+        """Local checkpoints: `checkpoint-STEP`, or `writing-STEP` until complete. Only commits in the store count."""
         return self.run_dir / "checkpoints"
 
     @property
@@ -103,49 +108,49 @@ class Paths:
 
     @property
     def repository_dir(self) -> Path:
-        """The repository as it will be published; hard links to the merged model, removed afterwards."""
+        """The repository to publish, with hard links to the merged model. It is removed after publishing."""
         return self.run_dir / "repository"
 
     @property
     def published_file(self) -> Path:
-        """Where the model was published, and as which commit."""
+        """Where the model was published, and in which commit."""
         return self.stage_dir("publish") / "published.json"
 
     # between starts, and between supervisor and stages
     @property
     def lock_file(self) -> Path:
-        """Held by the one start that works in this folder; its content names that start."""
+        """Locked by the one start that works in this folder. Its content names that start."""
         return self.run_dir / "lock"
 
     @property
     def stop_file(self) -> Path:
-        """Its existence is the request to stop; its content is the deadline, in seconds since the epoch."""
+        """If this file exists, a stop was requested. It contains the deadline, in seconds since the epoch."""
         return self.run_dir / "stop-request"
 
     @property
     def kernels_dir(self) -> Path:
-        """Triton's cache, for all runs below this folder, unless TRITON_CACHE_DIR names another."""
+        """Triton's cache, shared by all runs below `output_dir`, unless TRITON_CACHE_DIR names another folder."""
         return self.output_dir / "cache" / "triton"
 
     @property
     def turns_file(self) -> Path:
-        """When each stage of this start began, for processes that wait for their turn."""
+        """When each stage of this start began. Prestarted processes wait for their stage to appear here."""
         return self.run_dir / "turns.json"
 
     @property
     def card_file(self) -> Path:
-        """This machine's GPU, and what its products reached at preflight."""
+        """This machine's GPU, and the rate of matrix products that preflight measured on it."""
         return self.run_dir / "card.json"
 
     @property
     def upload_timing_file(self) -> Path:
-        """How long the last upload of a checkpoint took."""
+        """How long the last checkpoint upload took."""
         return self.run_dir / "upload-timing.json"
 
     def error_file(self, stage: str, rank: int) -> Path:
-        """Why a process of a stage failed, as JSON: torchrun does not pass exit codes on."""
+        """Why a process of a stage failed, as JSON, because torchrun does not pass on exit codes."""
         return self.run_dir / "errors" / f"{stage}-rank{rank}.json"
 
     def log_file(self, stage: str) -> Path:
-        """All that a stage and its libraries printed, secrets masked."""
+        """Everything that a stage and its libraries printed, with secrets masked."""
         return self.run_dir / "logs" / f"{stage}.log"

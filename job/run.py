@@ -1,4 +1,4 @@
-"""Run: the one value that flows through the job."""
+"""Run: the one value that every part of the job receives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from job.storage import Store, open_store
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage is given: the settings, the file names, this process's place, and the store."""
+    """What every stage works with: the settings, the file names, this process's place in the job, and the store."""
 
     settings: Settings
     paths: Paths
@@ -27,7 +27,7 @@ class Run:
 
     @classmethod
     def of(cls, settings: Settings) -> Run:
-        """The run that these settings name; the same environment gives the same run in every process."""
+        """The run that these settings name. The same environment gives the same run in every process."""
         run_id = settings.run_id or scheduler_run_id() or f"run-{settings.fingerprint('train')[:12]}"
         node = this_node(settings.nnodes, settings.node_rank)
         paths = Paths(settings.output_dir.absolute(), run_id, node.index)
@@ -40,21 +40,21 @@ class Run:
 
     @property
     def processes_per_node(self) -> int:
-        """How many processes train on this machine: one per visible GPU unless a number is set."""
+        """Training processes on this machine: one per visible GPU, unless a number is set."""
         if self.settings.nproc_per_node != "auto":
             return int(self.settings.nproc_per_node)
         return max(1, len(visible_gpus())) if self.settings.device == "cuda" else 1
 
     def check_stop(self) -> None:
-        """Raise Stopped if a stop was requested; stages call this between units of work."""
+        """Raise Stopped if a stop was requested. Stages call this between units of work."""
         if self.stop_requested():
-            raise Stopped("Stopped on request.", "Start the job again to go on from here.")
+            raise Stopped("Stopped, as requested.", "Start the job again to continue from here.")
 
     def stop_requested(self) -> bool:
         return self.paths.stop_file.exists()
 
     def stop_deadline(self) -> float | None:
-        """When a requested stop must be over, in seconds since the epoch; None if none is requested."""
+        """The deadline of a requested stop, in seconds since the epoch, or None if none was requested."""
         try:
             return float(read_json(self.paths.stop_file))
         except FileNotFoundError:
@@ -66,7 +66,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that a reader sees either all of it or the file as it was before."""
+    """Write `value` atomically: a reader sees either all of it or the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with partial.open("w", encoding="utf-8") as stream:
@@ -78,5 +78,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def now() -> str:
-    """The time as RFC 3339 in UTC, for records that people read."""
+    """The current time in UTC as RFC 3339, for records that people read."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,7 +1,7 @@
-"""Every environment variable of the job, once: name, type, default, bounds and one sentence.
+"""Every environment variable of the job, in one place: name, type, default, bounds and meaning.
 
-The README's table, `entrypoint.py settings`, the manifests and the parsing are all read from the class below, so this
-file is as long as the table is. It imports neither torch nor transformers: a mistake is answered in well under a second.
+Parsing, the README's table, `entrypoint.py settings` and the manifests all follow the class below. This file imports
+neither torch nor transformers, so a mistake is reported in well under a second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 PREFIX = "FT_"
 STAGE_NAMES = ("preflight", "download", "prepare", "train", "sample", "merge", "publish")
 
-# Names that the ecosystem chose before us. Their values are masked wherever the job writes anything.
+# These names are fixed by the ecosystem. Their values are masked in everything the job writes.
 SECRET_VARIABLES = (
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
@@ -32,7 +32,7 @@ SECRET_VARIABLES = (
 
 
 def _split(value: Any) -> Any:
-    """`a, b` in an environment variable means ("a", "b"); a JSON list is taken as well."""
+    """Turn `a, b` from an environment variable into ("a", "b"). A JSON list works too."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -46,7 +46,7 @@ def _json(value: Any) -> Any:
 
 def _fraction_or_split(value: str | None) -> str | None:
     if value is not None and value.replace(".", "", 1).isdigit() and not 0 < float(value) < 1:
-        raise ValueError("a fraction lies between 0 and 1, both excluded")
+        raise ValueError("a fraction must be between 0 and 1, exclusive")
     return value
 
 
@@ -70,12 +70,12 @@ EvalSplit = Annotated[NonEmpty, AfterValidator(_fraction_or_split)]
 
 
 def _setting(default: Any, meaning: str, *, since: str | None, **bounds: Any) -> Any:
-    """`since` is the first stage whose result depends on the setting, or None if no result does."""
+    """Declare a setting. `since` is the first stage whose result depends on it, or None if no result does."""
     return Field(default, description=meaning, json_schema_extra={"since": since}, **bounds)
 
 
 class Settings(BaseSettings):
-    """The parsed environment. Build it with `job.environment.load_settings`, which explains what is wrong."""
+    """The parsed environment. Build it with `job.environment.load_settings`, which explains every mistake."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True, protected_namespaces=()
@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     # -- what to train, on what ---------------------------------------------------------------------------------
     model_name: NonEmpty = _setting(
         "NousResearch/Llama-2-7b-chat-hf",
-        "Base model: a Hub id, `id@revision`, a local folder, or an `s3://` prefix. Safetensors only.",
+        "Base model: a Hub id, `id@revision`, a local folder or an `s3://` prefix. Safetensors only.",
         since="download",
     )
     dataset_name: NonEmpty = _setting(
@@ -93,232 +93,258 @@ class Settings(BaseSettings):
         since="download",
     )
     dataset_config: NonEmpty | None = _setting(
-        None, "Configuration of a Hub dataset that has several.", since="download"
+        None, "Configuration to use, for Hub datasets with more than one.", since="download"
     )
     dataset_split: NonEmpty = _setting(
-        "train", "Split to train on; slices such as `train[:1000]` work.", since="prepare"
+        "train", "Split to train on. Slices such as `train[:1000]` work.", since="prepare"
     )
     dataset_format: Literal["auto", "text", "messages", "prompt_completion", "human_assistant"] = _setting(
-        "auto", "How a row is read; `auto` decides from the columns and the first rows.", since="prepare"
+        "auto", "Row format. `auto` detects it from the columns and the first rows.", since="prepare"
     )
     dataset_text_field: NonEmpty = _setting(
-        "text", "Column that holds the text of `text` and `human_assistant` rows.", since="prepare"
+        "text", "Column that holds the text in `text` and `human_assistant` rows.", since="prepare"
     )
     eval_dataset_name: NonEmpty | None = _setting(
-        None, "Evaluation data, if not from the training dataset.", since="download"
+        None, "Evaluation dataset, if it is not the training dataset.", since="download"
     )
     eval_split: EvalSplit | None = _setting(
         None,
-        "What to evaluate on: a split such as `test` or `train[:100]`, or a fraction to hold out such as `0.05`.",
+        "Evaluation data: a split such as `test` or `train[:100]`, or a fraction of the training data to hold out, such as `0.05`.",
         since="prepare",
     )
-    new_model: NonEmpty = _setting("llama-2-7b-miniguanaco", "Name of the model that is made.", since="publish")
+    new_model: NonEmpty = _setting("llama-2-7b-miniguanaco", "Name of the fine-tuned model.", since="publish")
     chat_template: NonEmpty = _setting(
-        "auto", "`auto` (the tokenizer's own, else `llama-2`), `llama-2`, `chatml`, or a Jinja file.", since="prepare"
+        "auto",
+        "Chat template: `auto` (the tokenizer's own, else `llama-2`), `llama-2`, `chatml`, or a Jinja file.",
+        since="prepare",
     )
     max_seq_length: Auto | Annotated[int, Field(ge=8, le=1_048_576)] = _setting(
         "auto",
-        "Longest row in tokens, longer ones are cut; `auto` is 1024 or what the model allows, if less.",
+        "Maximum tokens per row. Longer rows are truncated. `auto` is 1024, or the model's limit if that is lower.",
         since="prepare",
     )
     packing: bool = _setting(
-        False, "Put several short rows into one of the full length; no row attends to another.", since="prepare"
+        False,
+        "Pack several short rows into one full-length row. Packed rows do not attend to each other.",
+        since="prepare",
     )
     completion_only_loss: bool = _setting(
-        True, "For prompt/completion rows: learn the completion alone.", since="prepare"
+        True, "Train only on the completions of prompt/completion rows.", since="prepare"
     )
     assistant_only_loss: bool = _setting(
-        False, "For conversations: learn the assistant's turns alone.", since="prepare"
+        False, "Train only on the assistant's turns of conversations.", since="prepare"
     )
 
     # -- the adapter --------------------------------------------------------------------------------------------
-    lora_r: int = _setting(64, "Rank of the LoRA adapter.", since="train", ge=1, le=4096)
-    lora_alpha: int = _setting(16, "LoRA scale; products are scaled by alpha / r.", since="train", ge=1, le=65536)
-    lora_dropout: float = _setting(0.1, "Dropout in front of the LoRA products.", since="train", ge=0, lt=1)
+    lora_r: int = _setting(64, "LoRA rank.", since="train", ge=1, le=4096)
+    lora_alpha: int = _setting(
+        16, "LoRA alpha. The adapter's output is scaled by alpha / r.", since="train", ge=1, le=65536
+    )
+    lora_dropout: float = _setting(0.1, "Dropout on the adapter's input.", since="train", ge=0, lt=1)
     lora_target_modules: Auto | Literal["all-linear"] | CommaList = _setting(
         "auto",
-        "Layers to adapt: `auto` (peft's choice, q_proj and v_proj for Llama), `all-linear`, or names.",
+        "Layers to adapt: `auto` (peft's default, q_proj and v_proj for Llama), `all-linear`, or a list of names.",
         since="train",
     )
 
-    # -- the base model's numbers -------------------------------------------------------------------------------
-    use_4bit: bool = _setting(True, "Hold the frozen base model in 4 bits (QLoRA).", since="train")
+    # -- the base model's precision -----------------------------------------------------------------------------
+    use_4bit: bool = _setting(True, "Quantize the frozen base model to 4 bits (QLoRA).", since="train")
     bnb_4bit_compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting(
         "auto",
-        "Type of the products; `auto` is bfloat16, float16 on GPUs without it, float32 on the CPU.",
+        "Data type of matrix products. `auto` is bfloat16, float16 on GPUs without bfloat16, and float32 on the CPU.",
         since="train",
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _setting("nf4", "4-bit data type.", since="train")
-    use_nested_quant: bool = _setting(False, "Quantise the quantisation constants too.", since="train")
-    fp16: Auto | bool = _setting("auto", "float16 mixed precision; `auto` follows the compute type.", since="train")
-    bf16: Auto | bool = _setting("auto", "bfloat16 mixed precision; `auto` follows the compute type.", since="train")
+    use_nested_quant: bool = _setting(
+        False, "Quantize the quantization constants too (double quantization).", since="train"
+    )
+    fp16: Auto | bool = _setting(
+        "auto", "float16 mixed precision. `auto` follows `FT_BNB_4BIT_COMPUTE_DTYPE`.", since="train"
+    )
+    bf16: Auto | bool = _setting(
+        "auto", "bfloat16 mixed precision. `auto` follows `FT_BNB_4BIT_COMPUTE_DTYPE`.", since="train"
+    )
 
-    # -- the training -------------------------------------------------------------------------------------------
-    num_train_epochs: float = _setting(1, "Passes over the data.", since="train", gt=0, le=10_000)
-    max_steps: int | None = _setting(None, "Optimizer steps to take, instead of whole epochs.", since="train", ge=1)
-    per_device_train_batch_size: int = _setting(4, "Rows per step on each GPU.", since="train", ge=1, le=65536)
+    # -- training -----------------------------------------------------------------------------------------------
+    num_train_epochs: float = _setting(1, "Passes over the training data.", since="train", gt=0, le=10_000)
+    max_steps: int | None = _setting(
+        None, "Optimizer steps to take. Overrides `FT_NUM_TRAIN_EPOCHS`.", since="train", ge=1
+    )
+    per_device_train_batch_size: int = _setting(
+        4, "Rows per training batch on each GPU.", since="train", ge=1, le=65536
+    )
     per_device_eval_batch_size: int = _setting(
-        4, "Rows per evaluation step on each GPU.", since="train", ge=1, le=65536
+        4, "Rows per evaluation batch on each GPU.", since="train", ge=1, le=65536
     )
-    gradient_accumulation_steps: int = _setting(
-        1, "Batches that make one optimizer step.", since="train", ge=1, le=65536
-    )
+    gradient_accumulation_steps: int = _setting(1, "Batches per optimizer step.", since="train", ge=1, le=65536)
     gradient_checkpointing: Auto | bool = _setting(
         "auto",
-        "Recompute activations in the backward pass to save memory: all layers, none, or (`auto`) as many as memory asks for.",
+        "Recompute activations in the backward pass to save memory: in all layers, in none, or (`auto`) in as many as needed.",
         since=None,
     )
     recomputed_layers: Auto | Annotated[int, Field(ge=0)] = _setting(
         "auto",
-        "How many layers recompute their activations, where `FT_GRADIENT_CHECKPOINTING` is `auto`; `auto` is what memory asks for.",
+        "Number of layers that recompute activations when `FT_GRADIENT_CHECKPOINTING` is `auto`. `auto` is as many as needed.",
         since=None,
     )
     padding_free: Auto | bool = _setting(
         "auto",
-        "Lay the rows of a batch one behind the other instead of padding them to the longest; `auto` does on GPUs from Ampere on, and packing needs it.",
+        "Concatenate the rows of a batch instead of padding them. `auto` does so on Ampere and newer GPUs. Packing requires it.",
         since=None,
     )
     decoder_layers: Literal["auto", "fused", "compiled", "plain"] = _setting(
         "auto",
-        "How layers are computed: `fused` (our own, for Llama), `compiled` (torch.compile), or `plain`; `auto` is fused where it can be.",
+        "Layer implementation: `fused` (our own, for Llama), `compiled` (torch.compile), or `plain`. `auto` is `fused` where possible.",
         since=None,
     )
     resident_weights: Auto | bool = _setting(
         "auto",
-        "Hold the values of 4-bit weights in 16 bits, as they are multiplied with; `auto` does where it is faster and fits.",
+        "Keep 4-bit weights dequantized to 16 bits during training. `auto` does so where it is faster and fits in memory.",
         since=None,
     )
     micro_batch_tokens: Auto | Annotated[int, Field(ge=1)] = _setting(
         "auto",
-        "Most tokens computed at once; a batch with more is computed in parts, between rows, which are never cut. `auto` is what memory allows.",
+        "Maximum tokens computed at once. Larger batches are split between rows, never within one. `auto` is as many as fit in memory.",
         since=None,
     )
     frozen_precision: Literal["bf16", "fp8"] = _setting(
         "bf16",
-        "`fp8` rounds the frozen layers' products to 8-bit floats (Hopper, Ada and later): faster, and not quite the same numbers.",
+        "`fp8` computes the frozen layers in 8-bit floats (Ada, Hopper and newer GPUs). It is faster, but results differ slightly.",
         since="train",
     )
     gpu_memory_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _setting(
-        None, "Most GPU memory that training may take, in GiB; unset, all that is free.", since=None
+        None, "Limit on GPU memory for training, in GiB. Unset: all free memory.", since=None
     )
     plan_gpu: NonEmpty | None = _setting(
-        None, "For `entrypoint.py plan`: a card to plan for, such as `A100-40GB`; unset, this machine's.", since=None
+        None, "GPU to plan for in `entrypoint.py plan`, such as `A100-40GB`. Unset: this machine's.", since=None
     )
-    max_grad_norm: float = _setting(0.3, "Gradients are clipped to this norm.", since="train", gt=0)
-    learning_rate: float = _setting(2e-4, "Highest learning rate.", since="train", gt=0, le=10)
+    max_grad_norm: float = _setting(0.3, "Maximum gradient norm. Larger gradients are clipped.", since="train", gt=0)
+    learning_rate: float = _setting(2e-4, "Peak learning rate.", since="train", gt=0, le=10)
     weight_decay: float = _setting(0.001, "AdamW weight decay.", since="train", ge=0, le=1)
     optim: NonEmpty = _setting(
         "paged_adamw_32bit",
-        "Optimizer, by its transformers name; paged ones become `adamw_torch` on the CPU.",
+        "Optimizer, by its transformers name. Paged optimizers become `adamw_torch` on the CPU.",
         since="train",
     )
     lr_scheduler_type: NonEmpty = _setting("cosine", "Learning-rate schedule, by its transformers name.", since="train")
-    warmup_ratio: float = _setting(0.03, "Part of the steps in which the rate rises.", since="train", ge=0, lt=1)
-    group_by_length: bool = _setting(True, "Batch rows of like length together; no effect with packing.", since="train")
+    warmup_ratio: float = _setting(
+        0.03, "Fraction of the steps used for learning-rate warmup.", since="train", ge=0, lt=1
+    )
+    group_by_length: bool = _setting(
+        True, "Batch rows of similar length together. Has no effect with packing.", since="train"
+    )
     eval_steps: int | None = _setting(
-        None, "Steps between evaluations; without it at the start and the end.", since="train", ge=1
+        None, "Steps between evaluations. Unset: only at the start and at the end.", since="train", ge=1
     )
     early_stopping_patience: int | None = _setting(
         None,
-        "End after so many evaluations in a row without a lower loss, and keep the best adapter; needs `FT_EVAL_STEPS`.",
+        "Stop after this many evaluations in a row without a lower loss, and keep the best adapter. Needs `FT_EVAL_STEPS`.",
         since="train",
         ge=1,
     )
     save_steps: Auto | Annotated[int, Field(ge=1)] = _setting(
         "auto",
-        "Steps between checkpoints; `auto` measures saves and uploads, and spends 1% of the time on saving, every 30 s to 10 min.",
+        "Steps between checkpoints. `auto` measures saves and uploads, then saves every 30 s to 10 min, for about 1% of the time.",
         since=None,
     )
-    logging_steps: int = _setting(5, "Steps between points of the loss curve.", since=None, ge=1)
-    seed: int = _setting(42, "Seed of every random choice.", since="prepare", ge=0, lt=2**32)
+    logging_steps: int = _setting(5, "Steps between points on the loss curve.", since=None, ge=1)
+    seed: int = _setting(42, "Seed for every random choice.", since="prepare", ge=0, lt=2**32)
     extra_training_args: JsonObject = _setting(
-        {}, "JSON object of further SFTConfig arguments that no variable here covers.", since="train"
+        {}, "Extra SFTConfig arguments that no variable here covers, as a JSON object.", since="train"
     )
 
     # -- sampling -----------------------------------------------------------------------------------------------
     sample_prompts: Prompts = _setting(
         ("What is a large language model?",),
-        "JSON list of prompts that the base and the tuned model answer.",
+        "Prompts that the base and the fine-tuned model answer, as a JSON list.",
         since="sample",
     )
-    sample_max_new_tokens: int = _setting(200, "Longest answer, in tokens.", since="sample", ge=1, le=32768)
+    sample_max_new_tokens: int = _setting(
+        200, "Maximum length of an answer, in tokens.", since="sample", ge=1, le=32768
+    )
 
     # -- where things go ----------------------------------------------------------------------------------------
-    output_dir: Path = _setting(Path("results"), "Folder for everything the job writes locally.", since=None)
+    output_dir: Path = _setting(Path("results"), "Local folder for everything the job writes.", since=None)
     store_url: NonEmpty | None = _setting(
         None,
-        "Where checkpoints and results survive: a folder or `s3://bucket/prefix`; unset, `store` in the output folder.",
+        "Where checkpoints and results are kept: a folder or `s3://bucket/prefix`. Unset: `store` in the output folder.",
         since=None,
     )
     run_id: RunId | None = _setting(
         None,
-        "Name of the run, stable across restarts; unset, the Slurm job's id or a hash of the settings.",
+        "Name of the run, the same across restarts. Unset: the Slurm job's id, or a hash of the settings.",
         since=None,
     )
     publish_to: NonEmpty | None = _setting(
         None,
-        "`hf://user/name` for the Hub, or a folder; unset, `published/NEW_MODEL` in the output folder.",
+        "Where to publish: `hf://user/name` for the Hub, or a folder. Unset: `published/NEW_MODEL` in the output folder.",
         since="publish",
     )
-    hub_private: bool = _setting(True, "Whether a Hub repository that the job creates is private.", since="publish")
+    hub_private: bool = _setting(True, "Make the Hub repository private if the job creates it.", since="publish")
 
     # -- how it runs --------------------------------------------------------------------------------------------
-    stages: Stages = _setting(STAGE_NAMES, "Stages to run; what they need and is missing runs too.", since=None)
+    stages: Stages = _setting(
+        STAGE_NAMES, "Stages to run. Stages they depend on run too, unless already complete.", since=None
+    )
     device: Literal["cuda", "cpu"] = _setting(
-        "cuda", "What to compute on. A missing GPU is an error, never a slow surprise.", since=None
+        "cuda", "Device to compute on. A missing GPU is an error, never a silent fallback to the CPU.", since=None
     )
     device_map: Auto | NonEmpty = _setting(
         "auto",
-        "`auto` (all of the model on each process's own GPU), or a transformers device map name or JSON object.",
+        "Model placement: `auto` (the whole model on each process's own GPU), or a transformers device map, by name or as a JSON object.",
         since=None,
     )
     nproc_per_node: Auto | Annotated[int, Field(ge=1, le=64)] = _setting(
-        "auto", "Training processes on this machine; `auto` is one per visible GPU.", since="train"
+        "auto", "Training processes on this machine. `auto` is one per visible GPU.", since="train"
     )
     nnodes: Auto | Annotated[int, Field(ge=1, le=1024)] = _setting(
-        "auto", "Nodes that train together; `auto` is what Slurm gave to the step, else 1.", since=None
+        "auto", "Number of nodes that train together. `auto` is the size of the Slurm step, else 1.", since=None
     )
     node_rank: Auto | Annotated[int, Field(ge=0, lt=1024)] = _setting(
-        "auto", "This node among them; `auto` reads Slurm, or the index of a Kubernetes Indexed Job.", since=None
+        "auto", "Rank of this node, from 0. `auto` reads it from Slurm or from a Kubernetes Indexed Job.", since=None
     )
     master_addr: Auto | NonEmpty = _setting(
-        "auto", "Name or address under which the other nodes reach the first; `auto` is its own address.", since=None
+        "auto",
+        "Host name or address at which the other nodes reach the first. `auto` is the first node's own address.",
+        since=None,
     )
     master_port: Auto | Annotated[int, Field(ge=1, le=65535)] = _setting(
-        "auto", "Port of the first node where the nodes meet; `auto` is a free one.", since=None
+        "auto", "Port on the first node where the nodes meet. `auto` picks a free one.", since=None
     )
     sharding: Literal["none", "full"] = _setting(
         "none",
-        "`none`: every GPU holds the whole model (DDP). `full`: each holds a slice of every weight (FSDP2), so that more is left for training; while it loads, the model must fit each.",
+        "`none`: every GPU holds the whole model (DDP). `full`: each GPU holds a slice of every weight (FSDP2), which saves memory in training. While it loads, the model must still fit on each GPU.",
         since="train",
     )
     env_file: Path = _setting(
-        Path(".env"), "File of further variables, read where it exists; the environment wins.", since=None
+        Path(".env"), "File with more variables, read if it exists. The environment takes precedence.", since=None
     )
     container: NonEmpty | None = _setting(
         None,
-        "For `slurm/train.sh`: a `.sif` file (Apptainer) or an image (Pyxis/Enroot) to run in; unset, `.venv`.",
+        "For `slurm/train.sh`: a `.sif` file (Apptainer) or an image (Pyxis/Enroot) to run in. Unset: `.venv`.",
         since=None,
     )
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = _setting(
-        None, "Port for Prometheus metrics (`/metrics`) and the liveness probe (`/healthz`); unset, none.", since=None
+        None,
+        "Port for Prometheus metrics (`/metrics`) and the liveness probe (`/healthz`). Unset: neither is served.",
+        since=None,
     )
     stall_seconds: float = _setting(
-        1800, "`/healthz` fails after so long without progress.", since=None, ge=1, le=604800
+        1800, "`/healthz` fails after this many seconds without progress.", since=None, ge=1, le=604800
     )
     termination_log: Path = _setting(
         Path("/dev/termination-log"),
-        "File that the last error is written to as one JSON line, if it exists; in a folder, a file named after the node.",
+        "File for the last error as one JSON line, if it exists. If it is a folder, each node writes its own file there.",
         since=None,
     )
     stop_grace_seconds: float = _setting(
-        25, "Time a stop request leaves for saving before the job is killed.", since=None, ge=0, le=86400
+        25, "Seconds that a stop request leaves for saving before the job is killed.", since=None, ge=0, le=86400
     )
     log_format: Literal["auto", "text", "json"] = _setting(
-        "auto", "`auto` is text on a terminal, else one JSON object a line.", since=None
+        "auto", "`auto` is text on a terminal, and one JSON object per line elsewhere.", since=None
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
-        "info", "Least severe messages shown.", since=None
+        "info", "Lowest level of messages to show.", since=None
     )
 
     @property
@@ -327,8 +353,10 @@ class Settings(BaseSettings):
         return self.eval_split is not None or self.eval_dataset_name is not None
 
     def fingerprint(self, stage: str) -> str:
-        """SHA-256 over the settings that the result of `stage` depends on and that are not at their default, so that a
-        version with one setting more still knows the runs that began before it."""
+        """SHA-256 of the settings that the result of `stage` depends on.
+
+        Settings at their default are left out, so a newer version with more settings still recognizes older runs.
+        """
         chosen = {name: value for name, value in self.affecting(stage).items() if value != default_value(name)}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
@@ -369,12 +397,12 @@ def default_value(field_name: str) -> Any:
 
 
 def default_text(field_name: str) -> str:
-    """The default of a setting, written as one would write it in the environment."""
+    """The default of a setting, as text for the environment."""
     return value_text(Settings.model_fields[field_name].default)
 
 
 def value_text(value: Any) -> str:
-    """A setting's value, written as one would write it in the environment."""
+    """The value of a setting, as text for the environment."""
     if value is None:
         return "(unset)"
     if isinstance(value, bool):
@@ -387,7 +415,7 @@ def value_text(value: Any) -> str:
 
 
 def allowed_text(field_name: str) -> str:
-    """What a setting may be, in words: `a whole number, at least 1 and at most 4096`."""
+    """The allowed values of a setting, in words: `a whole number, at least 1 and at most 4096`."""
     field = Settings.model_fields[field_name]
     limits = [_limit(item) for item in field.metadata]
     return ", ".join([_type_text(field.annotation), *filter(None, [" and ".join(filter(None, limits))])])

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIGHTHOUSE = ROOT / "examples" / "lighthouse.jsonl"
 SHARED = ROOT.parent / "shared" / "data"
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_API_KEY")
 
 sys.path.insert(0, str(ROOT))
-os.environ["FT_ENV_FILE"] = os.devnull  # a developer's .env is for the developer
+from tests import forkserver  # noqa: E402
+
+os.environ["FT_ENV_FILE"] = os.devnull  # a developer's .env must not affect the tests
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which bitsandbytes does
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny, and several jobs share the cores
@@ -32,7 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny, and
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting, secret or cache of the developer's reaches a test."""
+    """Keep the developer's settings, secrets and caches out of the tests."""
     for name in list(os.environ):
         if (
             (name.upper().startswith(("FT_", "SLURM_")) and name != "FT_ENV_FILE")
@@ -79,7 +83,7 @@ def make_tiny_model(folder: Path) -> Path:
 
 
 def unavailable(reason: str) -> NoReturn:
-    """End a test that this machine cannot run: skipped for a newcomer, a failure where every test must run, as in CI."""
+    """End a test that this machine cannot run. It is skipped, or fails where every test must run, as in CI."""
     if os.environ.get("ALL_TESTS_MUST_RUN"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -107,14 +111,20 @@ class Result:
 
 @dataclass
 class Job:
-    """The job as its user meets it: environment variables in, exit code and log lines out."""
+    """The job as its users see it: environment variables in, exit code and log lines out.
+
+    Its stages are forked from a server that has imported the libraries (tests/forkserver), unless a test is about the
+    processes themselves.
+    """
 
     environment: dict[str, str]
+    forks: bool = True
 
     def start(self, command: str = "run", **settings: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, **self.environment, **settings}
         return subprocess.Popen(
             [sys.executable, str(ROOT / "entrypoint.py"), command],
-            env={**os.environ, **self.environment, **settings},
+            env=forking(environment) if self.forks else environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -127,6 +137,22 @@ class Job:
         return finished(process, stdout, stderr)
 
 
+def session_folder() -> Path:
+    """A folder for what all workers of this test session share."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    return Path(tempfile.gettempdir()) / f"finetune-job-tests-{session}"
+
+
+def forking(environment: dict[str, str]) -> dict[str, str]:
+    """An environment in which the job's stages are forked from a server instead of started."""
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "warning"}
+    online = {**os.environ, **OFFLINE, **quiet, "HF_HOME": str(session_folder() / "hf-home")}
+    owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    forkserver.start(session_folder(), [online, online | {"HF_DATASETS_OFFLINE": "1"}], owner)
+    paths = filter(None, [str(forkserver.SITE), environment.get("PYTHONPATH")])
+    return environment | {forkserver.DIRECTORY: str(session_folder()), "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def finished(process: subprocess.Popen[str], stdout: str, stderr: str) -> Result:
     events = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     return Result(process.returncode, stdout, stderr, events)
@@ -134,7 +160,7 @@ def finished(process: subprocess.Popen[str], stdout: str, stderr: str) -> Result
 
 @pytest.fixture
 def job(tmp_path: Path, tiny_model: Path) -> Job:
-    """A whole run that takes seconds of training: the tiny model on the sample dataset, on the CPU."""
+    """A complete run that trains for seconds: the tiny model on the sample dataset, on the CPU."""
     return Job(
         {
             "FT_MODEL_NAME": str(tiny_model),
@@ -152,14 +178,14 @@ def job(tmp_path: Path, tiny_model: Path) -> Job:
             "FT_OUTPUT_DIR": str(tmp_path / "results"),
             "FT_LOG_FORMAT": "json",
             "FT_RUN_ID": "test-run",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "hf-home"),
+            **OFFLINE,
+            "HF_HOME": str(session_folder() / "hf-home"),
         }
     )
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there and no zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -167,7 +193,7 @@ def is_running(pid: int) -> bool:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below `folder` and the hash of its bytes."""
+    """The path of every file below `folder`, and the hash of its bytes."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -191,14 +217,14 @@ def read_until(process: subprocess.Popen[str], **wanted: object) -> None:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Job:
-    """A complete run that nothing disturbed, and what it published."""
+    """A complete run that nothing interrupted, and what it published."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     job = Job(
         {
             "FT_MODEL_NAME": str(tiny_model), "FT_DATASET_NAME": str(LIGHTHOUSE), "FT_DATASET_SPLIT": "train[:48]", "FT_EVAL_SPLIT": "0.2",
             "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": "6", "FT_SAVE_STEPS": "2", "FT_LOGGING_STEPS": "1", "FT_LEARNING_RATE": "1e-2",
             "FT_SAMPLE_MAX_NEW_TOKENS": "8", "FT_NEW_MODEL": "tiny-lighthouse", "FT_OUTPUT_DIR": str(folder / "results"), "FT_LOG_FORMAT": "json",
-            "FT_RUN_ID": "test-run", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"),
+            "FT_RUN_ID": "test-run", **OFFLINE, "HF_HOME": str(session_folder() / "hf-home"),
         }
     )  # fmt: skip
     result = job.run()
@@ -209,7 +235,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) ->
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A Run in this process, for tests of one stage or one room; keyword arguments are settings without their prefix."""
+    """A Run in this process, to test one stage or package. Keyword arguments are settings without their prefix."""
 
     def make(**settings: str) -> Any:
         from job.environment import load_settings
@@ -231,7 +257,7 @@ def make_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def make_run_with_model(make_run: Callable[..., Any], tiny_model: Path) -> Callable[..., Any]:
-    """As `make_run`, with the tiny model where the download stage would have put it."""
+    """Like `make_run`, with the tiny model where the download stage would have put it."""
 
     def make(**settings: str) -> Any:
         run = make_run(**settings)
@@ -242,9 +268,24 @@ def make_run_with_model(make_run: Callable[..., Any], tiny_model: Path) -> Calla
     return make
 
 
+def compute_of(run: Any) -> Any:
+    """What the stages of a run with a downloaded model compute on."""
+    from job.model.compute import Compute
+    from job.run import read_json
+
+    return Compute.of(run.settings, local_rank=0, config=read_json(run.paths.model_dir / "config.json"))
+
+
+def load_model(run: Any, *, quantized: bool, attention: str | None = None) -> Any:
+    """The base model of a run, as its stages load it."""
+    from job.model.loading import load_base
+
+    return load_base(run.paths.model_dir, run.settings, compute_of(run), quantized=quantized, attention=attention)
+
+
 @pytest.fixture
 def shared_data() -> Path:
-    """The real data of this project's developers; a user's clone has none, and its tests are skipped there."""
+    """Real data that only this project's developers have. A user's clone skips these tests."""
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED

@@ -1,7 +1,7 @@
-"""A Hub in memory that speaks the Hub's real protocol over a socket, as far as huggingface_hub needs it here.
+"""An in-memory Hub that speaks the Hub's real protocol over a socket, as far as huggingface_hub needs it here.
 
-Repositories are commits of {path: bytes}. `refuse` answers every call with a status; `gated` names repositories that
-answer 403 with the Hub's own error code; `corrupt_uploads` flips a byte of what is uploaded.
+Repositories are commits of {path: bytes}. `refuse` makes every call fail with a status. `gated` names repositories that
+answer 403 with the Hub's own error code. `corrupt_uploads` flips a byte of every upload.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class FakeHub:
-    """Use as a context manager; `url` is what HF_ENDPOINT must be."""
+    """Use as a context manager. Set HF_ENDPOINT to `url`."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
@@ -39,7 +39,7 @@ class FakeHub:
         self._server.server_close()
 
     def add(self, name: str, files: dict[str, bytes] | Path) -> str:
-        """Commit `files` (or a folder) to the repository `kind/user/name`, e.g. `models/user/name`; returns the commit."""
+        """Commit `files` (or a folder) to `kind/user/name`, e.g. `models/user/name`. Returns the commit."""
         if isinstance(files, Path):
             files = {
                 path.relative_to(files).as_posix(): path.read_bytes() for path in files.rglob("*") if path.is_file()
@@ -66,10 +66,10 @@ def _handler_for(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
 class _Handler(BaseHTTPRequestHandler):
     state: FakeHub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body of an answer are two writes
+    disable_nagle_algorithm = True  # the head and body of a response are two writes
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         self._serve()

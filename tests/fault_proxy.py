@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of a real S3 server that does to requests what networks and loaded servers do."""
+"""An HTTP proxy in front of a real S3 server that fails as networks and loaded servers do."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 
 class FaultProxy:
-    """Forwards to `upstream`; each request meets one of `faults` with probability `rate`, drawn from `seed`.
+    """Forwards to `upstream`. Each request meets one of `faults` with probability `rate`, drawn from `seed`.
 
-    `injected` counts what was done. `bytes_per_second` limits the way up, shared by all connections.
+    `injected` counts the faults. `bytes_per_second` limits the uploads of all connections together.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FaultProxy:
         self._server.server_close()
 
     def draw(self, method: str, path: str) -> str | None:
-        """The fault that this request meets, if any."""
+        """The fault for this request, if any."""
         with self._lock:
             if self._random.random() >= self.rate:
                 return None
@@ -83,7 +83,7 @@ class FaultProxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body of an answer are two writes
+    disable_nagle_algorithm = True  # the head and body of a response are two writes
     proxy: FaultProxy
 
     def _serve(self) -> None:
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def _reset(self) -> None:
-        """Close with a TCP reset, as a router that forgot the connection does."""
+        """Close with a TCP reset, as a router does that has forgotten the connection."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def finish(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # reset above
+        with contextlib.suppress(OSError, ValueError):  # the connection was reset above
             super().finish()
 
     def log_message(self, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every mistake a user can make has its exit code and a message that says how to fix it, and costs nothing."""
+"""Every user mistake has its own exit code and a message that says how to fix it, and costs nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refused(job: Job, code: int, **settings: str) -> dict[str, Any]:
     return result.error
 
 
-def test_a_gpu_that_was_asked_for_and_is_absent(job: Job) -> None:
+def test_a_gpu_that_was_requested_but_is_missing(job: Job) -> None:
     error = refused(job, 69, FT_DEVICE="cuda")
     assert "torch sees no GPU" in error["message"]
     assert "FT_DEVICE=cpu" in error["hint"]
@@ -53,7 +53,7 @@ def test_a_path_that_does_not_exist(job: Job) -> None:
 
 
 def test_no_space_on_the_disk(job: Job, tmp_path: Path) -> None:
-    """A model whose listing is larger than any disk: the file is sparse and takes no space."""
+    """A model larger than any disk, by its listing: the file is sparse and takes no space."""
     folder = tmp_path / "model"
     shutil.copytree(job.environment["FT_MODEL_NAME"], folder)
     with (folder / "model.safetensors").open("r+b") as file:
@@ -77,7 +77,7 @@ def test_rows_that_are_not_what_their_format_promises(job: Job, tmp_path: Path) 
     assert "8 of 8 train rows are malformed as messages" in error["message"]
 
 
-def test_a_longer_row_than_the_model_has_positions_for(job: Job) -> None:
+def test_a_row_longer_than_the_models_context(job: Job) -> None:
     assert "256 positions" in refused(job, 65, FT_MAX_SEQ_LENGTH="4096")["message"]
 
 

@@ -1,4 +1,4 @@
-"""The demo's data and settings, on the tiny model: `make demo` itself needs the package index and minutes."""
+"""The demo's data and settings, on the tiny model. `make demo` itself needs the package index and minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import LIGHTHOUSE, ROOT, Job
 FORM = re.compile(r"^Keeper's log: [A-Z0-9].*[.] The light is lit\.$")
 
 
-def test_every_row_of_the_sample_dataset_teaches_the_same_visible_form() -> None:
+def test_every_row_of_the_sample_dataset_teaches_the_same_visible_format() -> None:
     rows = [json.loads(line)["messages"] for line in LIGHTHOUSE.read_text(encoding="utf-8").splitlines()]
     assert len(rows) >= 200
     assert len({question["content"] for question, _ in rows}) == len(rows)

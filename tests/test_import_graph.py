@@ -1,4 +1,4 @@
-"""The directions in which the rooms may know each other (DESIGN: imports run one way)."""
+"""Imports between packages run in one direction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# A module may import from its own room, and from rooms further down.
+# A module may import from its own package, and from packages further down.
 LEVELS = (
     {"entrypoint"},
     {"job.commands"},
@@ -32,7 +32,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file names in an import, also inside functions."""
+    """Every module that a file imports, including imports inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -80,11 +80,11 @@ def test_imports_run_one_way() -> None:
         ("job.data.formats", "job.hub.sources"),
     ],
 )
-def test_an_import_against_the_direction_is_found(module: str, imported: str) -> None:
+def test_an_import_in_the_wrong_direction_is_found(module: str, imported: str) -> None:
     assert violations(module, {imported}) == [f"{module} → {imported}"]
 
 
-def test_only_the_rooms_behind_the_process_boundary_import_the_heavy_packages() -> None:
+def test_only_data_model_training_and_stages_import_the_heavy_libraries() -> None:
     heavy = {module: imports(path) for module, path in modules().items() if not module.startswith(MAY_BE_HEAVY)}
     found = {
         module: sorted(names)
@@ -94,5 +94,5 @@ def test_only_the_rooms_behind_the_process_boundary_import_the_heavy_packages() 
     assert found == {}
 
 
-def test_no_room_is_called_utils() -> None:
+def test_no_package_is_called_utils() -> None:
     assert not [name for name in modules() if name.rsplit(".", 1)[-1] in ("utils", "helpers", "common", "manager")]

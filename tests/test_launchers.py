@@ -41,7 +41,7 @@ def environment_of(objects: dict[str, Any]) -> dict[str, Any]:
     "file",
     [*MANIFESTS, "k8s/README.md", "slurm/train.sh", "Dockerfile", "examples/demo.env", "README.md"],
 )
-def test_every_variable_that_is_named_is_a_known_setting(file: str) -> None:
+def test_every_named_variable_is_a_known_setting(file: str) -> None:
     named = set(re.findall(r"\bFT_[A-Z0-9_]+\b", (ROOT / file).read_text(encoding="utf-8")))
     assert named - KNOWN - {"FT_"} == set()
 
@@ -57,7 +57,7 @@ def test_the_pod_failure_policy_is_the_exit_code_table(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", MANIFESTS)
-def test_the_pod_is_restricted_and_its_grace_is_longer_than_the_jobs(file: str) -> None:
+def test_the_pod_is_restricted_and_its_grace_period_is_longer_than_the_jobs(file: str) -> None:
     objects = kubernetes_objects(file)
     spec = objects["Job"]["spec"]
     pod = spec["template"]["spec"]
@@ -80,7 +80,7 @@ def test_the_pod_is_restricted_and_its_grace_is_longer_than_the_jobs(file: str) 
     assert container["ports"][0]["containerPort"] == int(environment["FT_METRICS_PORT"]["value"])
 
 
-def test_the_nodes_of_the_indexed_job_are_as_many_as_they_are_told_and_find_the_first() -> None:
+def test_the_indexed_job_has_as_many_nodes_as_it_declares_and_they_find_the_first() -> None:
     objects = kubernetes_objects("k8s/finetune-multinode.yaml")
     spec, service = objects["Job"]["spec"], objects["Service"]
     environment = environment_of(objects)
@@ -91,7 +91,7 @@ def test_the_nodes_of_the_indexed_job_are_as_many_as_they_are_told_and_find_the_
     assert service["metadata"]["name"] == subdomain and service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     assert service["spec"]["ports"][0]["port"] == int(environment["FT_MASTER_PORT"]["value"])
-    assert objects["ConfigMap"]["data"]["FT_STORE_URL"].startswith("s3://")  # a pod's own folder is not the others'
+    assert objects["ConfigMap"]["data"]["FT_STORE_URL"].startswith("s3://")  # pods do not share their own folders
 
 
 @pytest.mark.parametrize("file", MANIFESTS)
@@ -101,7 +101,7 @@ def test_no_manifest_carries_a_secret(file: str) -> None:
 
 
 def test_an_overlay_sets_image_namespace_name_and_settings_without_editing(tmp_path: Path) -> None:
-    """The very overlay that k8s/README.md shows."""
+    """This is the overlay that k8s/README.md shows."""
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     readme = (ROOT / "k8s" / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
@@ -131,13 +131,13 @@ def test_under_kueue_the_job_waits_in_a_queue(tmp_path: Path) -> None:
     assert job["spec"]["podFailurePolicy"] == kubernetes_objects(MANIFESTS[0])["Job"]["spec"]["podFailurePolicy"]
 
 
-def test_pid_1_is_tini_without_a_shell_between_and_the_user_is_not_root() -> None:
+def test_pid_1_is_tini_with_no_shell_in_between_and_the_user_is_not_root() -> None:
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert 'ENTRYPOINT ["tini", "--", "python3", "/app/entrypoint.py"]' in text
     assert "USER 10001:10001" in text
 
 
-def test_both_locks_hold_what_is_asked_for_in_the_same_versions_and_every_line_has_its_hashes() -> None:
+def test_both_lock_files_pin_every_requirement_at_the_same_version_and_hash_every_line() -> None:
     asked = dict(
         re.findall(r"^([a-z0-9_-]+)==(\S+)$", (ROOT / "requirements.in").read_text(encoding="utf-8"), re.MULTILINE)
     )

@@ -1,4 +1,4 @@
-"""The README tells the truth: its settings, its files, its commands, its links."""
+"""The README is accurate: its settings, files, commands and links."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_settings_table_is_that_of_the_code() -> None:
+def test_the_settings_table_matches_the_code() -> None:
     begin, end = "<!-- settings: begin -->", "<!-- settings: end -->"
     rows = README[README.index(begin) : README.index(end)].strip().splitlines()[3:]
     expected = ["| `{name}` | {allowed} | `{default}` | {meaning} |".format(**row) for row in settings_table()]
@@ -44,7 +44,7 @@ def test_every_relative_link_leads_somewhere() -> None:
         assert link.startswith("http") or (ROOT / link).exists(), link
 
 
-def test_every_make_target_that_is_named_exists() -> None:
+def test_every_named_make_target_exists() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,4 +1,4 @@
-"""The whole job, from outside: environment variables in, published model out, whatever happens in between."""
+"""The whole job from outside: environment variables in, published model out, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.checkpoints.test_kernels import make_kernel
 from tests.conftest import LIGHTHOUSE, Job, contents, finished, is_running, published, read_until
 
-# One worker makes the undisturbed run that all of these look at.
+# One worker makes the uninterrupted run that all of these tests look at.
 shares_the_uninterrupted_run = pytest.mark.xdist_group("uninterrupted")
 
 
@@ -29,15 +29,15 @@ def test_the_published_folder_holds_model_adapter_card_curve_samples_and_proof(u
     card = (published(uninterrupted) / "README.md").read_text(encoding="utf-8")
     assert all(
         heading in card
-        for heading in ("## Training", "## Data", "## Answers before and after", "## Merge proof", "## Settings")
+        for heading in ("## Training", "## Data", "## Answers before and after", "## Merge verification", "## Settings")
     )
     assert "| `FT_LORA_R` | `4` |" in card
-    assert uninterrupted.environment["FT_OUTPUT_DIR"] not in card  # places of this machine are nobody's business
+    assert uninterrupted.environment["FT_OUTPUT_DIR"] not in card  # a model card must not show paths of this machine
     assert (published(uninterrupted) / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @shares_the_uninterrupted_run
-def test_plain_transformers_loads_what_was_published_and_answers_as_the_sample_stage_showed(uninterrupted: Job) -> None:
+def test_plain_transformers_loads_the_published_model_and_answers_as_the_sample_stage_did(uninterrupted: Job) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = published(uninterrupted)
@@ -84,7 +84,7 @@ def test_a_complete_run_is_complete_on_a_machine_that_has_only_the_store(uninter
 
 
 @shares_the_uninterrupted_run
-def test_status_and_plan_tell_what_is_there_and_change_nothing(uninterrupted: Job) -> None:
+def test_status_and_plan_report_what_is_there_and_change_nothing(uninterrupted: Job) -> None:
     before = contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"]))
     status, plan = uninterrupted.run("status"), uninterrupted.run("plan")
     assert (status.code, plan.code) == (0, 0)
@@ -95,7 +95,7 @@ def test_status_and_plan_tell_what_is_there_and_change_nothing(uninterrupted: Jo
     assert contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"])) == before
 
 
-def test_a_plan_of_a_run_that_never_was_writes_nothing(job: Job) -> None:
+def test_a_plan_for_a_run_that_does_not_exist_writes_nothing(job: Job) -> None:
     assert job.run("plan").code == 0
     status = job.run("status")
     assert status.code == 78
@@ -126,7 +126,7 @@ def test_killing_after_every_stage_and_starting_again_publishes_the_same_files(j
 
 
 @shares_the_uninterrupted_run
-def test_a_stop_request_in_training_ends_with_75_and_the_next_start_goes_on_to_the_same_adapter(
+def test_a_stop_request_during_training_ends_with_75_and_the_next_start_reaches_the_same_adapter(
     job: Job, uninterrupted: Job
 ) -> None:
     process = job.start(FT_SAVE_STEPS="1")
@@ -140,12 +140,12 @@ def test_a_stop_request_in_training_ends_with_75_and_the_next_start_goes_on_to_t
     assert "checkpoints committed: step" in status
     again = job.run(FT_SAVE_STEPS="1")
     assert again.code == 0, again.stderr
-    assert any("Going on from the checkpoint of step" in event.get("message", "") for event in again.events)
+    assert any("Resuming from the checkpoint of step" in event.get("message", "") for event in again.events)
     name = "adapter/adapter_model.safetensors"
     assert contents(published(job))[name] == contents(published(uninterrupted))[name]
 
 
-def test_a_new_machine_goes_on_from_the_checkpoint_in_s3_with_the_kernels_that_were_compiled(
+def test_a_new_machine_resumes_from_the_checkpoint_in_s3_with_the_compiled_kernels(
     job: Job, s3_environment: None, tmp_path: Path
 ) -> None:
     job.environment |= {
@@ -153,20 +153,20 @@ def test_a_new_machine_goes_on_from_the_checkpoint_in_s3_with_the_kernels_that_w
     }  # fmt: skip
     kernel = make_kernel(tmp_path / "first machine" / "cache" / "triton", "norm")
     process = job.start(FT_OUTPUT_DIR=str(tmp_path / "first machine"), FT_LOG_LEVEL="debug")
-    read_until(process, message="1 compiled kernels stored.")
+    read_until(process, message="Stored 1 compiled kernels.")
     process.send_signal(signal.SIGTERM)
     assert finished(process, *process.communicate(timeout=120)).code == 75
     second = job.run(FT_OUTPUT_DIR=str(tmp_path / "second machine"))
     assert second.code == 0, second.stderr
     fetched = tmp_path / "second machine" / "cache" / "triton" / kernel.name / "_norm.cubin"
     assert fetched.read_bytes() == (kernel / "_norm.cubin").read_bytes()
-    assert any("Going on from the checkpoint of step" in event.get("message", "") for event in second.events)
+    assert any("Resuming from the checkpoint of step" in event.get("message", "") for event in second.events)
     third = job.run(FT_OUTPUT_DIR=str(tmp_path / "third machine"))
     assert third.ended == {"train": "skipped", "sample": "skipped"}
 
 
 def test_an_adapter_in_bfloat16_is_resumed_in_bfloat16_bit_for_bit(job: Job, tmp_path: Path) -> None:
-    """As on a GPU: trl holds the adapter in bfloat16, and peft loads a checkpoint's as float32."""
+    """As on a GPU, where trl holds the adapter in bfloat16 and peft loads a checkpoint's as float32."""
     job.environment |= {"FT_STAGES": "train", "FT_BNB_4BIT_COMPUTE_DTYPE": "bfloat16", "FT_SAVE_STEPS": "1"}
     adapter = Path("runs/test-run/train/adapter/adapter_model.safetensors")
     straight = job.run(FT_OUTPUT_DIR=str(tmp_path / "straight"))
@@ -184,7 +184,7 @@ def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:
     process = job.start()
     read_until(process, event="stage_started", stage="prepare")
     listing, children = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
-    while not children:  # the stage is announced just before it is started
+    while not children:  # a stage is announced just before it is started
         assert process.poll() is None
         children = listing.read_text(encoding="utf-8").split()
     process.kill()
@@ -195,8 +195,8 @@ def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:
         time.sleep(0.05)
 
 
-def test_a_stage_that_crashes_tells_why_and_where_its_output_lies(job: Job) -> None:
-    """A model file cut short passes preflight, which does not read weights, and fails where they are loaded."""
+def test_a_crashed_stage_says_why_and_where_its_output_is(job: Job) -> None:
+    """A truncated model file passes preflight, which does not read weights, and fails when they are loaded."""
     model = Path(job.environment["FT_OUTPUT_DIR"]).parent / "broken-model"
     model.mkdir()
     for file in Path(job.environment["FT_MODEL_NAME"]).iterdir():
@@ -207,7 +207,7 @@ def test_a_stage_that_crashes_tells_why_and_where_its_output_lies(job: Job) -> N
     assert "cannot be loaded" in result.error["message"]
 
 
-def test_relative_paths_are_those_of_the_folder_that_the_job_is_started_in(job: Job, tmp_path: Path) -> None:
+def test_relative_paths_are_relative_to_the_folder_that_the_job_is_started_in(job: Job, tmp_path: Path) -> None:
     folder = tmp_path / "somewhere else"
     folder.mkdir()
     (folder / "rows.jsonl").write_bytes(LIGHTHOUSE.read_bytes())
@@ -230,10 +230,10 @@ def test_secrets_reach_neither_logs_nor_files_nor_the_model(job: Job) -> None:
     for canary in canaries.values():
         assert not [data for data in everything if canary.encode() in data]
     logged = [event for event in result.events if event["level"] == "debug"]
-    assert logged  # otherwise nothing was searched at this level
+    assert logged  # otherwise there was nothing to search at this log level
 
 
-def test_a_folder_called_job_where_the_job_is_started_is_not_taken_for_its_code(job: Job, tmp_path: Path) -> None:
+def test_a_folder_named_job_in_the_working_directory_is_not_mistaken_for_the_code(job: Job, tmp_path: Path) -> None:
     decoy = tmp_path / "elsewhere" / "job"
     decoy.mkdir(parents=True)
     (decoy / "__init__.py").write_text("raise SystemExit('not this one')\n", encoding="utf-8")

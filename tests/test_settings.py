@@ -1,4 +1,4 @@
-"""Settings: one table, every mistake explained at once, nothing heavy imported."""
+"""Settings: one table, every mistake explained at once, and no heavy imports."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def refusal(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
     return str(caught.value)
 
 
-def test_every_parameter_of_the_seed_notebook_has_its_variable() -> None:
+def test_every_parameter_of_the_notebook_has_a_variable() -> None:
     assert set(NOTEBOOK_PARAMETERS) <= set(Settings.model_fields)
 
 
-def test_with_nothing_set_the_job_is_the_seed_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_nothing_set_the_job_uses_the_default_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(monkeypatch)
     assert (settings.model_name, settings.dataset_name) == (
         "NousResearch/Llama-2-7b-chat-hf",
@@ -64,23 +64,23 @@ def test_every_setting_has_a_meaning_and_a_description_of_what_is_allowed() -> N
         assert row["allowed"], row
 
 
-def test_the_stage_names_of_the_settings_are_those_of_the_job() -> None:
+def test_the_stage_names_in_the_settings_match_the_jobs() -> None:
     assert tuple(stage.name for stage in STAGES) == STAGE_NAMES
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("FT_LORA_RANK", "8", "did you mean FT_LORA_R?"),
-        ("FT_LORA_R", "many", "must be a whole number, at least 1 and at most 4096. Unset it for 64."),
+        ("FT_LORA_RANK", "8", "Did you mean FT_LORA_R?"),
+        ("FT_LORA_R", "many", "must be a whole number, at least 1 and at most 4096. Or unset it for the default, 64."),
         ("FT_LORA_R", "0", "at least 1"),
         ("FT_LORA_DROPOUT", "1", "less than 1"),
         ("FT_LEARNING_RATE", "-1", "more than 0"),
         ("FT_USE_4BIT", "maybe", "must be true or false"),
         ("FT_BNB_4BIT_QUANT_TYPE", "int4", "nf4, fp4"),
         ("FT_MAX_SEQ_LENGTH", "long", "auto or a whole number"),
-        ("FT_MAX_STEPS", "-1", "Unset it to go without."),
-        ("FT_EVAL_SPLIT", "1.5", "a fraction lies between 0 and 1"),
+        ("FT_MAX_STEPS", "-1", "Or unset it."),
+        ("FT_EVAL_SPLIT", "1.5", "a fraction must be between 0 and 1"),
         ("FT_STAGES", "train,fly", "preflight, download, prepare"),
         ("FT_SAMPLE_PROMPTS", "hello", "FT_SAMPLE_PROMPTS='hello': must be a list of text"),
         ("FT_RUN_ID", "../escape", "FT_RUN_ID"),
@@ -90,14 +90,14 @@ def test_the_stage_names_of_the_settings_are_those_of_the_job() -> None:
         ("FT_PUBLISH_TO", "hf://me/model", "needs HF_TOKEN"),
         ("FT_EVAL_STEPS", "5", "set FT_EVAL_SPLIT too"),
         ("FT_CHAT_TEMPLATE", "llama2", "use auto, llama-2 or chatml"),
-        ("FT_DEVICE_MAP", "{bad", "is no JSON object"),
+        ("FT_DEVICE_MAP", "{bad", "is not a JSON object"),
         ("FT_EXTRA_TRAINING_ARGS", "{'a': 1}", "must be a JSON object"),
-        ("FT_EXTRA_TRAINING_ARGS", '{"adam_beta_1": 0.8}', "did you mean 'adam_beta1'?"),
+        ("FT_EXTRA_TRAINING_ARGS", '{"adam_beta_1": 0.8}', "Did you mean 'adam_beta1'?"),
         ("FT_EXTRA_TRAINING_ARGS", '{"learning_rate": 1}', "set FT_LEARNING_RATE"),
         ("FT_EXTRA_TRAINING_ARGS", '{"push_to_hub": true}', "decided by the job"),
     ],
 )
-def test_a_mistake_is_answered_with_what_is_allowed_and_how_to_fix_it(
+def test_a_mistake_is_reported_with_what_is_allowed_and_how_to_fix_it(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
 ) -> None:
     message = refusal(monkeypatch, **{variable: value})
@@ -113,13 +113,13 @@ def test_a_mistake_is_answered_with_what_is_allowed_and_how_to_fix_it(
         ({"FT_FROZEN_PRECISION": "fp8", "FT_DEVICE": "cpu"}, "unset it for FT_DEVICE=cpu"),
         ({"FT_DECODER_LAYERS": "fused", "FT_PADDING_FREE": "false"}, "FT_DECODER_LAYERS=fused and FT_PADDING_FREE=false"),
         ({"FT_DECODER_LAYERS": "fused", "FT_SHARDING": "full"}, "FT_DECODER_LAYERS=fused and FT_SHARDING=full"),
-        ({"FT_RESIDENT_WEIGHTS": "true", "FT_USE_4BIT": "false"}, "about 4-bit weights"),
+        ({"FT_RESIDENT_WEIGHTS": "true", "FT_USE_4BIT": "false"}, "only to 4-bit weights"),
         ({"FT_PACKING": "true", "FT_PADDING_FREE": "false"}, "leave FT_PADDING_FREE at auto"),
-        ({"FT_DECODER_LAYERS": "plain", "FT_MICRO_BATCH_TOKENS": "9"}, "FT_MICRO_BATCH_TOKENS is for fused layers"),
-        ({"FT_RECOMPUTED_LAYERS": "3", "FT_GRADIENT_CHECKPOINTING": "true"}, "set one of them"),
+        ({"FT_DECODER_LAYERS": "plain", "FT_MICRO_BATCH_TOKENS": "9"}, "FT_MICRO_BATCH_TOKENS works only with fused layers"),
+        ({"FT_RECOMPUTED_LAYERS": "3", "FT_GRADIENT_CHECKPOINTING": "true"}, "set only one of them"),
     ],
 )  # fmt: skip
-def test_ways_to_compute_that_exclude_each_other_are_refused(
+def test_mutually_exclusive_ways_to_compute_are_refused(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], told: str
 ) -> None:
     assert told in refusal(monkeypatch, **settings)
@@ -133,7 +133,7 @@ def test_settings_that_do_not_go_together_are_refused(monkeypatch: pytest.Monkey
 
 def test_a_fraction_of_another_dataset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refusal(monkeypatch, FT_EVAL_DATASET_NAME="user/data", FT_EVAL_SPLIT="0.05")
-    assert "name one of its splits" in message
+    assert "to one of its splits" in message
 
 
 def test_three_mistakes_are_shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,14 +155,14 @@ def test_the_env_file_is_read_and_the_real_environment_wins(monkeypatch: pytest.
     file = tmp_path / ".env"
     file.write_text("FT_LORA_R=8\nFT_LORA_ALPHA=32\n", encoding="utf-8")
     monkeypatch.setenv("FT_LORA_R", "16")
-    monkeypatch.setenv("FT_LORA_ALPHA", "")  # so that monkeypatch takes what load_dotenv sets away again
+    monkeypatch.setenv("FT_LORA_ALPHA", "")  # so monkeypatch removes again what load_dotenv sets
     monkeypatch.delenv("FT_LORA_ALPHA")
     monkeypatch.setenv("FT_ENV_FILE", str(file))
     settings = load_settings()
     assert (settings.lora_r, settings.lora_alpha) == (16, 32)
 
 
-def test_an_env_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_env_file_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FT_ENV_FILE='nowhere.env': there is no such file" in refusal(monkeypatch, FT_ENV_FILE="nowhere.env")
 
 
@@ -186,7 +186,7 @@ def test_the_fingerprint_of_training_ignores_what_comes_after_it(monkeypatch: py
 
 
 @pytest.mark.parametrize("arguments", [["settings"], ["run"], ["plan"], ["--version"]])
-def test_settings_and_their_errors_are_answered_without_importing_torch(arguments: list[str]) -> None:
+def test_settings_and_their_errors_are_shown_without_importing_torch(arguments: list[str]) -> None:
     script = (
         "import sys, entrypoint\n"
         "try: entrypoint.main(sys.argv[1:])\n"
@@ -211,7 +211,7 @@ def test_settings_and_their_errors_are_answered_without_importing_torch(argument
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_begun_by_a_version_that_lacked_a_setting_is_still_known(
+def test_a_run_started_by_a_version_without_a_setting_is_still_recognised(
     make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(LORA_R="8")

@@ -1,4 +1,4 @@
-"""A small torture in every test run; `make torture KILLS=200` is the large one."""
+"""A small torture run as part of the tests. `make torture KILLS=200` is the large one."""
 
 from __future__ import annotations
 

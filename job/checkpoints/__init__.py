@@ -1,1 +1,1 @@
-"""What survives this machine: manifests, the syncer that uploads, retention, and restore."""
+"""What outlives this machine: manifests, the lease, checkpoint upload, retention and restore."""

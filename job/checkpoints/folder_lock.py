@@ -1,4 +1,4 @@
-"""One start of a run at a time in one local folder."""
+"""Allows only one start of a run at a time in a local folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from job.errors import TransientError
 
 
 class FolderLock:
-    """Keeps two starts out of one local folder. The kernel drops it when its holder dies, so it is never stale.
+    """A lock that keeps a second start out of a local folder. The kernel releases it when its holder dies.
 
-    `holder` names us; `former` are the holders before us: having the lock proves that they are dead. Raises
-    TransientError if another start has the lock. Where the file system has no locks, `former` is empty.
+    `holder` identifies this start. `former` lists the previous holders: since we have the lock, they are dead. It is
+    empty on a file system without locks. Raises TransientError if another start has the lock.
     """
 
     def __init__(self, file: Path) -> None:
@@ -26,11 +26,11 @@ class FolderLock:
         except BlockingIOError:
             self._stream.close()
             raise TransientError(
-                f"Another start of this run is at work in {file.parent}.",
-                "Wait for it or stop it; to run a second job here, give it another FT_RUN_ID.",
+                f"Another start of this run is working in {file.parent}.",
+                "Wait for it or stop it. To run a second job here, set another FT_RUN_ID.",
             ) from None
         except OSError:
-            locked = False  # a file system without locks; the lease in the store still holds
+            locked = False  # this file system has no locks, but the lease in the store still protects the run
         self._stream.seek(0)
         self.former = frozenset(self._stream.read().split()) if locked else frozenset()
         self.holder = uuid.uuid4().hex
@@ -42,7 +42,7 @@ class FolderLock:
 
 
 def _lock_patiently(descriptor: int) -> None:
-    """A start that was killed this moment may need another to be gone."""
+    """Retry for 2 seconds: a start that was just killed may take a moment to die."""
     for _ in range(20):
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

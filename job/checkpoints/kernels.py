@@ -1,7 +1,7 @@
-"""Kernels that Triton compiled, kept with the run: a machine that goes on with it would take some ten seconds to compile them again.
+"""Stores Triton's compiled kernels with the run, which saves the next machine some ten seconds of compilation.
 
-Triton's cache (TRITON_CACHE_DIR) has a folder for each kernel, named by a hash of all that it was compiled from. Kept are the GPU's
-code and its description; no code of the host's comes out of a store.
+Triton's cache (TRITON_CACHE_DIR) has one folder per kernel, named by a hash of everything it was compiled from. Only
+the GPU code and its description are stored. No host code ever comes out of a store.
 """
 
 from __future__ import annotations
@@ -21,35 +21,37 @@ from pathlib import Path
 from job.errors import JobError
 from job.run import Run
 
-_MOST_BYTES = 32 * 2**20  # of a folder that may be other jobs' as well: the newest kernels
+_MOST_BYTES = 32 * 2**20  # newest kernels first, since other jobs may share the folder
 _FOLDER = re.compile(r"[A-Za-z0-9_-]{16,}")
 _FILE = re.compile(r"[\w.-]+\.(cubin|json)")
-_GROUP = "__grp__"  # a kernel's list of files, by their paths
+_GROUP = "__grp__"  # prefix of the file that lists a kernel's files with their paths
 
 
 def cache_dir(run: Run) -> Path:
-    """Where Triton keeps the kernels of this run's processes."""
+    """Triton's cache folder for the processes of this run."""
     named = os.environ.get("TRITON_CACHE_DIR")
     return Path(named) if named else run.paths.kernels_dir
 
 
 class CompiledKernels:
-    """Those in the run's cache folder and in its store. They can be compiled again, so that nothing that fails here is an error;
-    `say(text, level)` tells of it."""
+    """The compiled kernels in the run's cache folder and in its store.
+
+    They can be compiled again, so a failure here is never an error. It is only reported through `say(text, level)`.
+    """
 
     def __init__(self, run: Run, say: Callable[[str, str], None]) -> None:
         self._run, self._say, self._folder = run, say, cache_dir(run)
         self._key = f"{run.id}/kernels.tar.gz"
-        self._known: frozenset[str] = frozenset()  # that are stored, or for which there was no room
+        self._known: frozenset[str] = frozenset()  # already stored, or left out for lack of room
 
     def fetch(self) -> None:
-        """Take over those of the store that are not here."""
+        """Copy kernels that are missing here from the store."""
         try:
             packed = self._run.store.get(self._key)
         except FileNotFoundError:
             return
         except JobError as error:
-            self._say(f"The compiled kernels in the store are not used: {error.message}", "warning")
+            self._say(f"Not using the compiled kernels in the store: {error.message}", "warning")
             return
         try:
             kernels = _unpack(packed)
@@ -57,28 +59,28 @@ class CompiledKernels:
             for name, files in missing.items():
                 self._place(name, files)
         except (ValueError, OSError) as error:
-            self._say(f"The compiled kernels in the store are not used: {error}.", "warning")
+            self._say(f"Not using the compiled kernels in the store: {error}.", "warning")
             return
         self._known = frozenset(kernels)
-        self._say(f"{len(missing)} compiled kernels fetched from the store.", "debug")
+        self._say(f"Fetched {len(missing)} compiled kernels from the store.", "debug")
 
     def keep(self) -> None:
-        """Store what is here, if there is more than the last time: it is asked behind every checkpoint."""
+        """Store the local kernels if there are new ones. Called after every checkpoint."""
         try:
-            here = {path.parent for path in self._folder.glob(f"*/{_GROUP}*.json")}  # which Triton writes last
+            here = {path.parent for path in self._folder.glob(f"*/{_GROUP}*.json")}  # Triton writes this file last
             names = frozenset(folder.name for folder in here if _FOLDER.fullmatch(folder.name))
             if names <= self._known:
                 return
             kernels = self._newest(names)
             self._run.store.put(self._key, _pack(kernels))
         except (JobError, ValueError, OSError) as error:
-            self._say(f"The compiled kernels are not stored: {getattr(error, 'message', error)}", "warning")
+            self._say(f"The compiled kernels were not stored: {getattr(error, 'message', error)}", "warning")
             return
         self._known = names
-        self._say(f"{len(kernels)} compiled kernels stored.", "debug")
+        self._say(f"Stored {len(kernels)} compiled kernels.", "debug")
 
     def _newest(self, names: frozenset[str]) -> dict[str, dict[str, bytes]]:
-        """Kernels by their folders' names, as many as there is room for."""
+        """The newest kernels that fit in _MOST_BYTES: folder name → file name → content."""
         found, size = {}, 0
         for folder in sorted(
             map(self._folder.joinpath, names), key=lambda folder: folder.stat().st_mtime, reverse=True
@@ -91,7 +93,7 @@ class CompiledKernels:
         return found
 
     def _place(self, name: str, files: dict[str, bytes]) -> None:
-        """All of a kernel or nothing: a process may be looking for it."""
+        """Place a kernel atomically, because another process may be looking for it."""
         partial = self._folder / f"{name}.partial-{uuid.uuid4().hex[:8]}"
         partial.mkdir(parents=True)
         try:
@@ -118,13 +120,13 @@ def _pack(kernels: dict[str, dict[str, bytes]]) -> bytes:
 def _unpack(packed: bytes) -> dict[str, dict[str, bytes]]:
     kernels: dict[str, dict[str, bytes]] = {}
     try:
-        plain = gzip.decompress(packed)  # as a whole: tarfile would stop short of the checksum
+        plain = gzip.decompress(packed)  # all at once: tarfile alone would stop before it reaches the checksum
         with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
             for entry in archive:
                 folder, _, file = entry.name.partition("/")
                 content = archive.extractfile(entry)
                 if content is None or not (_FOLDER.fullmatch(folder) and _FILE.fullmatch(file)):
-                    raise ValueError(f"{entry.name} is no file of a kernel")
+                    raise ValueError(f"{entry.name} is not a kernel file")
                 kernels.setdefault(folder, {})[file] = content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(str(error)) from error
@@ -132,12 +134,12 @@ def _unpack(packed: bytes) -> dict[str, dict[str, bytes]]:
 
 
 def _with_names(file: str, data: bytes) -> bytes:
-    """A kernel's list of files without this machine's folders, and without those that are not kept."""
+    """A kernel's file list without this machine's paths and without files that are not stored."""
     return _list({name: name for name in _listed(data)}) if file.startswith(_GROUP) else data
 
 
 def _with_paths(file: str, data: bytes, folder: Path) -> bytes:
-    """The same list, for this machine."""
+    """The same list with this machine's paths."""
     return _list({name: str(folder / name) for name in _listed(data)}) if file.startswith(_GROUP) else data
 
 
@@ -146,8 +148,8 @@ def _list(paths: dict[str, str]) -> bytes:
 
 
 def _listed(data: bytes) -> list[str]:
-    """The files that are kept, of such a list; ValueError for one of another form, as another Triton may write."""
+    """The stored files named in such a list. Raises ValueError for an unknown format, as another Triton may write."""
     try:
         return [name for name in dict(json.loads(data)["child_paths"]) if _FILE.fullmatch(name)]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"a kernel's list of files has another form: {error!r}") from error
+        raise ValueError(f"a kernel's file list has an unknown format: {error!r}") from error

@@ -1,10 +1,10 @@
-"""One writer at a time: the lease of a run, and what each of its holders may vouch for.
+"""The lease of a run: only one attempt may write at a time, and the lease says which commits count.
 
-Every start of a run that has work to do is an attempt with a number of its own, one more than the last. It takes the
-lease by a conditional write, renews it, and writes below `attempt-NNNN` only, so that two attempts never touch the
-same object. Taking the lease also lists the manifests that count at that moment: what an older attempt commits later,
-because it was suspended or cut off and did not know, does not count. So the order of the writes to one small object
-decides, and never a clock: clocks only decide how long a newcomer waits for a holder that may still be alive.
+Every start of a run that has work to do is an attempt, numbered one higher than the last. It takes the lease by a
+conditional write, renews it, and writes only below `attempt-NNNN`, so two attempts never touch the same object. Taking
+the lease also records which manifests count at that moment. An older attempt that was suspended or cut off may commit
+later without knowing, but that commit does not count. So the order of writes to one small object decides, never a
+clock. Clocks only decide how long a newcomer waits for a holder that may still be alive.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _KEY = re.compile(r"(?P<artefact>.+)/attempt-(?P<attempt>\d{4,})/(?P<file>.+)")
 
 
 class Superseded(TransientError):
-    """A later attempt holds the lease; this one may not write any more."""
+    """A later attempt holds the lease, so this one must not write anymore."""
 
 
 @dataclass(frozen=True, order=True)
 class Commit:
-    """A manifest in the store: of which artefact (`checkpoints/step-00000120`), by which attempt."""
+    """A manifest in the store: its artefact, such as `checkpoints/step-00000120`, and the attempt that wrote it."""
 
     artefact: str
     attempt: int
 
     @property
     def folder(self) -> str:
-        """Where its files lie, relative to the run."""
+        """The folder of its files, relative to the run."""
         return f"{self.artefact}/attempt-{self.attempt:04d}"
 
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """lease.json as it is in the store; the default is that of a run that nobody has begun."""
+    """The content of lease.json. The defaults describe a run that has not started."""
 
     attempt: int = 0
     holder: str = ""
@@ -58,11 +58,11 @@ class LeaseRecord:
 
     @classmethod
     def read(cls, run: Run) -> LeaseRecord:
-        """Who may write, for those who only look."""
+        """Read the record without taking the lease."""
         return _read(run)[0]
 
     def commits(self, run: Run, below: str) -> list[Commit]:
-        """The commits below a folder of the run that count, the newest attempt of the last artefact first."""
+        """The commits that count below a folder of the run: last artefact first, its newest attempt first."""
         inherited = set(self.inherited)
         found = (
             commit
@@ -73,7 +73,7 @@ class LeaseRecord:
 
 
 class Lease:
-    """The lease, held by this process until `release`; `record` says what counts."""
+    """The lease, held by this process until `release`. `record` says which commits count."""
 
     def __init__(self, run: Run, lock: FolderLock, record: LeaseRecord, version: str) -> None:
         self._run, self._folder_lock, self._version = run, lock, version
@@ -82,11 +82,11 @@ class Lease:
 
     @classmethod
     def take(cls, run: Run, say: Callable[[str], None], stop_requested: Callable[[], bool]) -> Lease:
-        """Become the next attempt; waits for a holder that may be alive, and raises TransientError if it is."""
+        """Become the next attempt. Waits for a holder that may be alive, and raises TransientError if it is."""
         lock = FolderLock(run.paths.lock_file)
         try:
             former, version = _await_end(run, lock.former, say, stop_requested)
-            if not version:  # no lease, or one that somebody deleted: then all that was committed counts
+            if not version:  # the lease is missing or was deleted, so every commit counts
                 commits = list(every_commit(run, ""))
                 attempt = max((commit.attempt for commit in commits), default=0)
                 former = replace(former, attempt=attempt, inherited=tuple(commit.folder for commit in commits))
@@ -96,7 +96,7 @@ class Lease:
             )
             lease = cls(run, lock, record, version)
             lease._write(record)
-            # The former holder may have committed between our listing and our writing: it was in its right.
+            # The former holder may have committed between our listing and our write. That commit is valid.
             inherited = [commit.folder for commit in former.commits(run, "")]
             if tuple(inherited) != record.inherited:
                 lease._write(replace(record, inherited=tuple(inherited)))
@@ -106,16 +106,16 @@ class Lease:
         return lease
 
     def keep_alive(self, on_lost: Callable[[Superseded], None]) -> None:
-        """Renew from a thread of its own; `on_lost` is called from there, once."""
+        """Renew the lease in a background thread, which calls `on_lost` at most once."""
         threading.Thread(target=self._renew_until_ended, args=(on_lost,), name="lease", daemon=True).start()
 
     def renew(self) -> None:
-        """Prove that the lease is still ours; raises Superseded if it is not."""
+        """Prove that the lease is still ours. Raises Superseded if it is not."""
         with self._writing:
             self._write(replace(self.record, renewed=time.time()))
 
     def release(self) -> None:
-        """Let the next attempt begin at once; a failure only makes it wait."""
+        """Let the next attempt start immediately. If this fails, it only has to wait."""
         self._ended.set()
         with self._writing:
             with contextlib.suppress(JobError, OSError):
@@ -130,7 +130,7 @@ class Lease:
                 if not self._ended.is_set():
                     on_lost(error)
                 return
-            except Exception:  # noqa: S112 (the store is away; nothing can be committed meanwhile, by nobody)
+            except Exception:  # noqa: S112 (the store is unreachable, so nobody can commit anything meanwhile)
                 continue
 
     def _write(self, record: LeaseRecord) -> None:
@@ -141,17 +141,17 @@ class Lease:
             else:
                 self._run.store.put_if_absent(key, data)
                 there, self._version = _read(self._run)
-                if there.holder != record.holder:  # we were suspended in between, for long
+                if there.holder != record.holder:  # we were suspended in between, for a long time
                     raise Conflict(key)
             self.record = record
         except Conflict:
-            # Another attempt, or a write of ours whose answer was lost.
+            # Either another attempt wrote it, or we did and the response was lost.
             there, version = _read(self._run)
             if there.holder != record.holder:
                 raise Superseded(
                     f"Attempt {there.attempt} of run {self._run.id!r}, on {there.host or 'another machine'}, has taken over from "
                     f"attempt {record.attempt}.",
-                    "Nothing to do if that is the restart of this job; else run one job per FT_RUN_ID.",
+                    "If that is a restart of this job, there is nothing to do. Otherwise run only one job per FT_RUN_ID.",
                 ) from None
             self._version = version
             if there != record:
@@ -162,23 +162,23 @@ class Lease:
 def _await_end(
     run: Run, dead: frozenset[str], say: Callable[[str], None], stop_requested: Callable[[], bool]
 ) -> tuple[LeaseRecord, str]:
-    """The lease once its holder has let go of it, died in this folder, or not renewed it for EXPIRE_SECONDS."""
+    """Wait until the holder has released the lease, is dead, or has not renewed it for EXPIRE_SECONDS. Returns it."""
     record, version = first = _read(run)
     began = time.monotonic()
     while not (record.released or record.holder in dead or time.time() - record.renewed > EXPIRE_SECONDS):
         if time.monotonic() - began > EXPIRE_SECONDS:
             if (record, version) == first:
-                break  # its clock is ahead of ours, but it has not moved while we watched
+                break  # its clock is ahead of ours, but it did not renew while we watched
             raise TransientError(
-                f"Attempt {record.attempt} of run {run.id!r} is at work on {record.host}.",
-                "Wait for it or stop it; to train something else, choose another FT_RUN_ID.",
+                f"Attempt {record.attempt} of run {run.id!r} is still working on {record.host}.",
+                "Wait for it or stop it. To train something else, set another FT_RUN_ID.",
             )
         if (record, version) == first and time.monotonic() - began < 1:
             say(
-                f"Attempt {record.attempt}, on {record.host}, may be alive: waiting up to {EXPIRE_SECONDS:.0f} s for it."
+                f"Attempt {record.attempt}, on {record.host}, may still be alive. Waiting up to {EXPIRE_SECONDS:.0f} s for it."
             )
         if stop_requested():
-            raise Stopped("Stopped on request.", "Start the job again.")
+            raise Stopped("Stopped, as requested.", "Start the job again.")
         time.sleep(1)
         record, version = _read(run)
     return record, version
@@ -196,7 +196,7 @@ def _read(run: Run) -> tuple[LeaseRecord, str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise TransientError(
             f"{run.store.url}/{run.id}/lease.json cannot be read.",
-            "Start the job again; if it stays so, and no other job runs, delete that object: all that was committed will count.",
+            "Start the job again. If this persists and no other job is running, delete that object. Every commit will then count.",
         ) from None
 
 
@@ -206,7 +206,7 @@ def every_commit(run: Run, below: str) -> Iterator[Commit]:
 
 
 def written(run: Run, below: str) -> Iterator[tuple[Commit, str, str]]:
-    """Every object that some attempt wrote below a folder of the run: (commit it is or was to be part of, key, file)."""
+    """Every object that any attempt wrote below a folder of the run, as (commit, key, file). The commit may be unfinished."""
     for key, _ in run.store.list(f"{run.id}/{below}".rstrip("/")):
         match = _KEY.fullmatch(key.removeprefix(f"{run.id}/"))
         if match:

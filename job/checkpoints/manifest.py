@@ -1,4 +1,4 @@
-"""A manifest vouches for the files it lists. It is written last; what has no manifest does not exist."""
+"""A manifest lists the files of an artefact with their hashes. An artefact does not exist until its manifest is written."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MANIFEST = "MANIFEST.json"
 _FETCHES = 3
 _HASHED_AT_ONCE = 1 << 18  # bytes
 
-# Names, and of each the size in bytes and the time of the last change in nanoseconds
+# File name → (size in bytes, modification time in nanoseconds)
 Listing = dict[str, tuple[int, int]]
 
 
 class Rejected(Exception):
-    """Stored files differ from their manifest; the message names the first that does."""
+    """Stored files differ from their manifest. The message names the first one."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,17 @@ class Manifest:
     def of(
         cls, folder: Path, fingerprint: str, listing: Listing | None = None, go_on: Callable[[], None] = lambda: None
     ) -> Manifest:
-        """Hash every file below `folder`, following links, on as many threads as there are cores; with a `listing`, those that it
-        names, and raise TransientError if one is not what it was then. `go_on` is called meanwhile, and raises to end it."""
+        """Hash every file below `folder`, following links, with one thread per core.
+
+        A `listing` limits this to the files that it names. Raises TransientError if one of them has changed since.
+        `go_on` is called between parts and may raise to abort.
+        """
         names = sorted(_files_below(folder) if listing is None else listing)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             digests = list(pool.map(functools.partial(sha256, go_on=go_on), (folder / name for name in names)))
         for name, state in (listing or {}).items():
             if _state(folder / name) != state:
-                raise TransientError(f"{folder / name} was changed while it was read.", "Start the job again.")
+                raise TransientError(f"{folder / name} changed while it was being read.", "Start the job again.")
         entries = (
             Entry(name, (folder / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True)
         )
@@ -64,7 +67,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
-        """Read `to_bytes` back; raises Rejected if it is no manifest."""
+        """Parse the output of `to_bytes`. Raises Rejected if it is not a manifest."""
         try:
             raw = json.loads(data)
             files = tuple(Entry(str(item["path"]), int(item["size"]), str(item["sha256"])) for item in raw["files"])
@@ -76,9 +79,9 @@ class Manifest:
         return json.dumps(asdict(self), indent=1).encode()
 
     def matches(self, folder: Path, since: float) -> bool:
-        """Whether every file is there with its size and was not written after `since` (seconds since the epoch).
+        """Whether every file exists with its listed size and was not modified after `since` (seconds since the epoch).
 
-        Enough for a local disk, where reading 13 GB again for their hashes would cost paid time.
+        This is enough for a local disk. Reading 13 GB again to check the hashes would cost paid time.
         """
         stats = ((entry.size, folder / entry.path) for entry in self.files)
         return all(
@@ -87,7 +90,7 @@ class Manifest:
 
 
 def sha256(path: Path, go_on: Callable[[], None] = lambda: None) -> str:
-    """The hexadecimal SHA-256 of a file. `go_on` is called between its parts, and raises to end it."""
+    """The hexadecimal SHA-256 of a file. `go_on` is called between its parts and may raise to abort."""
     digest, part = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(part):
@@ -99,10 +102,10 @@ def sha256(path: Path, go_on: Callable[[], None] = lambda: None) -> str:
 def commit(
     store: Store, prefix: str, folder: Path, fingerprint: str, may_write: Callable[[], None] = lambda: None
 ) -> Manifest:
-    """Copy `folder` to the store below `prefix` and make it count by writing its manifest last.
+    """Copy `folder` to the store below `prefix`, then commit it by writing its manifest last.
 
-    An artefact with the same content is left as it is; one with other content is withdrawn first. `may_write` is
-    called right before the manifest is written, and raises if another attempt has taken over meanwhile.
+    An artefact with the same content is left as it is. One with different content is withdrawn first. `may_write` is
+    called right before the manifest is written, and raises if another attempt has taken over.
     """
     key = f"{prefix}/{MANIFEST}"
     committed = read(store, prefix)
@@ -110,8 +113,8 @@ def commit(
         manifest = Manifest.of(folder, fingerprint)
         if (committed.fingerprint, committed.files) == (manifest.fingerprint, manifest.files):
             return committed
-    store.delete(key)  # another content, or a manifest that cannot be read
-    with ThreadPoolExecutor(1) as pool:  # hashing reads what uploading reads, and needs no network
+    store.delete(key)  # different content, or an unreadable manifest
+    with ThreadPoolExecutor(1) as pool:  # hash while uploading: both read the same files
         hashing = pool.submit(Manifest.of, folder, fingerprint)
         for name in sorted(_files_below(folder)):
             store.upload(folder / name, f"{prefix}/{name}")
@@ -119,11 +122,12 @@ def commit(
     may_write()
     try:
         store.put_if_absent(key, manifest.to_bytes())
-    except Conflict:  # somebody else was faster, or it was us and the answer was lost
+    except Conflict:  # somebody else was faster, or we wrote it and the response was lost
         there = read(store, prefix)
         if there is None or (there.fingerprint, there.files) != (manifest.fingerprint, manifest.files):
             raise TransientError(
-                f"Another process is writing {prefix} in {store.url}.", "Run one job per FT_RUN_ID, and start again."
+                f"Another process is writing {prefix} in {store.url}.",
+                "Run only one job per FT_RUN_ID, then start again.",
             ) from None
     return manifest
 
@@ -137,13 +141,13 @@ def read(store: Store, prefix: str) -> Manifest | None:
 
 
 def restore(store: Store, prefix: str, folder: Path) -> Manifest:
-    """Copy a committed artefact to `folder`, replacing it; raises Rejected if a byte differs from the manifest."""
+    """Copy a committed artefact to `folder`, replacing it. Raises Rejected if any byte differs from the manifest."""
     try:
         manifest = Manifest.parse(store.get(f"{prefix}/{MANIFEST}"))
     except FileNotFoundError:
         raise Rejected(f"{prefix} has no manifest") from None
     digest = hashlib.sha256(manifest.to_bytes()).hexdigest()[:12]
-    partial = folder.with_name(f"{folder.name}.partial-{digest}")  # of this very artefact; a killed start's parts count
+    partial = folder.with_name(f"{folder.name}.partial-{digest}")  # so a killed start's parts are reused
     try:
         for entry in manifest.files:
             _fetch_verified(store, prefix, entry, partial)
@@ -161,7 +165,7 @@ def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> No
     target = folder / entry.path
     if folder.absolute() not in target.absolute().parents or ".." in target.parts:
         raise Rejected(f"{prefix} lists a path outside itself: {entry.path}")
-    for _ in range(_FETCHES):  # damage on the way here heals, damage in the store does not
+    for _ in range(_FETCHES):  # a retry fixes damage in transit, but not damage in the store
         if target.is_file():
             if target.stat().st_size == entry.size and sha256(target) == entry.sha256:
                 return
@@ -175,17 +179,17 @@ def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> No
 
 
 def listed(folder: Path) -> Listing:
-    """The files that are below `folder` now: `Manifest.of` finds out by it whether one was written since."""
+    """The files below `folder` as they are now, so that `Manifest.of` can detect later changes."""
     return {name: _state(folder / name) for name in _files_below(folder)}
 
 
 def mark(folder: Path, manifest: Manifest) -> None:
-    """Declare the local `folder` complete."""
+    """Mark the local `folder` as complete."""
     write_json(folder / MANIFEST, asdict(manifest))
 
 
 def marked(folder: Path) -> Manifest | None:
-    """The manifest of a local folder whose files are all there and unchanged since, else None."""
+    """The manifest of a complete local folder, or None if it has none or a file is missing or changed."""
     file = folder / MANIFEST
     try:
         manifest = Manifest.parse(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Finding the newest checkpoint that is whole."""
+"""Finds and restores the newest intact checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FOLDER = "checkpoints"
 
 @dataclass(frozen=True)
 class Restored:
-    """What a start goes on from: a checkpoint, or None for the beginning, and the commits that it found damaged."""
+    """The checkpoint that a start resumes from (None: the beginning), and the commits that it rejected."""
 
     commit: Commit | None
     rejected: frozenset[Commit] = frozenset()
@@ -27,30 +27,30 @@ class Restored:
 
 
 def checkpoint_at(step: int, attempt: int) -> Commit:
-    """The name of an attempt's checkpoint of an optimizer step."""
+    """The commit of an attempt's checkpoint at an optimizer step."""
     return Commit(f"{_FOLDER}/step-{step:08d}", attempt)
 
 
 def step_of(commit: Commit) -> int:
-    """The optimizer step that a checkpoint was written behind."""
+    """The optimizer step after which a checkpoint was written."""
     return step_of_folder(commit.folder)
 
 
 def step_of_folder(folder: str) -> int:
-    """The same of its folder in the store, `checkpoints/step-00000120/attempt-0003`."""
+    """The same, from its folder in the store, such as `checkpoints/step-00000120/attempt-0003`."""
     return int(folder.split("/")[1].removeprefix("step-"))
 
 
 def committed_checkpoints(run: Run, lease: LeaseRecord) -> list[Commit]:
-    """The checkpoints that count, the newest first."""
+    """The checkpoints that count, newest first."""
     return lease.commits(run, _FOLDER)
 
 
 def restore_newest(run: Run, lease: LeaseRecord, warn: Callable[[str], None]) -> Restored:
-    """Put the newest whole checkpoint where the trainer looks for it.
+    """Put the newest intact checkpoint where the trainer looks for it.
 
-    Local leftovers are removed first, except the verified part of a restore that was cut short: what was not committed
-    cannot be trusted to be whole.
+    Local leftovers are removed first, because uncommitted files cannot be trusted. Only the parts of an interrupted
+    restore are kept, and verified again.
     """
     folder = run.paths.checkpoints_dir
     clear(folder, but="*.partial-*")
@@ -60,11 +60,11 @@ def restore_newest(run: Run, lease: LeaseRecord, warn: Callable[[str], None]) ->
         try:
             manifest = restore(run.store, f"{run.id}/{commit.folder}", folder / f"checkpoint-{step}")
         except Rejected as reason:
-            warn(f"Checkpoint of step {step} rejected: {reason}. Trying the one before.")
+            warn(f"Checkpoint of step {step} rejected: {reason}. Trying the one before it.")
             rejected.add(commit)
             continue
         if manifest.fingerprint != run.settings.fingerprint("train"):
-            warn(f"Checkpoint of step {step} rejected: other settings made it.")
+            warn(f"Checkpoint of step {step} rejected: it was made with other settings.")
             rejected.add(commit)
             continue
         clear(folder, but=f"checkpoint-{step}")
@@ -74,7 +74,7 @@ def restore_newest(run: Run, lease: LeaseRecord, warn: Callable[[str], None]) ->
 
 
 def clear(folder: Path, but: str) -> None:
-    """Remove everything in `folder` that the pattern `but` does not name."""
+    """Remove everything in `folder` that does not match the pattern `but`."""
     kept = set(folder.glob(but)) if but else set()
     for path in folder.glob("*"):
         if path not in kept:

@@ -1,4 +1,4 @@
-"""Which commits stay in the store."""
+"""Decides which commits stay in the store, and deletes the others."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from job.checkpoints.manifest import MANIFEST
 from job.checkpoints.restore import committed_checkpoints
 from job.run import Run
 
-KEPT = 2  # the newest, and one more in case the newest turns out to be damaged
+KEPT = 2  # the newest, and one more in case the newest is damaged
 
 
 def apply_retention(run: Run, lease: Lease, rejected: frozenset[Commit]) -> list[Commit]:
-    """Delete all checkpoints but the newest `KEPT` good ones; returns the commits deleted.
+    """Delete all checkpoints except the newest `KEPT` good ones, and return the deleted commits.
 
-    Good are those that count and that this start did not find damaged. Nothing is deleted before there are enough of
-    them, and not without the lease.
+    A checkpoint is good if it counts and this start did not reject it. Nothing is deleted until there are `KEPT` good
+    ones, nor without the lease.
     """
     counting = committed_checkpoints(run, lease.record)
     kept = [commit for commit in counting if commit not in rejected][:KEPT]
     if len(kept) < KEPT:
         return []
-    mine = lease.record.attempt  # a later attempt's are none of our business, should we be stale and not know it
+    mine = lease.record.attempt  # never touch a later attempt's commits: we may be stale without knowing it
     old = [commit for commit in every_commit(run, "checkpoints") if commit not in kept and commit.attempt <= mine]
     if old:
         lease.renew()
@@ -30,14 +30,14 @@ def apply_retention(run: Run, lease: Lease, rejected: frozenset[Commit]) -> list
 
 
 def keep_newest_attempt(run: Run, lease: Lease, artefact: str) -> None:
-    """Delete what older attempts committed of a stage that this attempt has just committed anew."""
+    """Delete older attempts' commits of an artefact that this attempt has just committed again."""
     for commit in every_commit(run, artefact):
         if commit.attempt < lease.record.attempt:
             remove(run, commit)
 
 
 def sweep(run: Run, lease: Lease) -> int:
-    """Remove what killed attempts left unfinished in the store; returns how many pieces there were."""
+    """Remove what killed attempts left unfinished in the store, and return the number of pieces."""
     objects = list(written(run, ""))
     whole = {commit for commit, _, file in objects if file == MANIFEST}
     orphans = [key for commit, key, _ in objects if commit not in whole and commit.attempt < lease.record.attempt]
@@ -47,7 +47,7 @@ def sweep(run: Run, lease: Lease) -> int:
 
 
 def remove(run: Run, commit: Commit) -> None:
-    """Delete a commit, the manifest first, so that a deletion cut short leaves nothing that looks whole."""
+    """Delete a commit, manifest first, so that an interrupted deletion leaves nothing that looks complete."""
     prefix = f"{run.id}/{commit.folder}"
     run.store.delete(f"{prefix}/{MANIFEST}")
     for key, _ in list(run.store.list(prefix)):

@@ -1,4 +1,4 @@
-"""Uploading checkpoints while the training goes on."""
+"""Uploads checkpoints while training goes on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from job.checkpoints.retention import apply_retention
 from job.errors import JobError, TransientError, from_os_error
 from job.run import Run
 
-_PAUSES_SECONDS = (0.5, 2, 8, 30)  # then every 30 s, until it works or a newer checkpoint takes its place
-_NICENESS = 10  # hashing gives way to the training where cores are few
+_PAUSES_SECONDS = (0.5, 2, 8, 30)  # between tries, then 30 s, until it works or a newer checkpoint replaces this one
+_NICENESS = 10  # so that hashing does not slow down training on few cores
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class _Checkpoint:
 
 
 def give_way() -> None:
-    """Let this thread, and those that it starts, run behind the training."""
+    """Lower the priority of this thread, and of those it starts, below that of training."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
 
 
 class Syncer:
-    """Commits the newest local checkpoint to the store, in a thread of the supervisor.
+    """A supervisor thread that commits the newest local checkpoint to the store.
 
-    The trainer never waits for it. While an upload runs, a newer checkpoint takes the place of the one that waits, so
-    at most three lie on the local disk: one under way, one waiting, one being written. What fails is tried again until
-    a newer checkpoint waits; `failure` is the reason why the newest offered is not in the store, if it is not.
-    `on_commit(step, seconds)` and `on_failure(message)` are called from the thread, and so is `may_store`, which returns when
-    something may be stored, or raises.
+    The trainer never waits for it. While an upload runs, a newer checkpoint replaces the waiting one. So the local disk
+    holds at most three: one uploading, one waiting, one being written. A failed upload is retried until a newer
+    checkpoint is waiting. `failure` says why the newest checkpoint offered is not in the store, or is None.
+    The thread calls `on_commit(step, seconds)`, `on_failure(message)` and `may_store`. The last returns once storing is
+    allowed, or raises.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Syncer:
         self.failure: JobError | None = None
 
     def offer(self, step: int, folder: Path) -> None:
-        """A checkpoint is complete on the local disk."""
+        """Hand over a checkpoint that is complete on the local disk."""
         with self._changed:
             skipped, self._waiting = self._waiting, _Checkpoint(step, folder)
             self._changed.notify_all()
@@ -72,7 +72,7 @@ class Syncer:
             shutil.rmtree(skipped.folder, ignore_errors=True)
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until nothing waits or is under way; False if the time ran out first."""
+        """Wait until nothing is waiting or uploading. Returns False if the time ran out first."""
         with self._changed:
             return self._changed.wait_for(lambda: self._waiting is None and not self._busy, timeout_seconds)
 
@@ -93,7 +93,7 @@ class Syncer:
                 self.failure = None
             try:
                 self._commit_patiently(checkpoint)
-            except Exception as error:  # a dead thread would leave everybody waiting
+            except Exception as error:  # if this thread died, everybody would wait forever
                 self.failure = TransientError(f"{type(error).__name__}: {error}", "Start the job again.")
             finally:
                 with self._changed:
@@ -113,7 +113,7 @@ class Syncer:
                 _tell(self._on_commit, checkpoint.step, seconds)
                 return
             tries += 1
-            what = f"Checkpoint of step {checkpoint.step} is not stored (try {tries}): {failure.message}"
+            what = f"Checkpoint of step {checkpoint.step} was not stored (try {tries}): {failure.message}"
             _tell(self._on_failure, what)
             pause = _PAUSES_SECONDS[min(tries, len(_PAUSES_SECONDS)) - 1]
             with self._changed:
@@ -136,15 +136,15 @@ class Syncer:
         return None
 
     def _tidy(self, checkpoint: _Checkpoint) -> None:
-        """The store has it: the local copy and the store's oldest can go. A failure here costs space, not work."""
+        """Delete the local copy and the oldest checkpoints in the store. A failure here costs space, not work."""
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
         try:
             apply_retention(self._run, self._lease, self._restored.rejected)
         except (JobError, OSError) as error:
-            _tell(self._on_failure, f"Old checkpoints stay in the store for now: {error}")
+            _tell(self._on_failure, f"Could not delete old checkpoints from the store yet: {error}")
 
 
 def _tell(callback: Callable[..., None], *arguments: object) -> None:
-    """A full disk or a closed terminal, where the callback writes, is no reason to stop storing checkpoints."""
+    """Call back, ignoring OSError: a full disk or a closed terminal must not stop checkpoint uploads."""
     with contextlib.suppress(OSError):
         callback(*arguments)

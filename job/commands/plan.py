@@ -15,8 +15,9 @@ from job.hub.publish import Destination
 from job.hub.sources import Listing, Source, disk_needed, look_up, model_config
 from job.run import Run, read_json
 from job.settings import Settings, variable
-from job.training.plan.candidates import Plan, choose, fits, plans
+from job.training.plan.candidates import Plan, plans
 from job.training.plan.cards import CARDS, GIB, Card, card_named
+from job.training.plan.choose import choose, fits
 from job.training.plan.load import Load, Shape, load_of, obstacle
 
 

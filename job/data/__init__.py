@@ -1,1 +1,1 @@
-"""Rows to tokens: formats, chat templates, which tokens are learned, packing."""
+"""From rows to tokens: row formats, chat templates, label masking and packing."""

@@ -1,12 +1,12 @@
-"""What a dataset's rows look like, and how each form becomes text or a conversation.
+"""The row formats of datasets, and how each becomes text or a conversation.
 
-A new format is one `Format` in `FORMATS` and its name in FT_DATASET_FORMAT's list (settings.py).
+To add a format, add a `Format` to `FORMATS` and its name to the choices of FT_DATASET_FORMAT (settings.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 
 from job.errors import InputError, from_os_error
-from job.run import Run
+from job.settings import Settings
 
 Message = dict[str, str]
 Row = Mapping[str, Any]
@@ -24,13 +24,15 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Malformed(ValueError):
-    """One row is not what its format promises."""
+    """A row does not match its format."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row in one of three forms: plain `text`; a conversation `messages`; or `messages` of which the last
-    `learned_turns` answer the others (None: all assistant turns do); or `text` of which only `completion` answers."""
+    """One row: plain `text`, a prompt in `text` with its `completion`, or a conversation in `messages`.
+
+    If `learned_turns` is set, the last `learned_turns` messages are the completion of those before them.
+    """
 
     text: str | None = None
     completion: str | None = None
@@ -40,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Format:
-    """One form of rows: `columns` it needs, `looks_right` on a sample of rows, `read` for one row."""
+    """One row format: the `columns` it needs, `looks_right` to detect it in sample rows, and `read` for one row."""
 
     name: str
     columns: Callable[[str], tuple[str, ...]]
@@ -65,10 +67,10 @@ def _read_prompt_completion(row: Row, _text_field: str) -> Example:
 
 
 def _read_human_assistant(row: Row, text_field: str) -> Example:
-    """`### Human: …### Assistant: …`, as in timdettmers/openassistant-guanaco, to a conversation.
+    """Turn `### Human: …### Assistant: …`, as in timdettmers/openassistant-guanaco, into a conversation.
 
-    Only the role marks split the text, so that headings (`###`) inside an answer stay. A question that nobody answered
-    at the end is left out.
+    Only the role marks split the text, so headings (`###`) inside an answer survive. An unanswered question at the end
+    is dropped.
     """
     pieces = _TURN.split(_text(row, text_field))
     turns = [
@@ -78,7 +80,7 @@ def _read_human_assistant(row: Row, text_field: str) -> Example:
     if turns and turns[-1]["role"] == "user":
         turns.pop()
     if not turns:
-        raise Malformed("no ### Human: … ### Assistant: … pair")
+        raise Malformed("there is no ### Human: … ### Assistant: … pair")
     return Example(messages=turns)
 
 
@@ -96,26 +98,26 @@ FORMATS = (
 
 
 def choose_format(wanted: str, text_field: str, columns: Sequence[str], sample: Sequence[Row]) -> Format:
-    """The format named by FT_DATASET_FORMAT, or the first that fits; InputError if the columns are not there."""
+    """The format named by FT_DATASET_FORMAT, or the first that fits. Raises InputError if its columns are missing."""
     for candidate in FORMATS:
         present = set(candidate.columns(text_field)) <= set(columns)
         if wanted == candidate.name and not present:
             missing = ", ".join(sorted(set(candidate.columns(text_field)) - set(columns)))
             raise InputError(
-                f"The dataset has no column {missing}, which FT_DATASET_FORMAT={wanted} needs; it has {', '.join(columns)}.",
-                "Set FT_DATASET_TEXT_FIELD to the column that holds the text, or FT_DATASET_FORMAT to another form.",
+                f"The dataset has no column {missing}, which FT_DATASET_FORMAT={wanted} needs. It has {', '.join(columns)}.",
+                "Set FT_DATASET_TEXT_FIELD to the column that holds the text, or FT_DATASET_FORMAT to another format.",
             )
         if wanted == candidate.name or (wanted == "auto" and present and candidate.looks_right(sample, text_field)):
             return candidate
     forms = "; ".join(f"{item.name}: {', '.join(item.columns(text_field))}" for item in FORMATS)
     raise InputError(
-        f"The dataset's columns ({', '.join(columns)}) fit none of the known forms ({forms}).",
+        f"The dataset's columns ({', '.join(columns)}) match none of the known formats ({forms}).",
         "Set FT_DATASET_TEXT_FIELD to the column that holds the text, or rename the columns.",
     )
 
 
 def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) -> Dataset:
-    """Read one split of the files below `folder`; InputError, naming what there is, if it cannot be had or is empty.
+    """Read one split of the files below `folder`. Raises InputError with the reason if it is unreadable or empty.
 
     A single data file is the split `train`, whatever its name.
     """
@@ -128,15 +130,15 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
             )
         else:
             loaded = load_dataset(str(folder), name=config, split=split, cache_dir=str(cache_dir))
-    except Exception as error:  # datasets raises many kinds for files that are not what their name says
+    except Exception as error:  # datasets raises many exception types for files that do not match their suffix
         if from_os_error(error) is not None:
             raise
         reason = str(error.__cause__ or error).splitlines()[0]
         if "corresponds to no data" in reason:
             raise _empty(split) from error
         raise InputError(
-            f"The dataset has no split {split!r} that can be read: {reason}",
-            "Check FT_DATASET_SPLIT, FT_DATASET_CONFIG, FT_EVAL_SPLIT and the files.",
+            f"The dataset has no split {split!r}, or it cannot be read: {reason}",
+            "Check FT_DATASET_SPLIT, FT_DATASET_CONFIG, FT_EVAL_SPLIT and the data files.",
         ) from error
     assert isinstance(loaded, Dataset) and not isinstance(loaded, DatasetDict)
     if len(loaded) == 0:
@@ -146,40 +148,36 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
 
 def _empty(split: str) -> InputError:
     return InputError(
-        f"The dataset's split {split!r} is empty.", "Name a split that has rows: FT_DATASET_SPLIT, FT_EVAL_SPLIT."
+        f"The dataset's split {split!r} is empty.", "Set FT_DATASET_SPLIT and FT_EVAL_SPLIT to splits that have rows."
     )
 
 
-def check_columns(run: Run, folder: Path) -> None:
-    """Fail now, before the model is downloaded, if a split is not there or its columns cannot be used."""
-    settings, named = run.settings, evaluation_split(run)
-    splits = {settings.dataset_split}
-    if folder == run.paths.eval_dataset_dir:
-        splits = {named or "train"}
-    elif named is not None and settings.eval_dataset_name is None:
-        splits.add(named)
+def check_columns(settings: Settings, folder: Path, cache_dir: Path, *, splits: Iterable[str]) -> None:
+    """Fail before the model is downloaded if a split is missing or its columns cannot be used."""
     for split in sorted(splits):
-        rows = load_split(folder, split, settings.dataset_config, cache_dir_of(run))
+        rows = load_split(folder, split, settings.dataset_config, cache_dir)
         choose_format(settings.dataset_format, settings.dataset_text_field, rows.column_names, [rows[0]])
 
 
-def evaluation_split(run: Run) -> str | None:
-    """The split that FT_EVAL_SPLIT names, or None where it is a fraction or nothing."""
-    named = run.settings.eval_split
+def training_splits(settings: Settings) -> set[str]:
+    """The splits that are read from the training dataset."""
+    named = evaluation_split(settings)
+    shared = named is not None and settings.eval_dataset_name is None
+    return {settings.dataset_split} | ({str(named)} if shared else set())
+
+
+def evaluation_split(settings: Settings) -> str | None:
+    """The split to evaluate on, or None if FT_EVAL_SPLIT is a fraction or there is nothing to evaluate on."""
+    named = settings.eval_split
     if named is not None and _is_fraction(named):
         return None
-    return named or ("train" if run.settings.eval_dataset_name else None)
+    return named or ("train" if settings.eval_dataset_name else None)
 
 
-def held_out_fraction(run: Run) -> float | None:
-    """The part of the training data that FT_EVAL_SPLIT holds out, or None."""
-    named = run.settings.eval_split
+def held_out_fraction(settings: Settings) -> float | None:
+    """The fraction of the training data that FT_EVAL_SPLIT holds out, or None."""
+    named = settings.eval_split
     return float(named) if named is not None and _is_fraction(named) else None
-
-
-def cache_dir_of(run: Run) -> Path:
-    """Where the datasets library keeps its Arrow copies of this run's files."""
-    return run.paths.run_dir / "datasets-cache"
 
 
 def _is_fraction(text: str) -> bool:
@@ -189,13 +187,13 @@ def _is_fraction(text: str) -> bool:
 def _text(row: Row, text_field: str) -> str:
     value = row[text_field]
     if not isinstance(value, str) or not value.strip():
-        raise Malformed(f"column {text_field} is empty or no text")
+        raise Malformed(f"column {text_field} is empty or not text")
     return value
 
 
 def _messages(value: Any) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise Malformed("no messages")
+        raise Malformed("there are no messages")
     turns = []
     for turn in value:
         if (
@@ -203,6 +201,6 @@ def _messages(value: Any) -> list[Message]:
             or not isinstance(turn.get("role"), str)
             or not isinstance(turn.get("content"), str)
         ):
-            raise Malformed("a message is not {role, content} with text in both")
+            raise Malformed("a message must have the text fields role and content")
         turns.append({"role": turn["role"], "content": turn["content"]})
     return turns

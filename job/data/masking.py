@@ -1,4 +1,4 @@
-"""From an example to token ids and labels: the one place that decides which tokens are learned."""
+"""Turns an example into token ids and labels. This is the only place that decides which tokens are learned."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from jinja2.exceptions import TemplateError
 
 from job.data.formats import Example, Malformed
 
-IGNORED = -100  # the label that every loss of transformers and trl skips
+IGNORED = -100  # the label that all losses in transformers and trl skip
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One row for the model. `labels[i]` is `input_ids[i]` where it is learned, else -100."""
+    """One row for the model. `labels[i]` is `input_ids[i]` if the token is learned, else -100."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 def encode(example: Example, tokenizer: Any, *, completion_only: bool, assistant_only: bool) -> Encoding:
-    """Tokens and labels of one example.
+    """Tokenize and label one example.
 
-    Plain text begins with one BOS (if the tokenizer has one) and ends with EOS. A conversation is exactly what the chat
-    template writes, since that is what the model will be asked with.
+    Plain text starts with one BOS (if the tokenizer has one) and ends with EOS. A conversation is exactly what the chat
+    template renders, because inference uses the same template.
 
-    The learned part is found in the text, by character, and carried over through the tokenizer's offsets: tokenising
-    prompt and answer apart would split tokens where training and inference do not.
+    The learned spans are found in the text by character and mapped to tokens through the tokenizer's offsets.
+    Tokenizing prompt and answer separately would split tokens where the full text does not.
     """
     if example.messages is None:
         assert example.text is not None
         text = _with_eos(example.text + (example.completion or ""), tokenizer)
         only_completion = example.completion is not None and completion_only
         spans = [(len(example.text), len(text))] if only_completion else [(0, len(text))]
-        # Text that begins with BOS already, as the seed's does, must not be given a second one
+        # Text that already starts with BOS, as in the default dataset, must not get a second one.
         has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         return _encode_spans(text, spans, tokenizer, add_special_tokens=not has_bos)
     try:
@@ -47,7 +47,7 @@ def encode(example: Example, tokenizer: Any, *, completion_only: bool, assistant
 
 
 def render_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """The token ids that ask `prompt` of the model, in the template that it was trained with."""
+    """The token ids of `prompt` as a user message, in the template that the model was trained with."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
@@ -72,7 +72,7 @@ def _render(example: Example, tokenizer: Any, *, completion_only: bool, assistan
         after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
         if not (text.startswith(after) and after.startswith(before)):
             raise Malformed(
-                "the chat template renders earlier turns differently once later ones follow, so turns cannot be told apart"
+                "the chat template renders earlier turns differently when later ones follow, so turns cannot be told apart"
             )
         spans.append((len(before), len(after)))
     return text, spans

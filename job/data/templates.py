@@ -23,8 +23,9 @@ LLAMA_2 = (
     "{%- else -%}{{- ' ' + turn['content'].strip() + ' ' + eos_token -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-# https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md, begun with BOS and each answer ended with EOS
-# where the tokenizer's own are others: for a Llama-2 tokenizer <|im_end|> is plain text, on which nothing stops.
+# https://github.com/openai/openai-python/blob/release-v0.28.1/chatml.md, plus the tokenizer's own BOS at the start
+# and its EOS after each answer, if they differ from ChatML's. To a Llama-2 tokenizer <|im_end|> is plain text, so it would
+# never stop generation.
 CHATML = (
     "{%- if bos_token and bos_token != '<|im_start|>' -%}{{- bos_token -}}{%- endif -%}"
     "{%- for message in messages -%}"
@@ -38,10 +39,10 @@ NAMED = {"llama-2": LLAMA_2, "chatml": CHATML}
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, which encodes as its `tokenizer.json` says.
+    """Load the tokenizer of a model folder so that it encodes exactly as its `tokenizer.json` says.
 
-    transformers' own Llama class rebuilds the tokenizer and, unless `legacy` is true, encodes `<s>[INST]` without the
-    leading space that Llama 2 was trained with. Where the class and the file disagree, the file is right.
+    transformers' Llama class rebuilds the tokenizer and, unless `legacy` is true, encodes `<s>[INST]` without the
+    leading space that Llama 2 was trained with. If the class and the file disagree, the file is right.
     """
     file = folder / "tokenizer.json"
     try:
@@ -57,7 +58,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise InputError(
-            f"The tokenizer in {folder} has no fast form.",
+            f"The tokenizer in {folder} has no fast version.",
             "Convert it: AutoTokenizer.from_pretrained(…).save_pretrained(…).",
         )
     if tokenizer.eos_token is None:
@@ -65,13 +66,13 @@ def load_tokenizer(folder: Path) -> Any:
             f"The tokenizer in {folder} has no end-of-sequence token.", "Set eos_token in tokenizer_config.json."
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so that a real </s> is still learned
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so a real </s> is still learned
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def set_chat_template(tokenizer: Any, wanted: str) -> str:
-    """Give the tokenizer the template that FT_CHAT_TEMPLATE names; returns the name of what was chosen."""
+    """Set the template that FT_CHAT_TEMPLATE names, and return the name of the one chosen."""
     if wanted == "auto":
         if tokenizer.chat_template:
             return "the tokenizer's own"
@@ -82,7 +83,7 @@ def set_chat_template(tokenizer: Any, wanted: str) -> str:
     path = Path(wanted).expanduser()
     if not path.is_file():
         raise SettingsError(
-            f"FT_CHAT_TEMPLATE={wanted!r} is no file and no known template.",
+            f"FT_CHAT_TEMPLATE={wanted!r} is neither a file nor a known template.",
             f"Use auto, {', '.join(NAMED)}, or a Jinja file.",
         )
     tokenizer.chat_template = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Models and datasets in, models out: the Hugging Face Hub, local folders, and S3 prefixes."""
+"""Fetches models and datasets and publishes models: the Hugging Face Hub, local folders and S3 prefixes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from job.errors import InputError, JobError, PermissionRefused, SettingsError, T
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn huggingface_hub's errors into the job's; `what` names the repository and the variable that chose it."""
+    """Translate huggingface_hub's errors into the job's. `what` names the repository and the variable that chose it."""
     try:
         yield
     except JobError:
@@ -37,33 +37,34 @@ def hub_errors(what: str) -> Iterator[None]:
 def _explained(error: Exception, what: str) -> JobError | None:
     if isinstance(error, GatedRepoError):
         return PermissionRefused(
-            f"{what} is gated.", "Accept its licence on its Hub page, and set HF_TOKEN to a token of that account."
+            f"{what} is gated.", "Accept its license on its Hub page, and set HF_TOKEN to a token of the same account."
         )
     if isinstance(error, RepositoryNotFoundError) and _status(error) != 403:
         return SettingsError(
-            f"{what} does not exist on the Hub, or is private.", "Check the spelling; for a private one set HF_TOKEN."
+            f"{what} does not exist on the Hub, or is private.",
+            "Check the spelling. For a private repository, set HF_TOKEN.",
         )
     if isinstance(error, RevisionNotFoundError):
-        return SettingsError(f"{what} has no such revision.", "Check what stands behind the @.")
+        return SettingsError(f"{what} has no such revision.", "Check the part after the @.")
     if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
-        # what huggingface_hub makes of a failed request for a file that is not cached
+        # huggingface_hub raises this when the request for an uncached file fails
         cause = error.__cause__
         explained = _explained(cause, what) if isinstance(cause, Exception) else None
-        return explained or TransientError(f"The Hub did not give {what}: {error}", "Start the job again.")
+        return explained or TransientError(f"The Hub did not deliver {what}: {error}", "Start the job again.")
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return SettingsError(
-            f"{what} is not in the local cache, and the Hub could not be asked.",
+            f"{what} is not in the local cache, and the Hub could not be reached.",
             "Unset HF_HUB_OFFLINE, check the network and HF_ENDPOINT, or name a local folder.",
         )
     if isinstance(error, EntryNotFoundError):
-        return InputError(f"{what} lacks a file: {error}", "Check that the repository is complete.")
+        return InputError(f"{what} is missing a file: {error}", "Check that the repository is complete.")
     if isinstance(error, HFValidationError):
         return SettingsError(f"{what} is not a valid Hub id.", "Write it as user/name or user/name@revision.")
     if isinstance(error, HfHubHTTPError):
         status = _status(error)
         if status in (401, 403):
             return PermissionRefused(
-                f"The Hub refused {what} ({status}).", "Check that HF_TOKEN is valid and has the rights for it."
+                f"The Hub refused {what} ({status}).", "Check that HF_TOKEN is valid and grants access."
             )
         return TransientError(f"The Hub answered {status} for {what}.", "Start the job again later.")
     if isinstance(error, RuntimeError) and "CAS" in str(error):  # hf_xet, out of retries

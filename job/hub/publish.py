@@ -1,4 +1,4 @@
-"""Putting a finished model where others can load it: a Hub repository or a folder."""
+"""Publishes a finished model to a Hub repository or a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from job.errors import PermissionRefused, SettingsError, TransientError
 from job.hub import hub_errors
 from job.run import Run
 
-RECORD = "finetune_run.json"  # written into what is published; tells our own folders from other people's
+RECORD = "finetune_run.json"  # a file in everything we publish, so that we never overwrite other people's folders
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where FT_PUBLISH_TO points: a Hub repository id, or a folder."""
+    """The target of FT_PUBLISH_TO: a Hub repository id or a folder."""
 
     hub_id: str | None
     folder: Path | None
@@ -39,7 +39,7 @@ class Destination:
 
 
 def check_destination(run: Run) -> None:
-    """Prove now that publishing will be allowed later: hours of training stand in between."""
+    """Check now that publishing will be allowed, before hours of training."""
     destination = Destination.of(run)
     if destination.hub_id is not None:
         _create_repository(run, destination.hub_id)
@@ -47,23 +47,26 @@ def check_destination(run: Run) -> None:
     folder = destination.folder
     assert folder is not None
     if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"FT_PUBLISH_TO: {folder} is a file.", "Name a folder.")
+        raise SettingsError(f"FT_PUBLISH_TO: {folder} is a file.", "Set FT_PUBLISH_TO to a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise SettingsError(
-            f"FT_PUBLISH_TO: {folder} holds files that this job did not write.", "Name a new folder, or empty that one."
+            f"FT_PUBLISH_TO: {folder} contains files that this job did not write.",
+            "Choose a new folder, or empty that one.",
         )
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(nearest, os.W_OK):
-        raise PermissionRefused(f"FT_PUBLISH_TO: {nearest} is not writable.", "Name a folder that this user may write.")
+        raise PermissionRefused(
+            f"FT_PUBLISH_TO: {nearest} is not writable.", "Choose a folder that this user can write to."
+        )
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """Move `source` to `target`; whoever looks sees the model as it was before or the whole new one."""
+    """Move `source` to `target`. A reader never sees a mix of the old model and the new one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, former = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.former")
     for leftover in (partial, former):
         shutil.rmtree(leftover, ignore_errors=True)
-    shutil.move(source, partial)  # a rename where both lie on one volume, else a copy
+    shutil.move(source, partial)  # a rename on the same volume, otherwise a copy
     if target.exists():
         os.replace(target, former)
     os.replace(partial, target)
@@ -71,10 +74,10 @@ def publish_folder(source: Path, target: Path) -> None:
 
 
 def publish_to_hub(run: Run, source: Path, hub_id: str) -> tuple[str, str]:
-    """Push `source` in one commit, then compare what the Hub lists with what lies here.
+    """Push `source` in one commit, then compare the Hub's hashes with the local files.
 
-    Returns (repository id with its namespace, commit). Weights of an earlier push that are no longer part of the
-    model are removed in the same commit. Raises TransientError if the Hub holds other bytes than were sent.
+    Returns (repository id with its namespace, commit). The same commit removes weights of an earlier push that are no
+    longer part of the model. Raises TransientError if the Hub's bytes differ from those sent.
     """
     repository = _create_repository(run, hub_id)
     files = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*")) if path.is_file()}
@@ -98,8 +101,8 @@ def publish_to_hub(run: Run, source: Path, hub_id: str) -> tuple[str, str]:
     wrong = [name for name, path in files.items() if name not in listed or not _same_bytes(path, listed[name])]
     if wrong:
         raise TransientError(
-            f"The Hub holds other bytes than were sent for {', '.join(wrong)}.",
-            "Start the job again: it pushes once more.",
+            f"The bytes on the Hub differ from those sent for {', '.join(wrong)}.",
+            "Start the job again to push once more.",
         )
     return repository, commit.oid
 
@@ -108,7 +111,7 @@ def _same_bytes(path: Path, listed: object) -> bool:
     lfs = getattr(listed, "lfs", None)
     if lfs is not None:
         return bool(lfs.sha256 == sha256(path))
-    data = path.read_bytes()  # git's own name for a file: the SHA-1 of a header and the bytes
+    data = path.read_bytes()  # git's blob id: the SHA-1 of a header and the bytes
     return bool(
         getattr(listed, "blob_id", None)
         == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

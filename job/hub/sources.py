@@ -1,4 +1,4 @@
-"""Where a model or a dataset comes from, and bringing its files here."""
+"""Finds the files of a model or dataset on the Hub, in S3 or on disk, and fetches them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from job.errors import InputError, SettingsError
 from job.hub import hub_errors
 from job.storage import Store, open_store
 
-# What a model folder may hold: weights that cannot run code when loaded, and what describes them. Only the top level.
+# The files fetched from a model's top-level folder: weights that cannot run code when loaded, and their description.
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -36,7 +36,7 @@ Kind = Literal["model", "dataset"]
 
 @dataclass(frozen=True)
 class Source:
-    """One parsed setting. `place` is a Hub id, a local path or an S3 URL."""
+    """A parsed source setting. `place` is a Hub id, a local path or an S3 URL."""
 
     variable: str
     kind: Kind
@@ -46,7 +46,7 @@ class Source:
 
     @classmethod
     def parse(cls, variable: str, kind: Kind, text: str) -> Source:
-        """Tell `id`, `id@revision`, a path and `s3://…` apart; a path that exists wins over a Hub id."""
+        """Parse `id`, `id@revision`, a path or `s3://…`. An existing path takes precedence over a Hub id."""
         if text.startswith("s3://"):
             return cls(variable, kind, "s3", text.rstrip("/"))
         path = Path(text).expanduser()
@@ -55,12 +55,12 @@ class Source:
         if text.startswith(("/", "./", "../", "~")) or path.suffix in _DATA_SUFFIXES:
             raise SettingsError(
                 f"{variable}={text!r}: no such file or folder.",
-                "Check the path; inside a container it must be mounted.",
+                "Check the path. In a container, it must be mounted.",
             )
         name, _, revision = text.partition("@")
         if not _HUB_ID.match(name):
             raise SettingsError(
-                f"{variable}={text!r} is neither a Hub id nor a path nor s3://bucket/prefix.", "Write it as user/name."
+                f"{variable}={text!r} is not a Hub id, a path or s3://bucket/prefix.", "Write it as user/name."
             )
         return cls(variable, kind, "hub", name, revision or None)
 
@@ -76,14 +76,14 @@ class Source:
         return MODEL_FILES if self.kind == "model" else DATA_FILES
 
     def wants(self, name: str) -> bool:
-        """Whether the job uses the file `name` (relative, with slashes) of this source."""
+        """Whether the job uses the file `name` of this source, a relative path with slashes."""
         if self.kind == "model" and ("/" in name or name.startswith("consolidated")):
-            return False  # the original format beside the transformers one, or weights for another library
+            return False  # weights in the original format, or for another library
         return any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern) for pattern in self.patterns)
 
 
 def public_name(text: str) -> str:
-    """A source as strangers may read it: a Hub id as it is, of a path or an S3 URL the last part."""
+    """A source's name for publication: a Hub id as it is, or only the last part of a path or S3 URL."""
     path = Path(text).expanduser()
     local = path.exists() or text.startswith(("/", "./", "../", "~", "s3://"))
     return text.rstrip("/").rsplit("/", 1)[-1] if local else text
@@ -91,7 +91,7 @@ def public_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds: its commit, where it has one, and each wanted file with its size in bytes."""
+    """The content of a source: its commit, if it has one, and each wanted file with its size in bytes."""
 
     commit: str | None
     files: tuple[tuple[str, int], ...]
@@ -102,17 +102,20 @@ class Listing:
 
 
 def disk_needed(listings: Mapping[Source, Listing]) -> int:
-    """Bytes that a run on these sources writes: what is fetched, the merged model (as large as the base), its published
-    copy, and a tenth more for checkpoints, tokenised data and logs."""
+    """Bytes of disk space that a run on these sources needs.
+
+    This covers the fetched files, the merged model (as large as the base model), its published copy, and 10% more for
+    checkpoints, tokenized data and logs.
+    """
     fetched = sum(listing.total_bytes for source, listing in listings.items() if source.scheme != "local")
     model = sum(listing.total_bytes for source, listing in listings.items() if source.kind == "model")
     return (fetched + 2 * model) * 11 // 10
 
 
 def look_up(source: Source, commit: str | None = None) -> Listing:
-    """List a source without fetching it; `commit` pins a Hub repository to what an earlier start resolved.
+    """List a source without fetching it. `commit` pins a Hub repository to the commit that an earlier start resolved.
 
-    Raises SettingsError for what does not exist, InputError for what the job cannot use.
+    Raises SettingsError if the source does not exist, and InputError if the job cannot use it.
     """
     if source.scheme == "hub":
         listing = _look_up_hub(source, commit)
@@ -126,7 +129,7 @@ def look_up(source: Source, commit: str | None = None) -> Listing:
 
 
 def fetch(source: Source, listing: Listing, folder: Path) -> None:
-    """Make the wanted files of a source appear below `folder`: links where they lie on a disk already, else copies."""
+    """Make the wanted files of a source appear below `folder`, as links to files already on disk, or else as copies."""
     if source.scheme == "s3":
         _fetch_s3(open_store(source.place), listing, folder)
         return
@@ -150,7 +153,7 @@ def fetch(source: Source, listing: Listing, folder: Path) -> None:
 
 
 def model_config(source: Source) -> dict[str, Any]:
-    """A model's config.json alone."""
+    """The config.json of a model, fetched without the rest."""
     if source.scheme == "s3":
         data = open_store(source.place).get("config.json")
     elif source.scheme == "local":
@@ -204,7 +207,7 @@ def _local_files(source: Source) -> list[tuple[str, int]]:
 def _fetch_s3(store: Store, listing: Listing, folder: Path) -> None:
     for name, size in listing.files:
         target = folder / name
-        if not (target.is_file() and target.stat().st_size == size):  # a file takes its name only when complete
+        if not (target.is_file() and target.stat().st_size == size):  # a file gets its name only when complete
             store.download(name, target)
 
 
@@ -212,18 +215,18 @@ def _require_usable(source: Source, names: list[str]) -> None:
     if source.kind == "dataset":
         if not any(name.rsplit("/", 1)[-1] != "README.md" for name in names):
             raise InputError(
-                f"{source.described} holds no data files.",
-                f"It must have {', '.join(_DATA_SUFFIXES)} files (optionally .gz, .zst, .bz2).",
+                f"{source.described} has no data files.",
+                f"Provide {', '.join(_DATA_SUFFIXES)} files, optionally compressed (.gz, .zst, .bz2).",
             )
         return
     if "config.json" not in names:
         raise InputError(
-            f"{source.described} has no config.json.", "Name the folder or repository of a transformers model."
+            f"{source.described} has no config.json.", "Choose the folder or repository of a transformers model."
         )
     if not any(name.endswith(".safetensors") for name in names):
         raise InputError(
             f"{source.described} has no safetensors weights.",
-            "Pickled weights (.bin, .pt) are never loaded, since loading them runs code: convert the model with save_pretrained.",
+            "Convert the model with save_pretrained. Pickled weights (.bin, .pt) are never loaded, because loading them runs code.",
         )
     if not any(name.startswith("tokenizer") for name in names):
         raise InputError(f"{source.described} has no tokenizer.", "Add tokenizer.json or tokenizer.model to it.")

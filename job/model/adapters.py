@@ -10,7 +10,6 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from job.errors import InputError
-from job.run import Run
 from job.settings import Settings
 
 
@@ -33,17 +32,6 @@ def lora_config(settings: Settings) -> LoraConfig:
     )
 
 
-def adapter_dtype(settings: Settings, products: torch.dtype) -> torch.dtype:
-    """The type in which the adapter is held and trained, beside products in another.
-
-    bfloat16 for 4-bit models, as trl has it. Float32 beside float32 products (the CPU), where bfloat16 would only lose digits;
-    beside float16 ones, whose scaled gradients need it; and in shards, which are cast when they are gathered, while torch's
-    AdamW keeps its moments in the type of what it is given.
-    """
-    whole_bfloat16 = products == torch.bfloat16 and settings.use_4bit and settings.sharding == "none"
-    return torch.bfloat16 if whole_bfloat16 else torch.float32
-
-
 def hold_adapter_in(model: PeftModel, dtype: torch.dtype) -> None:
     """Cast what is trained; peft and trl decide by whether the frozen layers look like 4-bit ones."""
     for parameter in model.parameters():
@@ -51,9 +39,8 @@ def hold_adapter_in(model: PeftModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def with_adapter(run: Run, base: PreTrainedModel) -> PeftModel:
-    """`base` with the trained adapter, ready to answer; `disable_adapter()` gives the base's own answers."""
-    folder: Path = run.paths.adapter_dir
+def with_adapter(folder: Path, base: PreTrainedModel) -> PeftModel:
+    """`base` with the adapter in `folder`, ready to answer; `disable_adapter()` gives the base's own answers."""
     model = PeftModel.from_pretrained(base, folder, is_trainable=False)
     # peft only warns of a file that fits no layer, and the base would pass for what was trained
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:

@@ -18,42 +18,31 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from job.errors import InputError
-from job.model.device import device_of
-from job.run import Run, read_json
+from job.settings import Settings
 
 VARLEN = "varlen"
 
 
-def padding_free(run: Run) -> bool:
+def is_padding_free(settings: Settings, device: torch.device, config: Mapping[str, Any]) -> bool:
     """Whether batches are one sequence without padding, which changes the time a step takes and nothing else.
 
     InputError if FT_PADDING_FREE asks for it where the model's attention is not that of this module.
     """
-    wanted = run.settings.padding_free
-    if run.settings.packing:
+    wanted = settings.padding_free
+    if settings.packing:
         return True
-    if wanted is True and not _is_plain_attention(_config(run)):
+    if wanted is True and not is_plain_attention(config):
         raise InputError(
             "FT_PADDING_FREE=true: this model's attention is not known to work without padding.", "Leave it at auto."
         )
     if wanted != "auto":
         return bool(wanted)
-    served = _has_kernel(device_of(run)) or run.settings.decoder_layers == "fused"
-    return served and _is_plain_attention(_config(run))
+    served = _has_kernel(device) or settings.decoder_layers == "fused"
+    return served and is_plain_attention(config)
 
 
-def attention_of(run: Run) -> str | None:
-    """The name of the attention to load the model with; None for transformers' choice, which knows packed rows too."""
-    return register_varlen() if padding_free(run) and _is_plain_attention(_config(run)) else None
-
-
-def _config(run: Run) -> dict[str, Any]:
-    config: dict[str, Any] = read_json(run.paths.model_dir / "config.json")
-    return config
-
-
-def _is_plain_attention(config: Mapping[str, Any]) -> bool:
-    """Whether the model attends to all that came before, by softmax alone: no window, cap, sink or bias, and no dropout."""
+def is_plain_attention(config: Mapping[str, Any]) -> bool:
+    """Whether the model attends to everything before a token by softmax alone: no window, cap, sink, bias or dropout."""
     return (
         config.get("model_type") in ("llama", "qwen2", "qwen3")
         and not config.get("use_sliding_window")

@@ -1,4 +1,4 @@
-"""Where this process computes, and in which numbers."""
+"""The device of this process, what it can do, and the types that follow from it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 
 from job.errors import NodeError
-from job.run import Run
 from job.settings import Settings
 
 
-def device_of(run: Run) -> torch.device:
+def device_of(settings: Settings, local_rank: int) -> torch.device:
     """The device of this process; NodeError if a GPU was asked for and there is none."""
-    if run.settings.device == "cpu":
+    if settings.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise NodeError(
@@ -26,7 +25,7 @@ def device_of(run: Run) -> torch.device:
             "Start the container with GPUs (docker run --gpus all, nvidia.com/gpu in the pod), check the driver with nvidia-smi, "
             "or set FT_DEVICE=cpu to compute on the CPU, which is slow.",
         )
-    return torch.device("cuda", run.node.local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def require_fp8(device: torch.device) -> None:

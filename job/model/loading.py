@@ -11,27 +11,25 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from job.errors import InputError
-from job.model.device import compute_dtype, device_of
+from job.model.compute import Compute
 from job.model.quantization import four_bit_config, keep_plain_layout
-from job.run import Run
 from job.settings import Settings
 
 
-def load_base(run: Run, *, quantized: bool, attention: str | None = None) -> PreTrainedModel:
+def load_base(
+    folder: Path, settings: Settings, compute: Compute, *, quantized: bool, attention: str | None = None
+) -> PreTrainedModel:
     """The base model on this process's device, its frozen layers in 4 bits if `quantized`, with transformers' choice of
     attention unless one is named.
 
     Only safetensors are read, only classes that transformers ships are built. InputError for a folder that is no model.
     """
-    settings, folder, device = run.settings, run.paths.model_dir, device_of(run)
-    dtype = compute_dtype(settings, device)
-    device_map = _device_map(settings, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=four_bit_config(settings, dtype) if quantized else None,
+            dtype=compute.dtype,
+            device_map=_device_map(settings, compute.device),
+            quantization_config=four_bit_config(settings, compute.dtype) if quantized else None,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
@@ -43,7 +41,7 @@ def load_base(run: Run, *, quantized: bool, attention: str | None = None) -> Pre
             f"FT_MODEL_NAME={settings.model_name} cannot be loaded: {error}",
             "It must be a causal language model that transformers knows.",
         ) from error
-    if device.type == "cpu":
+    if not compute.on_gpu:
         keep_plain_layout(model)
     return model
 

@@ -6,6 +6,7 @@ import bitsandbytes as bnb
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from job.model.patches import Patches
 from job.settings import Settings
 
 
@@ -32,7 +33,7 @@ def keep_plain_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def make_resident(model: torch.nn.Module) -> None:
+def make_resident(model: torch.nn.Module, patches: Patches) -> None:
     """Replace every 4-bit layer by a plain one that holds the values of its weight, in the type of the products.
 
     The very numbers that bitsandbytes makes anew for every product: QLoRA's mathematics, without the work. Four times the
@@ -41,7 +42,8 @@ def make_resident(model: torch.nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
-                setattr(parent, name, plain_layer(child, full_weight(child).to(child.compute_dtype)))
+                plain = plain_layer(child, full_weight(child).to(child.compute_dtype))
+                patches.replace_module(parent, name, plain)
 
 
 def plain_layer(layer: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Linear:

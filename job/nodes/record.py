@@ -1,4 +1,4 @@
-"""What one node tells the others, and what they make of it."""
+"""What one node tells the others through the store, and how it looks to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTAGIOUS = (ExitCode.BAD_INPUT, ExitCode.BUG, ExitCode.PERMISSION, ExitCode.SE
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """What one node tells the others; the last three fields are the first node's, once the training may begin."""
+    """What one node tells the others. The first node adds the last three fields when training can start."""
 
     node: int
     name: str
@@ -27,11 +27,11 @@ class NodeRecord:
     hint: str = ""
     members: tuple[str, ...] = ()  # the holders, in the order of the nodes
     endpoint: str = ""  # host:port where torchrun's agents meet
-    resume: str | None = None  # the commit to go on from, a folder of the run in the store
+    resume: str | None = None  # the commit to resume from: a folder of the run in the store
 
 
-class Peer:
-    """Another node, as far as its record in the store tells."""
+class OtherNode:
+    """Another node, as its record in the store shows it."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -41,7 +41,7 @@ class Peer:
 
     @property
     def alive(self) -> bool:
-        """Whether its record has been seen to change: a dead start's stays behind."""
+        """Whether its record has been seen to change. A dead start's record stays as it was."""
         return self._changes > 1 and self.silent_seconds < DEAD_SECONDS
 
     @property
@@ -62,22 +62,23 @@ class Peer:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended with what would fail on every node."""
+        """Whether it ended with an error that every node would meet."""
         return self.has_ended and self.record is not None and self.record.exit_code in CONTAGIOUS
 
     @property
     def described(self) -> str:
-        """Its scheduler's name for people, once it is known."""
+        """Its name in the scheduler, once that is known."""
         return f"Node {self._index} ({self.record.name})" if self.record is not None else f"Node {self._index}"
 
     def ending(self) -> JobError:
-        """Its end, as another node's: what would fail there again fails here; the rest is worth another try."""
+        """Its error, as this node raises it: one that every node would meet keeps its code, any other is worth a retry."""
         assert self.record is not None and self.record.exit_code is not None
         code = self.record.exit_code if self.record.exit_code in CONTAGIOUS else ExitCode.TRY_AGAIN
         message = f"{self.described} ended with exit code {self.record.exit_code}: {self.record.message}"
         return from_code(code, message, self.record.hint)
 
     def seen(self, record: NodeRecord | None) -> None:
+        """Take note of what its record says now."""
         if record is not None and record != self.record:
             if self.record is None or record.holder != self.record.holder:
                 self._changes = 0
@@ -85,12 +86,12 @@ class Peer:
             self._changes += 1
 
     def unseen(self, seconds: float) -> None:
-        """The store could not be read for so long: that tells nothing of the node."""
+        """The store could not be read for this long, which says nothing about the node."""
         self._changed_at += seconds
 
 
 def parse(data: bytes) -> NodeRecord | None:
-    """A record as it is in the store; None for what is no record."""
+    """A record as it is in the store; None for anything that is not one."""
     try:
         raw = json.loads(data)
         known = {field.name for field in fields(NodeRecord)}

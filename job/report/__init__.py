@@ -1,1 +1,1 @@
-"""What people and machines see of a run: events, the console, plots, the model card."""
+"""What people and machines see of a run: events, console, metrics, plots and the model card."""

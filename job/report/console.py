@@ -1,4 +1,4 @@
-"""The supervisor's voice: a live bar on a terminal, one JSON object per line elsewhere."""
+"""The supervisor's output: a live progress bar on a terminal, one JSON object per line elsewhere."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from job.run import now
 from job.settings import masked, secret_values
 
 _LEVELS = ("debug", "info", "warning", "error")
+_STAGE_WIDTH, _RESULT_WIDTH = 11, 11
 _STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 
 
 @dataclass
 class StageRecord:
-    """One row of the closing table."""
+    """One row of the final table."""
 
     stage: str
     result: str
     seconds: float = 0.0
     outputs: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)  # the numbers in `outputs`, for programs
 
 
 class Console(Protocol):
@@ -38,20 +39,20 @@ class Console(Protocol):
     def stage_started(self, stage: str) -> None: ...
     def stage_ended(self, record: StageRecord) -> None: ...
     def progress(self, stage: str, event: dict[str, Any]) -> None: ...
-    def summary(self, records: list[StageRecord], closing: str) -> None: ...
+    def summary(self, records: list[StageRecord], closing: str, *, exit_code: int, reason: str) -> None: ...
 
 
-def open_console(log_format: str, log_level: str, stream: TextIO = sys.stdout) -> Console:
-    """`auto` is text where a person watches, JSON where a log collector does."""
+def open_console(log_format: str, log_level: str, run_id: str, stream: TextIO = sys.stdout) -> Console:
+    """Open the console. `auto` is text on a terminal and JSON elsewhere."""
     text = log_format == "text" or (log_format == "auto" and stream.isatty())
-    return TextConsole(log_level, stream) if text else JsonConsole(log_level, stream)
+    return TextConsole(log_level, stream) if text else JsonConsole(log_level, run_id, stream)
 
 
 class JsonConsole:
-    """One JSON object a line, each with time and level."""
+    """Writes one JSON object per line, each with time and level."""
 
-    def __init__(self, log_level: str, stream: TextIO) -> None:
-        self._least, self._stream = _LEVELS.index(log_level), stream
+    def __init__(self, log_level: str, run_id: str, stream: TextIO) -> None:
+        self._least, self._run_id, self._stream = _LEVELS.index(log_level), run_id, stream
         self._secrets = secret_values()
         self._lock = threading.Lock()
 
@@ -59,35 +60,38 @@ class JsonConsole:
         self._write(level, {"message": text, **fields})
 
     def stage_started(self, stage: str) -> None:
-        self._write("info", {"event": "stage_started", "stage": stage})
+        self._write("info", {"event": "stage_started", "stage": stage, "message": f"Stage {stage} started."})
 
     def stage_ended(self, record: StageRecord) -> None:
-        self._write("info", {"event": "stage_ended", **_as_fields(record)})
+        message = f"Stage {record.stage}: {record.result} after {record.seconds:.1f} s."
+        self._write("info", {"event": "stage_ended", "message": message, **_as_fields(record)})
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
-        self._write("info", {"stage": stage, **event})
+        message = f"{stage}: {_short(event['done'])} of {_short(event['total'])} {event['unit']}"
+        self._write("info", {"stage": stage, "message": message, **event})
 
-    def summary(self, records: list[StageRecord], closing: str) -> None:
-        self._write(
-            "info", {"event": "run_ended", "message": closing, "stages": [_as_fields(record) for record in records]}
-        )
+    def summary(self, records: list[StageRecord], closing: str, *, exit_code: int, reason: str) -> None:
+        ended = {"event": "run_ended", "message": closing, "exit_code": exit_code, "reason": reason}
+        self._write("info", {**ended, "stages": [_as_fields(record) for record in records]})
 
     def _write(self, level: str, fields: dict[str, Any]) -> None:
         if _LEVELS.index(level) < self._least:
             return
-        line = json.dumps({"time": now(), "level": level, **fields}, ensure_ascii=False, default=str)
-        with self._lock, contextlib.suppress(OSError):  # nobody may be reading any more: no reason to lose the work
+        line = json.dumps(
+            {"time": now(), "level": level, "run_id": self._run_id, **fields}, ensure_ascii=False, default=str
+        )
+        with self._lock, contextlib.suppress(OSError):  # the reader may be gone, which is no reason to lose the work
             self._stream.write(masked(line, self._secrets) + "\n")
             self._stream.flush()
 
 
 class TextConsole:
-    """For a person: a bar with rate, loss and time left, then a table. Without a terminal, plain lines."""
+    """Writes for a person: a bar with rate, loss and time left, then a table. Without a terminal, plain lines."""
 
     def __init__(self, log_level: str, stream: TextIO) -> None:
         self._least = _LEVELS.index(log_level)
         self._secrets = secret_values()
-        self._rich = RichConsole(file=stream, highlight=False, soft_wrap=not stream.isatty())
+        self._rich = RichConsole(file=stream, highlight=False)
         self._bar: Progress | None = None
         self._last_line = 0.0
 
@@ -129,21 +133,15 @@ class TextConsole:
         count = f"{_short(event['done'])}/{_short(event['total'])} {event['unit']}"
         self._bar.update(task, completed=event["done"], total=event["total"], count=count, figures=escape(figures))
 
-    def summary(self, records: list[StageRecord], closing: str) -> None:
+    def summary(self, records: list[StageRecord], closing: str, *, exit_code: int, reason: str) -> None:
+        """The table. Lines are never folded here: a terminal folds them itself, and a copied path stays whole."""
         self._close_bar()
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in ("stage", "result", "time", "output"):
-            table.add_column(title, overflow="fold", no_wrap=title != "output")
+        self._print("", "")
         for record in records:
             seconds = f"{record.seconds:.1f} s" if record.seconds else ""
-            table.add_row(
-                record.stage,
-                record.result,
-                seconds,
-                escape(masked("\n".join(record.outputs).replace(f"{Path.cwd()}/", ""), self._secrets)),
-            )
-        self._rich.print()
-        self._rich.print(table)
+            self._print(f"{record.stage:<{_STAGE_WIDTH}}{record.result:<{_RESULT_WIDTH}}{seconds:>9}".rstrip(), "")
+            for line in record.outputs:
+                self._print(f"{'':<{_STAGE_WIDTH}}{line.replace(f'{Path.cwd()}/', '')}", "dim")
         self._print(closing, "bold")
 
     def _close_bar(self) -> None:
@@ -152,7 +150,7 @@ class TextConsole:
             self._bar = None
 
     def _print(self, text: str, style: str) -> None:
-        self._rich.print(escape(masked(text, self._secrets)), style=style)
+        self._rich.print(escape(masked(text, self._secrets)), style=style, soft_wrap=True)
 
 
 def _as_fields(record: StageRecord) -> dict[str, Any]:
@@ -161,6 +159,7 @@ def _as_fields(record: StageRecord) -> dict[str, Any]:
         "result": record.result,
         "seconds": round(record.seconds, 3),
         "outputs": record.outputs,
+        "figures": record.figures,
     }
 
 

@@ -1,6 +1,6 @@
-"""What a stage tells the supervisor: one JSON object a line on standard output, behind a record separator (RFC 7464).
+"""Events from a stage to the supervisor: one JSON object per line of stdout, after a record separator (RFC 7464).
 
-Whatever else appears on a stage's output comes from a library and goes to the stage's log file.
+Anything else on a stage's output comes from a library and goes to the stage's log file.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ RECORD_SEPARATOR = "\x1e"
 
 
 def emit(event: str, **fields: Any) -> None:
-    """Tell the supervisor of `event`; ranks other than the first keep silent by not calling this."""
+    """Send `event` to the supervisor. Only the first rank calls this."""
     line = json.dumps({"event": event, **fields}, ensure_ascii=False, default=str)
     sys.stdout.write(f"{RECORD_SEPARATOR}{line}\n")
     sys.stdout.flush()
 
 
 def message(text: str, level: str = "info") -> None:
-    """A sentence for a person: `level` is debug, info, warning or error."""
+    """Send a sentence for a person. `level` is debug, info, warning or error."""
     emit("message", level=level, text=text)
 
 
 def progress(done: float, total: float, unit: str, **figures: Any) -> None:
-    """How far the stage is; `figures` such as loss and rate stand beside the bar."""
+    """Report how far the stage is. `figures`, such as loss and rate, appear next to the bar."""
     emit("progress", done=done, total=total, unit=unit, **figures)
 
 
-def output(what: str, where: str) -> None:
-    """Something that the stage made and a person may want to open; it goes into the closing table."""
-    emit("output", what=what, where=where)
+def output(what: str, where: str, **figures: float) -> None:
+    """Report a result that a person may want to open. It appears in the final table."""
+    emit("output", what=what, where=where, figures=figures)
 
 
 def parse(line: str) -> tuple[str, dict[str, Any] | None]:
-    """What a library wrote of `line`, and the event that it carries, if any.
+    """Split `line` into a library's text and the event after it, or None if there is no event.
 
-    Both can stand in one line: a library's unfinished line is still open when a stage reports.
+    One line can hold both, when a stage reports while a library's line is unfinished.
     """
     before, separator, rest = line.partition(RECORD_SEPARATOR)
     try:

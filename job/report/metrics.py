@@ -1,6 +1,6 @@
-"""What the job tells a monitoring system: Prometheus metrics, and whether the training still moves.
+"""Prometheus metrics of the job, and a health check that fails when training stalls.
 
-The names are `finetune_…`; units and suffixes follow Prometheus' naming practice (prometheus.io/docs/practices/naming).
+Names start with `finetune_`. Units and suffixes follow Prometheus' conventions (prometheus.io/docs/practices/naming).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from job.cluster import gpu_memory_used
 from job.settings import STAGE_NAMES
 
 _FIGURES = {
-    "loss": ("finetune_loss", "Training loss of the last logged step, in nats a token."),
-    "learning_rate": ("finetune_learning_rate", "Learning rate of the last logged step."),
-    "tokens_per_second": ("finetune_tokens_per_second", "Tokens trained on per second, all GPUs together."),
-    "mfu": ("finetune_mfu_ratio", "Model FLOPs utilisation: useful FLOPs over the card's dense bfloat16 peak."),
+    "loss": ("finetune_loss", "Training loss at the last logged step, in nats per token."),
+    "learning_rate": ("finetune_learning_rate", "Learning rate at the last logged step."),
+    "tokens_per_second": ("finetune_tokens_per_second", "Training tokens per second, over all GPUs."),
+    "mfu": ("finetune_mfu_ratio", "Model FLOPs utilization: useful FLOPs relative to the GPU's dense bfloat16 peak."),
 }
 
 
 class Metrics:
-    """The figures of one start of the job. The supervisor tells it what happens; `serve` lets others read."""
+    """The metrics of one start of the job. The supervisor reports what happens, and `serve` exposes it."""
 
     def __init__(self, run_id: str, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._stall_seconds, self._clock = stall_seconds, clock
@@ -37,25 +37,27 @@ class Metrics:
         self._offered_at: float | None = None
         self._upload_seconds = 0.0
         registry = self._registry = CollectorRegistry()
-        Info("finetune_run", "The run that this job works on.", registry=registry).info({"run_id": run_id})
-        self._stage = Enum("finetune_stage", "The stage at work.", states=["none", *STAGE_NAMES], registry=registry)
-        self._step = Gauge("finetune_step", "Optimizer steps taken since the run began.", registry=registry)
-        self._steps = Gauge("finetune_steps", "Optimizer steps that the run will take.", registry=registry)
-        self._restarts = Counter("finetune_restarts", "Starts of this run before this one.", registry=registry)
+        Info("finetune_run", "The run that this job is working on.", registry=registry).info({"run_id": run_id})
+        self._stage = Enum(
+            "finetune_stage", "The stage that is running.", states=["none", *STAGE_NAMES], registry=registry
+        )
+        self._step = Gauge("finetune_step", "Optimizer steps taken since the run started.", registry=registry)
+        self._steps = Gauge("finetune_steps", "Optimizer steps that the run will take in total.", registry=registry)
+        self._restarts = Counter("finetune_restarts", "Earlier starts of this run.", registry=registry)
         self._figures = {name: Gauge(*described, registry=registry) for name, described in _FIGURES.items()}
         registry.register(_Now(self))
 
     # -- what happens -----------------------------------------------------------------------------------------------
 
     def attempt(self, number: int) -> None:
-        """The run's attempts are counted from 1."""
+        """Record the number of this attempt, counted from 1."""
         self._restarts.inc(number - 1)
 
     def stage(self, name: str | None) -> None:
         self._stage.state(name or "none")
 
     def training(self, under_way: bool) -> None:
-        """Processes train from now on, or no longer: only then must something move."""
+        """Record whether training is under way. Only then does a lack of progress count as a stall."""
         self._moved_at = self._clock() if under_way else None
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
@@ -71,7 +73,7 @@ class Metrics:
                 gauge.set(event[name])
 
     def checkpoint_offered(self) -> None:
-        """A checkpoint lies on the local disk, and is to be stored."""
+        """Record that a checkpoint on the local disk is waiting to be stored."""
         if self._offered_at is None:
             self._offered_at = self._clock()
 
@@ -81,20 +83,20 @@ class Metrics:
     # -- what others read -------------------------------------------------------------------------------------------
 
     def stalled_seconds(self) -> float:
-        """For how long the training has not moved; 0 while nothing trains."""
+        """Seconds since training last made progress, or 0 if nothing is training."""
         return 0.0 if self._moved_at is None else self._clock() - self._moved_at
 
     def healthy(self) -> bool:
         return self.stalled_seconds() <= self._stall_seconds
 
     def moments(self) -> Iterator[GaugeMetricFamily]:
-        """What changes by itself as time goes by, as of now."""
+        """The current values of metrics that change with time alone."""
         if self._committed_at is not None:
             age = self._clock() - self._committed_at
             yield GaugeMetricFamily("finetune_checkpoint_age_seconds", "Time since a checkpoint was last stored.", age)
         lag = self._clock() - self._offered_at if self._offered_at is not None else self._upload_seconds
-        yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store is behind the local disk.", lag)
-        stalled = "Time since the training last moved."
+        yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
+        stalled = "Time since training last made progress."
         yield GaugeMetricFamily("finetune_stalled_seconds", stalled, self.stalled_seconds())
         memory = GaugeMetricFamily("finetune_gpu_memory_bytes", "Memory in use on each GPU.", labels=["gpu"])
         for index, used in enumerate(gpu_memory_used()):
@@ -102,7 +104,7 @@ class Metrics:
         yield memory
 
     def serve(self, port: int) -> None:
-        """Answer `/metrics` and `/healthz` from a thread, on all interfaces; raises OSError if the port is taken."""
+        """Serve `/metrics` and `/healthz` on all interfaces from a thread. Raises OSError if the port is taken."""
         metrics = make_wsgi_app(self._registry)
 
         def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -118,7 +120,7 @@ class Metrics:
 
 
 class _Now:
-    """A collector for what is computed when it is asked for."""
+    """A collector that computes its metrics on each scrape."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.collect = metrics.moments
@@ -130,4 +132,4 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """A probe every few seconds is no news."""
+        """Log nothing: a probe every few seconds is not news."""

@@ -1,4 +1,4 @@
-"""The model card: what was trained on what, how, and what came of it."""
+"""The model card: which model was trained on which data, how, and with what result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROMPT_LIMIT = 8
 
 
 def write_model_card(run: Run, *, curve_file: str, published_name: str) -> str:
-    """The README.md of the published model, as Markdown with the Hub's metadata in front.
+    """The README.md of the published model, as Markdown with the Hub's metadata at the top.
 
     `published_name` is what a reader passes to `from_pretrained`.
     """
@@ -35,13 +35,13 @@ def write_model_card(run: Run, *, curve_file: str, published_name: str) -> str:
         _table(("", ""), _training_rows(metrics)),
         "## Data\n",
         _table(("", *[name for name in ("train", "eval") if name in data]), _data_rows(data)),
-        f"Chat template: {data['chat_template']}. Longest row: {data['max_length']} tokens{', packed' if data['packed'] else ''}.\n",
+        f"Chat template: {data['chat_template']}. Maximum row length: {data['max_length']} tokens{', packed' if data['packed'] else ''}.\n",
         "## Answers before and after\n",
-        "Greedy decoding; base and adapter as trained.\n",
+        "Greedy decoding, with the base model and the adapter as trained.\n",
         *[_sample(item) for item in samples[:_PROMPT_LIMIT]],
-        "## Merge proof\n",
-        f"The merged weights were read back from disk and compared with the trained model on {proof['tokens']} tokens of {proof['rows']} rows: "
-        f"mean KL divergence {proof['mean_kl_nats']:.2g} nats per token, equal first choice for {proof['same_first_choice']:.1%} of the tokens, "
+        "## Merge verification\n",
+        f"The merged weights were read back from disk and compared with the trained model on {proof['tokens']} tokens from {proof['rows']} rows: "
+        f"mean KL divergence {proof['mean_kl_nats']:.2g} nats per token, top-1 agreement on {proof['same_first_choice']:.1%} of the tokens, "
         f"largest relative weight difference {proof['largest_weight_difference']:.2g}.\n",
         "## Settings\n",
         _table(("variable", "value"), _setting_rows(settings)),
@@ -62,7 +62,7 @@ def _metadata(settings: Settings, sources: dict[str, Any]) -> ModelCardData:
 
 def _link(source: dict[str, Any], prefix: str) -> str:
     if source["kind"] != "hub":
-        return f"`{source['source'].rstrip('/').rsplit('/', 1)[-1]}`"  # a local path is nobody else's business
+        return f"`{source['source'].rstrip('/').rsplit('/', 1)[-1]}`"  # a local path stays private
     commit = f" at `{source['commit'][:12]}`" if source["commit"] else ""
     return f"[{source['source']}](https://huggingface.co/{prefix}{source['source']}){commit}"
 
@@ -100,18 +100,18 @@ def _training_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("device", f"{metrics['processes']} × {metrics['device']}"))
     if metrics["peak_memory_bytes"]:
         rows.append(("peak GPU memory", f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB"))
-    if metrics["peak_memory_bytes"] and (goodput := metrics.get("goodput")):  # earlier versions had none
+    if metrics["peak_memory_bytes"] and (goodput := metrics.get("goodput")):  # earlier versions did not record it
         if (speed := speed_text(goodput)) is not None:
             rows.append(("speed", speed))
-        rows.append(("time of the last start", time_text(goodput)))
+        rows.append(("time spent in the last start", time_text(goodput)))
     return rows
 
 
 def _data_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     parts = [data[name] for name in ("train", "eval") if name in data]
     labels = {
-        "format": "form of the rows", "rows": "rows", "tokens": "tokens", "learned_tokens": "tokens learned",
-        "truncated_rows": "rows cut", "malformed_rows": "malformed rows left out", "unlearnable_rows": "rows with nothing to learn left out",
+        "format": "row format", "rows": "rows", "tokens": "tokens", "learned_tokens": "learned tokens",
+        "truncated_rows": "truncated rows", "malformed_rows": "malformed rows, left out", "unlearnable_rows": "rows with nothing to learn, left out",
     }  # fmt: skip
     return [
         (label, *[f"{part[key]:,}" if isinstance(part[key], int) else str(part[key]) for part in parts])
@@ -120,7 +120,7 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _setting_rows(settings: Settings) -> list[tuple[str, str]]:
-    """What the model depends on; where it was computed and stored is left out."""
+    """The settings that the model depends on, without those for where it was computed and stored."""
     values = settings.affecting("merge")
     names = [name for name in values if not name.endswith("_name")]
     texts = {name: value_text(values[name]) for name in names}
@@ -137,7 +137,7 @@ def _sample(item: dict[str, str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Text of any shape inside a table cell."""
+    """Escape any text for a table cell."""
     return re.sub(r"\s*\n\s*", "<br>", text.strip().replace("|", "\\|").replace("<", "&lt;"))
 
 

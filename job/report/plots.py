@@ -1,4 +1,4 @@
-"""The loss curve as a PNG."""
+"""Draws the loss curve as a PNG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def draw_loss_curve(history: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
-    """Training and evaluation loss in nats per token over optimizer steps; `history` is the trainer's log history."""
+    """Plot training and evaluation loss in nats per token by optimizer step. `history` is the trainer's log history."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -48,7 +48,7 @@ def main(name: str) -> int:
         if launches:
             from job.training.launcher import launch
 
-            return launch(run, name, processes)
+            return launch(run.node, run.id, name, processes)
         if settings.device == "cuda" and name in _WITH_MODEL:
             from job.model.startup import import_bitsandbytes_uncompiled
 

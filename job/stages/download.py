@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from job.data.formats import check_columns
+from job.data.formats import check_columns, evaluation_split, training_splits
 from job.hub.sources import Source, fetch, look_up
 from job.report.events import message, progress
 from job.run import Run, write_json
@@ -48,7 +48,10 @@ def download(run: Run) -> None:
         )
         fetch(source, listing, folder)
         if source.kind == "dataset":
-            check_columns(run, folder)
+            splits = training_splits(run.settings)
+            if folder == run.paths.eval_dataset_dir:
+                splits = {evaluation_split(run.settings) or "train"}
+            check_columns(run.settings, folder, run.paths.datasets_cache_dir, splits=splits)
         done += listing.total_bytes
         progress(done / 1e6, total / 1e6, "MB")
         report[source.variable] = {

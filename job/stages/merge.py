@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from job.data.templates import load_tokenizer
 from job.errors import InputError
 from job.model.adapters import with_adapter
-from job.model.device import device_of
+from job.model.compute import Compute
 from job.model.loading import load_base, stored_dtype
 from job.model.merge import compare_distributions, largest_difference, next_token_distributions, write_merged
 from job.report.events import message, output
-from job.run import Run, write_json
+from job.run import Run, read_json, write_json
 from job.stages.turn import await_turn
 
 _PROOF_ROWS, _PROOF_TOKENS = 8, 256
@@ -26,8 +26,10 @@ _MOST_KL = 0.02  # nats per token; rounding gives less than a thousandth, a wron
 def merge(run: Run) -> None:
     """Write the merged model, read it back as a user would, and refuse to go on if it is not the one that was trained."""
     await_turn(run, "merge")
-    base = load_base(run, quantized=run.settings.use_4bit)
-    trained = with_adapter(run, base)
+    config = read_json(run.paths.model_dir / "config.json")
+    compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
+    base = load_base(run.paths.model_dir, run.settings, compute, quantized=run.settings.use_4bit)
+    trained = with_adapter(run.paths.adapter_dir, base)
     rows = load_from_disk(run.paths.eval_data_dir if run.paths.eval_data_dir.exists() else run.paths.train_data_dir)
     proof_rows = [list(ids)[:_PROOF_TOKENS] for ids in rows[:_PROOF_ROWS]["input_ids"]]
     expected = next_token_distributions(trained, proof_rows)
@@ -42,7 +44,7 @@ def merge(run: Run) -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     merged = AutoModelForCausalLM.from_pretrained(
-        run.paths.merged_dir, dtype=dtype, device_map={"": device_of(run)}
+        run.paths.merged_dir, dtype=dtype, device_map={"": compute.device}
     ).eval()
     distance = compare_distributions(expected, next_token_distributions(merged, proof_rows))
     proof = {

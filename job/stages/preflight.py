@@ -34,7 +34,7 @@ def preflight(run: Run) -> None:
 
 
 def _check_device(run: Run) -> None:
-    device = device_of(run)
+    device = device_of(run.settings, run.node.local_rank)
     if device.type == "cpu":
         message(
             f"Computing on the CPU with {torch.get_num_threads()} threads in {compute_dtype(run.settings, device)}."

@@ -14,7 +14,6 @@ from datasets import Dataset, disable_progress_bars
 from job.data.formats import (
     Format,
     Malformed,
-    cache_dir_of,
     choose_format,
     evaluation_split,
     held_out_fraction,
@@ -70,9 +69,9 @@ def row_length(settings: Settings, model_config: dict[str, Any]) -> int:
 
 
 def _splits(run: Run) -> list[tuple[str, Dataset, Path]]:
-    settings, paths, cache = run.settings, run.paths, cache_dir_of(run)
+    settings, paths, cache = run.settings, run.paths, run.paths.datasets_cache_dir
     rows = load_split(paths.dataset_dir, settings.dataset_split, settings.dataset_config, cache)
-    fraction, named = held_out_fraction(run), evaluation_split(run)
+    fraction, named = held_out_fraction(settings), evaluation_split(settings)
     if fraction is not None and settings.eval_dataset_name is None:
         parts = rows.train_test_split(test_size=fraction, seed=settings.seed)
         return [("train", parts["train"], paths.train_data_dir), ("eval", parts["test"], paths.eval_data_dir)]

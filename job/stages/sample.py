@@ -10,15 +10,19 @@ from peft import PeftModel
 from job.data.masking import render_prompt
 from job.data.templates import load_tokenizer
 from job.model.adapters import with_adapter
+from job.model.compute import Compute
 from job.model.loading import load_base
 from job.report.events import message, output, progress
-from job.run import Run, write_json
+from job.run import Run, read_json, write_json
 
 
 def sample(run: Run) -> None:
     """Let the base and the tuned model answer each prompt, greedily, so that the answers can be compared and repeated."""
     tokenizer = load_tokenizer(run.paths.tokenizer_dir)
-    model = with_adapter(run, load_base(run, quantized=run.settings.use_4bit))
+    config = read_json(run.paths.model_dir / "config.json")
+    compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
+    base = load_base(run.paths.model_dir, run.settings, compute, quantized=run.settings.use_4bit)
+    model = with_adapter(run.paths.adapter_dir, base)
     samples = []
     prompts = run.settings.sample_prompts
     for number, prompt in enumerate(prompts, 1):

@@ -19,55 +19,122 @@ from transformers import PreTrainedModel
 from job.data.templates import load_tokenizer
 from job.errors import InputError, Stopped, is_lost_contact
 from job.hub.sources import public_name
-from job.model.adapters import adapter_dtype, hold_adapter_in, lora_config
-from job.model.attention import attention_of
-from job.model.device import compute_dtype, device_of
+from job.model.adapters import hold_adapter_in, lora_config
+from job.model.compute import Compute
 from job.model.loading import load_base
 from job.report.events import message, output
 from job.report.goodput import first_step_text, speed_text, time_text
 from job.run import Run, read_json, write_json
 from job.stages.turn import await_turn
-from job.training.arguments import allocator_retries, peak_memory_bytes, training_arguments
+from job.training.arguments import training_arguments
 from job.training.best import KeepBest
-from job.training.callbacks import (
-    DecideSaves,
-    OfferCheckpoints,
-    RefuseNonsense,
-    ReportProgress,
-)
+from job.training.callbacks import DecideSaves, OfferCheckpoints, RefuseNonsense, ReportProgress
+from job.training.choice import Choice, choose_steps, limit_memory
 from job.training.execution import Execution
 from job.training.launcher import unreachable
 from job.training.pace import SavePace
-from job.training.plan.choose import limit_memory
-from job.training.sharding import weight_bytes
+from job.training.results import evaluated_at_the_end, summarized
 from job.training.trainer import AdapterTrainer
 
 
 def train(run: Run) -> None:
-    """Train the adapter, from the restored checkpoint if there is one; raises Stopped if a stop request came first."""
+    """Train the adapter, from the restored checkpoint if there is one. Raises Stopped if a stop was requested first."""
     live_tensorboard = run.paths.run_dir / "tensorboard"
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(live_tensorboard)
     os.environ.setdefault("WANDB_DIR", str(run.paths.run_dir))
-    await_turn(run, "prepare", "train")  # the base is here, and may be loaded while the data is prepared
-    model = _load(run)
+    await_turn(run, "prepare", "train")  # the base model is here, and can be loaded while the data is prepared
+    config = read_json(run.paths.model_dir / "config.json")
+    compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
+    model = _load(run, compute)
     await_turn(run, "train")
-    checkpoint = _restored_checkpoint(run)
-    trainer, stop = _build_trainer(run, model, checkpoint)
+    choice = choose_steps(run.settings, compute, config, read_json(run.paths.data_report_file))
+    if choice.reason is not None and run.node.is_first:
+        message(choice.reason, "warning" if choice.slower else "info")
+    checkpoint = _restored_checkpoint(run.paths.checkpoints_dir)
+    trainer, stop = _build_trainer(run, model, choice, checkpoint)
     started = time.monotonic()
     result = _train(trainer, checkpoint)
     if stop.stopped:
         raise Stopped(
-            f"Stopped on request behind step {trainer.state.global_step}.", "Start the job again to go on from there."
+            f"Stopped after step {trainer.state.global_step}, as requested.",
+            "Start the job again to resume from there.",
         )
-    if trainer.eval_dataset is not None and not _evaluated_at_the_end(trainer):
+    if trainer.eval_dataset is not None and not evaluated_at_the_end(trainer):
         trainer.evaluate()
     if trainer.best is not None:
         trainer.best.apply(trainer.model)
     _tidy_config(run, trainer)
     trainer.save_adapter(run.paths.adapter_dir)
     if run.node.is_first:
-        _save(run, trainer, result.metrics, time.monotonic() - started)
+        metrics = summarized(
+            trainer, compute,
+            seconds=time.monotonic() - started, train_loss=result.metrics.get("train_loss"),
+            matmul_flops=_matmul_flops(compute, run.paths.card_file),
+        )  # fmt: skip
+        write_json(run.paths.metrics_file, metrics)
+        trainer.state.save_to_json(str(run.paths.trainer_state_file))
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
+        _report(metrics, run.paths.adapter_dir)
+
+
+def _load(run: Run, compute: Compute) -> PreTrainedModel:
+    """The base model, as this training multiplies with it."""
+    if compute.on_gpu:
+        torch.cuda.set_device(compute.device)
+    limit_memory(run.settings, compute.device)
+    return load_base(
+        run.paths.model_dir, run.settings, compute, quantized=run.settings.use_4bit, attention=compute.attention
+    )
+
+
+def _build_trainer(
+    run: Run, model: PreTrainedModel, choice: Choice, checkpoint: Path | None
+) -> tuple[AdapterTrainer, DecideSaves]:
+    """The trainer, with its adapter in the model and its layers as chosen."""
+    settings, compute = run.settings, choice.compute
+    train_rows = _rows(run.paths.train_data_dir)
+    eval_rows = _rows(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
+    max_length = int(read_json(run.paths.data_report_file)["max_length"])
+    evaluated_tokens = settings.per_device_eval_batch_size * max_length if eval_rows is not None else 0
+    execution = Execution(settings, choice, rank=run.node.rank, evaluated_tokens=evaluated_tokens)
+    pace = SavePace(run.paths.upload_timing_file)
+    stop = DecideSaves(pace, run.stop_deadline, paced=settings.save_steps == "auto")
+    arguments = training_arguments(
+        settings, compute,
+        output_dir=run.paths.checkpoints_dir, run_name=run.id, max_length=max_length, evaluates=eval_rows is not None,
+        resumed=checkpoint is not None, recomputes=execution.recomputes_by_library,
+    )  # fmt: skip
+    try:
+        trainer = AdapterTrainer(
+            model=model,
+            execution=execution,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=load_tokenizer(run.paths.tokenizer_dir),
+            peft_config=lora_config(settings),
+            callbacks=[ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
+            pace=pace,
+            best=KeepBest(settings.early_stopping_patience) if settings.early_stopping_patience else None,
+        )
+    except ValueError as error:
+        if "arget modules" in str(error) or "target_modules" in str(error):
+            raise InputError(
+                f"FT_LORA_TARGET_MODULES does not fit the model: {error}",
+                "Use auto, all-linear, or names of its linear layers.",
+            ) from error
+        raise
+    hold_adapter_in(trainer.model, compute.adapter_dtype)
+    if run.node.is_first:
+        trainable, everything = trainer.model.get_nb_trainable_parameters()
+        message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
+    execution.prepare(trainer.model, trainer.args)
+    if settings.sharding == "full" and checkpoint is not None:
+        trainer.load_adapter(checkpoint)  # while it is whole
+    others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
+    if others:
+        raise InputError(f"FT_LORA_TARGET_MODULES names an embedding ({others[0]}).", "Name linear layers only.")
+    return trainer, stop
 
 
 def _train(trainer: AdapterTrainer, checkpoint: Path | None) -> Any:
@@ -80,135 +147,48 @@ def _train(trainer: AdapterTrainer, checkpoint: Path | None) -> Any:
     return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _build_trainer(run: Run, model: PreTrainedModel, checkpoint: Path | None) -> tuple[AdapterTrainer, DecideSaves]:
-    train_rows = _rows(run.paths.train_data_dir)
-    eval_rows = _rows(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
-    max_length = int(read_json(run.paths.data_report_file)["max_length"])
-    execution = Execution(run)
-    pace = SavePace(run)
-    stop = DecideSaves(run, pace)
-    try:
-        trainer = AdapterTrainer(
-            model=model,
-            execution=execution,
-            args=training_arguments(
-                run,
-                max_length=max_length,
-                evaluates=eval_rows is not None,
-                resumed=checkpoint is not None,
-                recomputes=execution.recomputes_by_library,
-            ),
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=load_tokenizer(run.paths.tokenizer_dir),
-            peft_config=lora_config(run.settings),
-            callbacks=[ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
-            pace=pace,
-            best=KeepBest(run.settings.early_stopping_patience) if run.settings.early_stopping_patience else None,
-        )
-    except ValueError as error:
-        if "arget modules" in str(error) or "target_modules" in str(error):
-            raise InputError(
-                f"FT_LORA_TARGET_MODULES does not fit the model: {error}",
-                "Use auto, all-linear, or names of its linear layers.",
-            ) from error
-        raise
-    hold_adapter_in(trainer.model, adapter_dtype(run.settings, compute_dtype(run.settings, device_of(run))))
-    if run.node.is_first:
-        trainable, everything = trainer.model.get_nb_trainable_parameters()
-        message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
-    execution.prepare(trainer.model, trainer.args)
-    if run.settings.sharding == "full" and checkpoint is not None:
-        trainer.load_adapter(checkpoint)  # while it is whole
-    others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
-    if others:
-        raise InputError(f"FT_LORA_TARGET_MODULES names an embedding ({others[0]}).", "Name linear layers only.")
-    return trainer, stop
-
-
 def _rows(folder: Path) -> Dataset:
     rows = load_from_disk(folder)
     assert isinstance(rows, Dataset)
-    return rows.with_format("numpy")  # of lists, trl's collator makes a batch ten times as slowly, and the GPU waits
+    return rows.with_format("numpy")  # from lists, trl's collator takes ten times as long, and the GPU waits for it
 
 
-def _load(run: Run) -> PreTrainedModel:
-    """The base, as this training multiplies with it."""
-    device = device_of(run)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    limit_memory(run.settings, device)
-    return load_base(run, quantized=run.settings.use_4bit, attention=attention_of(run))
-
-
-def _restored_checkpoint(run: Run) -> Path | None:
+def _restored_checkpoint(checkpoints_dir: Path) -> Path | None:
     """The one checkpoint that the supervisor restored and verified, if any."""
-    folders = list(run.paths.checkpoints_dir.glob("checkpoint-*[0-9]"))
+    folders = list(checkpoints_dir.glob("checkpoint-*[0-9]"))
     return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def _evaluated_at_the_end(trainer: AdapterTrainer) -> bool:
-    return any(
-        "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
-    )
-
-
 def _tidy_config(run: Run, trainer: AdapterTrainer) -> None:
-    """The adapter's configuration without this machine's paths in it, and in an order that does not change."""
+    """Keep this machine's paths out of the adapter's configuration, and its lists in one order."""
     for config in trainer.model.peft_config.values():
         config.base_model_name_or_path = public_name(run.settings.model_name)
-        if isinstance(config.target_modules, set):  # written in another order by every process
+        if isinstance(config.target_modules, set):  # each process would write it in another order
             config.target_modules = sorted(config.target_modules)
 
 
-def _save(run: Run, trainer: AdapterTrainer, result: dict[str, float], seconds: float) -> None:
-    """The whole loss history; the figures for card and table."""
-    paths, history = run.paths, trainer.state.log_history
-    trainer.state.save_to_json(str(paths.trainer_state_file))
-    metrics = _metrics(run, trainer, seconds) | {"train_loss_mean": result.get("train_loss")}
-    write_json(paths.metrics_file, metrics)
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    output("adapter", str(paths.adapter_dir))
-    output("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "no step was logged")
-    if (speed := speed_text(metrics["goodput"])) is not None:
+def _matmul_flops(compute: Compute, card_file: Path) -> float | None:
+    """What preflight measured on this kind of card; the folder may have been another machine's before."""
+    if not compute.on_gpu or not card_file.is_file():
+        return None
+    card = read_json(card_file)
+    return float(card["matmul_flops"]) if card["name"] == torch.cuda.get_device_name(compute.device) else None
+
+
+def _report(metrics: dict[str, Any], adapter_dir: Path) -> None:
+    """The figures for the closing table."""
+    first, last, goodput = metrics["loss_first"], metrics["loss_last"], metrics["goodput"]
+    output("adapter", str(adapter_dir))
+    if first is None:
+        output("loss", "no step was logged")
+    else:
+        output("loss", f"{first:.4f} → {last:.4f}", loss_first=first, loss_last=last)
+    if (speed := speed_text(goodput)) is not None:
         output("speed", speed)
-    output("time", time_text(metrics["goodput"]))
-    if (first_step := first_step_text(metrics["goodput"])) is not None:
+    output("time", time_text(goodput))
+    if (first_step := first_step_text(goodput)) is not None:
         output("first step", first_step)
     if metrics["eval_loss_last"] is not None:
-        output("evaluation loss", f"{metrics['eval_loss_first']:.4f} → {metrics['eval_loss_last']:.4f} nats a token")
-
-
-def _matmul_flops(run: Run) -> float | None:
-    """What preflight measured, if it did so on such a card; the folder may have been another machine's before."""
-    device, file = device_of(run), run.paths.card_file
-    if device.type != "cuda" or not file.is_file():
-        return None
-    card = read_json(file)
-    return float(card["matmul_flops"]) if card["name"] == torch.cuda.get_device_name(device) else None
-
-
-def _metrics(run: Run, trainer: AdapterTrainer, seconds: float) -> dict[str, Any]:
-    history, device, kept = trainer.state.log_history, device_of(run), trainer.best
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluations = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    tokens = [entry["num_tokens"] for entry in history if "num_tokens" in entry and "loss" in entry]
-    return {
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
-        "eval_loss_first": evaluations[0] if evaluations else None,
-        "eval_loss_last": kept.loss if kept else evaluations[-1] if evaluations else None,
-        "kept_step": kept.step if kept else trainer.state.global_step,
-        "tokens": tokens[-1] if tokens else None,
-        "row_order_sha256": trainer.data_order.digest(),
-        "seconds_of_this_start": round(seconds, 1),
-        "processes": run.node.world_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "weight_bytes": weight_bytes(trainer.model),
-        "peak_memory_bytes": peak_memory_bytes(device),
-        "allocator_retries": allocator_retries(device),
-        "plan": trainer.execution.described(),
-        "goodput": trainer.goodput.report(_matmul_flops(run)),
-    }
+        before, after = metrics["eval_loss_first"], metrics["eval_loss_last"]
+        told = f"{before:.4f} → {after:.4f} nats/token"
+        output("evaluation loss", told, eval_loss_first=before, eval_loss_last=after)

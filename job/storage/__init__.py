@@ -1,4 +1,4 @@
-"""Where checkpoints and results survive. A new store is one file with these methods and one line in `_SCHEMES`."""
+"""Stores for checkpoints and results. To add one, write a file with these methods and add a line to `_SCHEMES`."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from urllib.parse import urlsplit
 
 
 class Conflict(Exception):
-    """A conditional write found another state than the one it was conditional on; it changed nothing."""
+    """A conditional write changed nothing, because the object was not in the expected state."""
 
 
 class Store(Protocol):
     """A flat map from keys (`a/b/c`) to bytes.
 
-    Errors, the same for every store: FileNotFoundError for a key that is not there, and for nothing else;
-    `PermissionRefused` where access is denied; `NodeError` where the disk is full; `TransientError` where the network
-    failed past its retries. A store that cannot tell "absent" from "refused" or "unreachable" breaks resume.
+    Every store raises the same errors: FileNotFoundError only for a missing key, `PermissionRefused` if access is
+    denied, `NodeError` if the disk is full, and `TransientError` if the network failed after all retries. A store that
+    confuses "absent" with "refused" or "unreachable" breaks resume.
     """
 
     @property
     def url(self) -> str: ...
 
     def put(self, key: str, data: bytes) -> None:
-        """Write or replace a small object; a reader sees the old bytes or the new ones."""
+        """Write or replace a small object atomically: a reader sees either the old bytes or the new ones."""
 
     def put_if_absent(self, key: str, data: bytes) -> None:
-        """Write a small object; raises `Conflict`, and changes nothing, if the key exists."""
+        """Write a small object. If the key exists, raises `Conflict` and changes nothing."""
 
     def put_if_unchanged(self, key: str, data: bytes, version: str) -> str:
-        """Replace a small object; raises `Conflict`, and changes nothing, unless it is still at `version`.
+        """Replace a small object and return its new version.
 
-        Returns its new version.
+        If it is no longer at `version`, raises `Conflict` and changes nothing.
         """
 
     def get(self, key: str) -> bytes: ...
 
     def get_with_version(self, key: str) -> tuple[bytes, str]:
-        """The object and a name for exactly this state of it, for `put_if_unchanged`."""
+        """The object and its version, for `put_if_unchanged`."""
 
     def upload(self, source: Path, key: str) -> None:
         """Copy a local file of any size to the key."""
 
     def download(self, key: str, target: Path) -> None:
-        """Copy the object to a local file; `target` appears only when complete.
+        """Copy the object to a local file. `target` appears only when complete.
 
-        What a killed download had fetched is kept beside `target` and used by the next one.
+        Parts fetched by a killed download are kept next to `target`, and the next download uses them.
         """
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Every (key, size in bytes) below `prefix/`, in no particular order."""
 
     def delete(self, key: str) -> None:
-        """Remove a key; no error if it is not there."""
+        """Remove a key. A missing key is not an error."""
 
     def sweep(self, prefix: str) -> int:
-        """Remove what killed uploads left below `prefix/` and no listing shows; returns how many there were."""
+        """Remove leftovers of killed uploads below `prefix/`, which no listing shows. Returns their number."""
 
 
 def _local(url: str) -> Store:
@@ -66,7 +66,7 @@ def _local(url: str) -> Store:
 
 
 def _s3(url: str) -> Store:
-    from job.storage.s3 import S3Store  # boto3 takes half a second to import; only those who use it wait
+    from job.storage.s3 import S3Store  # boto3 takes half a second to import, so import it only when used
 
     return S3Store(url)
 
@@ -75,6 +75,6 @@ _SCHEMES: dict[str, Callable[[str], Store]] = {"": _local, "file": _local, "s3":
 
 
 def open_store(url: str) -> Store:
-    """The store that `url` names; touches neither disk nor network yet."""
+    """The store that `url` names. This touches neither disk nor network."""
     scheme = urlsplit(url).scheme if "://" in url else ""
     return _SCHEMES[scheme](url)

@@ -1,4 +1,4 @@
-"""A store in a folder: the default, and what a mounted volume or a shared file system is."""
+"""A store in a folder: the default, also for mounted volumes and shared file systems."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from job.errors import NodeError, PermissionRefused, TransientError
 from job.storage import Conflict
 
-_PARTIAL = ".partial-"  # in the names of what is being written
+_PARTIAL = ".partial-"  # part of the name of a file that is still being written
 
 
 class LocalStore:
-    """Keys are files below `root`. Bytes are written beside their name, synced, and renamed."""
+    """Keys are files below `root`. Each file is written under a temporary name, synced with fsync, then renamed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -37,7 +37,7 @@ class LocalStore:
         with self._errors(key, writing=True):
             aside = self._write_aside(key, data)
             try:
-                os.link(aside, self._path(key))  # unlike rename, link fails if the name is taken
+                os.link(aside, self._path(key))  # unlike rename, link fails if the name exists
             except FileExistsError:
                 raise Conflict(key) from None
             finally:
@@ -48,7 +48,7 @@ class LocalStore:
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_name(f"{path.name}{_PARTIAL}lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder dies
                 try:
                     found = self.get_with_version(key)[1]
                 except FileNotFoundError:
@@ -87,9 +87,9 @@ class LocalStore:
         with self._errors(key):
             path = self._path(key)
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # an empty folder is no object; leave none behind
+            with contextlib.suppress(OSError):  # folders are not objects, so leave no empty ones behind
                 for folder in itertools.takewhile(lambda folder: folder != self.root, path.parents):
-                    folder.rmdir()  # until one is not empty
+                    folder.rmdir()  # stops at the first that is not empty
 
     def sweep(self, prefix: str) -> int:
         with self._errors(prefix):
@@ -121,19 +121,19 @@ class LocalStore:
         except FileNotFoundError as error:
             if not writing:
                 raise
-            raise TransientError(  # another attempt swept it away under our hands, or the folder itself is gone
+            raise TransientError(  # another attempt swept the file away meanwhile, or the folder itself is gone
                 f"{key!r} could not be written to the store folder {self.root}: {error}.", "Start the job again."
             ) from error
         except PermissionError as error:
             raise PermissionRefused(
                 f"The store folder {self.root} refuses access to {key!r}: {error.strerror}.",
-                "Make FT_STORE_URL a folder that this user may write, or hint its permissions.",
+                "Set FT_STORE_URL to a folder that this user can write to, or fix its permissions.",
             ) from error
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NodeError(
                     f"No space left for {key!r} in the store folder {self.root}.",
-                    "Free space there, or set FT_STORE_URL to a larger volume. What was committed is intact.",
+                    "Free some space there, or set FT_STORE_URL to a larger volume. Committed work is intact.",
                 ) from error
             raise TransientError(
                 f"The store folder {self.root} failed on {key!r}: {error}.", "Start the job again."

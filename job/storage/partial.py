@@ -1,4 +1,4 @@
-"""A file that arrives in parts, in any order, over any number of starts."""
+"""A file downloaded in parts, in any order, over any number of starts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PART_BYTES = 16 * 1024 * 1024
 
 
 class Partial:
-    """The parts of `target` that are here already, beside it: the bytes, and a journal of `offset length crc32` lines.
+    """The parts of `target` fetched so far, kept next to it: their bytes, and a journal of `offset length crc32` lines.
 
-    `version` names the state of the object the parts are cut from; parts of another state are thrown away. A journal
-    line is written after its bytes, and its checksum is compared before a later start believes it.
+    Parts belong to one `version` of the object, and parts of other versions are deleted. A journal line is written
+    after its bytes. A later start trusts it only if the checksum matches.
     """
 
     def __init__(self, target: Path, version: str, size: int) -> None:
@@ -40,13 +40,13 @@ class Partial:
             os.close(self._descriptor)
 
     def missing(self) -> list[tuple[int, int]]:
-        """The (begin, end) offsets in bytes of the parts to fetch; an empty file has one empty part."""
+        """The (begin, end) byte offsets of the parts still to fetch. An empty file has one empty part."""
         here = set(self._believed())
         parts = [(begin, min(begin + PART_BYTES, self.size)) for begin in range(0, max(self.size, 1), PART_BYTES)]
         return [part for part in parts if part not in here]
 
     def write(self, begin: int, data: bytes) -> None:
-        """Keep one part; may be called from several threads."""
+        """Save one part. Thread-safe."""
         written = 0
         while written < len(data):
             written += os.pwrite(self._descriptor, data[written:], begin + written)
@@ -54,7 +54,7 @@ class Partial:
             journal.write(f"{begin} {len(data)} {zlib.crc32(data)}\n")
 
     def finish(self) -> None:
-        """Give the complete file its name."""
+        """Rename the complete file to `target`."""
         os.replace(self._file, self.target)
         self._journal.unlink(missing_ok=True)
 

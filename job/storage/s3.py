@@ -1,4 +1,4 @@
-"""A store in an S3 bucket, through boto3. Credentials and endpoint come from boto3's own chain (`AWS_*`)."""
+"""A store in an S3 bucket, through boto3. Credentials and endpoint come from boto3's own configuration (`AWS_*`)."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ class S3Store:
             head = self.client.head_object(Bucket=self.bucket, Key=self._key(key))
             partial = Partial(target, head["ETag"], head["ContentLength"])
             with partial.open() as file, ThreadPoolExecutor(_THREADS) as pool:
-                # A part at a time is read whole, so this holds at most _THREADS parts in memory.
+                # Each thread reads one whole part at a time, so at most _THREADS parts are in memory.
                 fetched = [pool.submit(self._fetch, key, head["ETag"], file, part) for part in file.missing()]
                 try:
                     for future in as_completed(fetched):
                         future.result()
                 except BaseException:
-                    pool.shutdown(cancel_futures=True)  # else every part of a large file would meet the same fate
+                    pool.shutdown(cancel_futures=True)  # the remaining parts would fail the same way
                     raise
             partial.finish()
 
@@ -116,7 +116,7 @@ class S3Store:
         data = _patiently(lambda: self._get(key, **conditions))[0] if end > begin else b""
         if len(data) != end - begin:
             raise TransientError(
-                f"S3 gave {len(data)} bytes of {key} instead of {end - begin}.", "Start the job again."
+                f"S3 returned {len(data)} bytes of {key} instead of {end - begin}.", "Start the job again."
             )
         file.write(begin, data)
 
@@ -133,7 +133,7 @@ class S3Store:
             self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
     def sweep(self, prefix: str) -> int:
-        """Abort the multipart uploads below `prefix/`: a bucket bills for them and no listing shows them."""
+        """Abort the multipart uploads below `prefix/`. They are billed, but no listing shows them."""
         swept = 0
         with self._errors(prefix):
             pages = self.client.get_paginator("list_multipart_uploads")
@@ -160,7 +160,7 @@ class S3Store:
 
     @contextmanager
     def _errors(self, key: str) -> Iterator[None]:
-        """Turn botocore's errors into the store's four."""
+        """Translate botocore's errors into those that every store raises."""
         what = f"{self.url}/{key}".rstrip("/")
         try:
             yield
@@ -172,9 +172,9 @@ class S3Store:
         except (ClientError, S3UploadFailedError) as error:
             raise self._explained(error, what) from error
         except ValueError as error:
-            if key:  # an answer that makes no sense
+            if key:  # S3 sent a malformed response
                 raise TransientError(
-                    f"S3's answer for {what} cannot be read: {error}", "Start the job again."
+                    f"S3 sent an unreadable response for {what}: {error}", "Start the job again."
                 ) from error
             raise self._misspelt(error) from error
         except ParamValidationError as error:
@@ -182,11 +182,11 @@ class S3Store:
         except (BotoCoreError, Boto3Error, ResponseParserError, HTTPError, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            if (refusal := from_os_error(error)) is not None:  # the local disk's, not S3's
+            if (refusal := from_os_error(error)) is not None:  # the local disk failed, not S3
                 raise refusal from error
             raise TransientError(
-                f"S3 did not answer for {what}: {type(error).__name__}: {error}",
-                "Check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION if this is the first start; otherwise start the job again.",
+                f"S3 did not respond for {what}: {type(error).__name__}: {error}",
+                "On a first start, check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION. Otherwise start the job again.",
             ) from error
 
     def _misspelt(self, error: Exception) -> SettingsError:
@@ -201,11 +201,11 @@ class S3Store:
             return FileNotFoundError(what)
         if code in _REFUSED:
             return PermissionRefused(
-                f"S3 refused access to {what} ({code}).", "Check the AWS credentials and the bucket's policy."
+                f"S3 refused access to {what} ({code}).", "Check the AWS credentials and the bucket policy."
             )
         if code in _MISDIRECTED:
             return SettingsError(
-                f"S3 has no bucket {self.bucket!r} here ({code}).", "Check the bucket's name and AWS_DEFAULT_REGION."
+                f"S3 has no bucket {self.bucket!r} here ({code}).", "Check the bucket name and AWS_DEFAULT_REGION."
             )
         return TransientError(f"S3 failed for {what}: {error}", "Start the job again.")
 
@@ -221,7 +221,7 @@ def _conditional(key: str) -> Iterator[None]:
 
 
 def _patiently(fetch: Callable[[], _T]) -> _T:
-    """boto3 tries a request again, but not a body that breaks off in the middle or arrives damaged."""
+    """Retry a transfer whose body breaks off or arrives damaged. boto3 itself retries only requests."""
     for pause in _PAUSES_SECONDS:
         try:
             return fetch()
@@ -235,7 +235,7 @@ def _patiently(fetch: Callable[[], _T]) -> _T:
 
 
 def _code_of(error: BaseException | None) -> str:
-    """S3's own word for an error, its status where it has none, and 403 for every refusal."""
+    """S3's code for an error, or the HTTP status if it has none. Every refusal becomes 403."""
     if isinstance(error, S3UploadFailedError):
         error = error.__context__
     if not isinstance(error, ClientError):
@@ -245,4 +245,4 @@ def _code_of(error: BaseException | None) -> str:
     code = str(response.get("Error", {}).get("Code", ""))
     if code in _REFUSED or status in ("401", "403"):
         return "403"
-    return code if code and not code.isdigit() else status  # a HEAD carries no body, only the status
+    return code if code and not code.isdigit() else status  # a HEAD response has no body, only a status

@@ -16,7 +16,7 @@ GoOn = Callable[[], None]  # called again and again while files are hashed; rais
 Completion = Callable[[GoOn], None]
 
 
-class Completions:
+class BackgroundHashing:
     """Does one completion after the other, in a thread of its own.
 
     After a failure none is done any more; `on_failure` is called with it at once, `settle` raises it, and `failed` is the name of
@@ -35,7 +35,7 @@ class Completions:
     def add(self, name: str, completion: Completion) -> None:
         """Do it behind those that were added before; returns at once."""
         if self._thread is None:
-            thread = threading.Thread(target=self._work, name="completions", daemon=True)
+            thread = threading.Thread(target=self._work, name="background-hashing", daemon=True)
             thread.start()
             self._thread = thread
         self.undone.add(name)

@@ -9,9 +9,8 @@ from job.checkpoints.kernels import CompiledKernels
 from job.checkpoints.lease import Commit, Lease
 from job.checkpoints.restore import restore_newest
 from job.checkpoints.syncer import Syncer
-from job.report.console import Console
-from job.report.metrics import Metrics
 from job.run import Run, write_json
+from job.supervision.journal import Journal
 from job.supervision.stop import StopRequest
 
 _SLICE_SECONDS = 0.25  # since a stop request may come while the last upload is waited for
@@ -20,12 +19,10 @@ _SLICE_SECONDS = 0.25  # since a stop request may come while the last upload is 
 class Checkpointing:
     """Restores before a training and stores beside it. `may_store` is asked, and waited for, before anything is stored."""
 
-    def __init__(
-        self, run: Run, console: Console, metrics: Metrics, stop: StopRequest, may_store: Callable[[], None]
-    ) -> None:
-        self._run, self._console, self._metrics, self._stop = run, console, metrics, stop
+    def __init__(self, run: Run, journal: Journal, stop: StopRequest, may_store: Callable[[], None]) -> None:
+        self._run, self._journal, self._stop = run, journal, stop
         self._may_store = may_store
-        self._kernels = CompiledKernels(run, console.say)
+        self._kernels = CompiledKernels(run, journal.say)
         self._syncer: Syncer | None = None
 
     def fetch_kernels(self) -> None:
@@ -35,16 +32,16 @@ class Checkpointing:
     def resume(self, lease: Lease) -> Commit | None:
         """Put the newest whole checkpoint where the trainer looks for it, and store from now on what is offered. Returns it,
         or None where the training begins anew."""
-        restored = restore_newest(self._run, lease.record, self._warn)
+        restored = restore_newest(self._run, lease.record, self._journal.warn)
         if restored.step is not None:
-            self._console.say(f"Going on from the checkpoint of step {restored.step}.", step=restored.step)
-        self._syncer = Syncer(self._run, lease, restored, self._on_commit, self._warn, self._may_store)
+            self._journal.say(f"Resuming from the checkpoint of step {restored.step}.", step=restored.step)
+        self._syncer = Syncer(self._run, lease, restored, self._on_commit, self._journal.warn, self._may_store)
         return restored.commit
 
     def offer(self, step: int, folder: Path) -> None:
         """A checkpoint is complete on the local disk; on a node that stores none, nothing follows from it."""
         if self._syncer is not None:
-            self._metrics.checkpoint_offered()
+            self._journal.metrics.checkpoint_offered()
             self._syncer.offer(step, folder)
 
     def finish(self) -> None:
@@ -58,7 +55,7 @@ class Checkpointing:
         syncer, self._syncer = self._syncer, None
         while not syncer.drain(_SLICE_SECONDS):
             if self._stop.over:
-                self._warn("The last checkpoint was not stored in time.")
+                self._journal.warn("The last checkpoint was not stored in time.")
                 break
             if syncer.failure is not None and not self._stop.requested:
                 break
@@ -67,11 +64,8 @@ class Checkpointing:
             raise syncer.failure
 
     def _on_commit(self, step: int, seconds: float) -> None:
-        self._metrics.checkpoint_committed(seconds)
-        self._console.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step, committed=True)
+        self._journal.metrics.checkpoint_committed(seconds)
+        self._journal.say(f"Checkpoint of step {step} stored in {seconds:.1f} s.", "debug", step=step, committed=True)
         write_json(self._run.paths.upload_timing_file, {"step": step, "seconds": seconds})
         if not self._stop.requested:
             self._kernels.keep()
-
-    def _warn(self, text: str) -> None:
-        self._console.say(text, "warning")

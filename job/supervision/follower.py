@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 from job.checkpoints import manifest
 from job.checkpoints.folder_lock import FolderLock
 from job.checkpoints.restore import clear, step_of_folder
-from job.errors import TransientError
+from job.errors import JobError, KernelsFault, MemoryFull, TransientError
+from job.nodes.rendezvous import OtherMember, Rendezvous
+from job.run import Run
 from job.stages import STAGES, Stage
+from job.supervision.journal import Journal
 from job.supervision.ledger import Ledger
+from job.supervision.process import Launch
 from job.supervision.supervisor import Supervisor
 
 _OWN = ("preflight", "download", "prepare")
 
 
 class Follower(Supervisor):
-    """One start of one run on this node. Its files lie in a folder of their own, since nodes may share a file system.
+    """One start of one run on this node. Its files are in a folder of their own, since nodes may share a file system.
 
-    It takes no lease and commits nothing. It stays until the first node has stored what was trained, so that a start
-    which ended well never has to be repeated.
+    It takes no lease and commits nothing. It stays until the first node has stored the adapter, so that a start which
+    ended well never has to be repeated.
     """
 
     def _work(self) -> str:
         if self._trained():
             return "trained; nothing to do on this node"
-        assert self._gang is not None
+        nodes = OtherMember(self._run, self._interruption.wait, self._journal.say)
         lock = FolderLock(self._run.paths.lock_file)
         try:
-            self._stop.pass_on()
-            with self._gang.followed():
+            self._interruption.stop.pass_on()
+            with nodes.following():
                 self._ledger.refuse_other_settings()
-                return self._train_with_the_others()
+                return self._train_with_the_others(nodes)
         finally:
             lock.close()
 
-    def _train_with_the_others(self) -> str:
-        assert self._gang is not None
+    def _train_with_the_others(self, nodes: OtherMember) -> str:
         for stage in STAGES:
             if stage.name in _OWN and not self._ledger.is_complete(stage):
-                self._run_stage(stage)
-        announced = self._gang.await_announcement(self._trained)
+                self._run_stage(stage, None, None)
+        announced = nodes.await_announcement(self._trained)
         if announced is not None:
-            self._ledger.refuse_other_sources()  # the first node has written down by now what it downloaded
-            self._rendezvous, self._resume = announced
-            self._run_stage(next(stage for stage in STAGES if stage.name == "train"))
-            self._gang.await_commit(self._trained)
+            self._ledger.refuse_other_sources()  # by now the first node has recorded what it downloaded
+            training = FollowerTraining(self._run, self._journal, nodes, *announced)
+            self._run_stage(next(stage for stage in STAGES if stage.per_gpu), None, training)
+            nodes.await_commit(self._trained)
         return "trained; the first node does the rest"
 
-    def _resume_training(self) -> None:
-        """Fetch the very checkpoint that the first node goes on from."""
+    def _shows_progress(self, stage: Stage) -> bool:
+        """The steps are everybody's, and the first node shows them."""
+        return not stage.per_gpu
+
+    def _trained(self) -> bool:
+        """Whether the store has the trained adapter, or the first node was not asked for one."""
+        return "train" not in Ledger(self._run).missing()
+
+
+class FollowerTraining:
+    """The training on this node: it resumes from the very checkpoint that the first node named, and stores nothing."""
+
+    def __init__(
+        self, run: Run, journal: Journal, nodes: OtherMember, rendezvous: Rendezvous, resume: str | None
+    ) -> None:
+        self._run, self._journal, self._nodes, self._resume = run, journal, nodes, resume
+        self.launch = Launch(rendezvous)
+
+    def prepare(self) -> None:
         paths = self._run.paths
         shutil.rmtree(paths.stage_dir("train"), ignore_errors=True)
         if self._resume is None:
@@ -66,16 +88,26 @@ class Follower(Supervisor):
             raise TransientError(
                 f"The checkpoint of step {step} did not arrive whole: {reason}.", "Start the job again."
             ) from reason
-        self._console.say(f"Going on from the checkpoint of step {step}.", step=step)
+        self._journal.say(f"Resuming from the checkpoint of step {step}.", step=step)
 
-    def _what_is_stored(self, stage: Stage) -> str:
+    def watched(self, on_lost: Callable[[Exception], None]) -> contextlib.AbstractContextManager[None]:
+        return self._nodes.watched(on_lost)
+
+    def moved(self) -> None:
+        self._nodes.moved()
+
+    def offer(self, step: int, folder: Path) -> None:
+        """The first node stores what the ranks saved together."""
+
+    def finish(self) -> None:
+        """Nothing is left to store."""
+
+    def why(self, error: JobError) -> JobError:
+        return self._nodes.why(error)
+
+    def adapt(self, error: MemoryFull | KernelsFault) -> str | None:
+        """Several nodes leave another start to their scheduler."""
+        return None
+
+    def resumes_from(self) -> str:
         return "Start the job again on all nodes: the first one knows from where."
-
-    def _show_progress(self, stage: Stage, event: dict[str, Any]) -> None:
-        """The steps are everybody's, and the first node shows them."""
-        if not stage.per_gpu:
-            super()._show_progress(stage, event)
-
-    def _trained(self) -> bool:
-        """Whether the store has the trained adapter, or the first node was not asked for one."""
-        return "train" not in Ledger(self._run).missing()

@@ -1,4 +1,4 @@
-"""Processes of stages whose turn has not come yet."""
+"""Processes of later stages, started while earlier stages run: importing their libraries takes longer than some stages do."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from job.stages import STAGES, Stage, turn
 from job.supervision.process import StageProcess
 
 
-class EarlyProcesses:
-    """Those of `missing` stages that are started while an earlier one is at work. They die with this process."""
+class Prestarted:
+    """Starts the processes of `missing` stages ahead of their turn. They die with this process."""
 
     def __init__(self, run: Run, missing: set[str], warn: Callable[[str], None]) -> None:
         self._run, self._warn = run, warn
@@ -20,7 +20,7 @@ class EarlyProcesses:
             turn.clear(run)
 
     def take(self, stage: Stage) -> StageProcess | None:
-        """The process that waits for this stage's turn, if one has lived to see it. Those that start with this stage are started."""
+        """Returns the process that waits for this stage's turn, or None. Starts those that are to start with this stage."""
         process = self._waiting.pop(stage.name, None)
         self._waiting |= {
             other.name: StageProcess(self._run, other, early=True)
@@ -29,7 +29,7 @@ class EarlyProcesses:
         }
         if process is not None and not process.is_running():
             self._warn(
-                f"The process that waited for stage {stage.name} ended with {process.wait()} before its turn; another is started."
+                f"The process waiting for stage {stage.name} exited with {process.wait()} before its turn. Starting another."
             )
             return None
         return process
@@ -40,5 +40,5 @@ class EarlyProcesses:
 
 
 def _meets_others(run: Run, stage: Stage) -> bool:
-    """Whether its processes must be told first where those of other nodes are."""
+    """Whether its processes must first be told where those of other nodes are."""
     return stage.per_gpu and run.node.count > 1

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,23 @@ _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORL
 # Failures behind which the supervisor starts the stage in another way
 _OTHERWISE = {kind.__name__: kind for kind in (MemoryFull, KernelsFault)}
 _JOB_BEGAN = float(os.environ.get("JOB_BEGAN") or time.time())
-_CODE_DIR = str(Path(__file__).parent.parent)  # the job may be started from any folder
+_CODE_DIR = str(Path(__file__).parent.parent.parent)  # the job may be started from any folder
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How training is started: where its nodes meet, and what failed starts of it have taught."""
+
+    rendezvous: Rendezvous | None = None
+    plan_steps_down: int = 0  # how many plans, from the fastest on, have run out of memory
+    kernels: bool = True  # whether the job's own kernels may be used
 
 
 class StageProcess:
-    """`python -m job.stages NAME` in a session of its own, so that a terminal's Ctrl-C is for the supervisor alone."""
+    """`python -m job.stages NAME` in a session of its own, so that a terminal's Ctrl-C reaches the supervisor alone."""
 
-    def __init__(
-        self,
-        run: Run,
-        stage: Stage,
-        rendezvous: Rendezvous | None = None,
-        plan_steps_down: int = 0,
-        *,
-        kernels: bool = True,
-        early: bool = False,
-    ) -> None:
-        self._run, self._stage = run, stage
+    def __init__(self, run: Run, stage: Stage, launch: Launch | None = None, *, early: bool = False) -> None:
+        self._run, self.stage = run, stage
         self._log_file = run.paths.log_file(stage.name)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         self.last_lines: deque[str] = deque(maxlen=20)
@@ -55,10 +56,8 @@ class StageProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=_environment(stage, rendezvous)
-            | {"TRITON_CACHE_DIR": str(cache_dir(run))}
-            | {"JOB_PLAN_STEPS_DOWN": str(plan_steps_down), "JOB_WITHOUT_KERNELS": str(int(not kernels))}
-            | {STARTED_EARLY: str(int(early))},
+            env=_environment(stage, launch or Launch())
+            | {"TRITON_CACHE_DIR": str(cache_dir(run)), STARTED_EARLY: str(int(early))},
             start_new_session=True,
         )
 
@@ -108,29 +107,31 @@ class StageProcess:
             return from_code(first["exit_code"], first["message"], first["hint"])
         hint = f"Its output is in {self._log_file}."
         if code >= 0:
-            return JobError(f"Stage {self._stage.name} ended with exit code {code}.", hint)
-        ended = f"Stage {self._stage.name} was ended by {signal.Signals(-code).name}."
+            return JobError(f"Stage {self.stage.name} ended with exit code {code}.", hint)
+        ended = f"Stage {self.stage.name} was ended by {signal.Signals(-code).name}."
         if -code in (signal.SIGKILL, signal.SIGBUS, signal.SIGTERM):
             return NodeError(f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.", hint)
         return JobError(ended, hint)
 
     def _error_files(self) -> list[Path]:
-        return sorted(self._run.paths.error_file(self._stage.name, 0).parent.glob(f"{self._stage.name}-rank*.json"))
+        return sorted(self._run.paths.error_file(self.stage.name, 0).parent.glob(f"{self.stage.name}-rank*.json"))
 
 
-def _environment(stage: Stage, rendezvous: Rendezvous | None) -> dict[str, str]:
+def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
     """Our environment, less the secrets that are none of the stage's business, and quiet."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if (name not in SECRET_VARIABLES or name in stage.secrets) and name not in _TORCHRUN_VARIABLES
     }
-    if rendezvous is not None:
-        environment |= {"JOB_RDZV_ENDPOINT": rendezvous.endpoint, "JOB_RDZV_ID": rendezvous.id}
+    if launch.rendezvous is not None:
+        environment |= {"JOB_RDZV_ENDPOINT": launch.rendezvous.endpoint, "JOB_RDZV_ID": launch.rendezvous.id}
     environment |= {
         "JOB_PARENT_PID": str(os.getpid()),
         "JOB_BEGAN": str(_JOB_BEGAN),
         "JOB_STAGE_BEGAN": str(time.time()),
+        "JOB_PLAN_STEPS_DOWN": str(launch.plan_steps_down),
+        "JOB_WITHOUT_KERNELS": str(int(not launch.kernels)),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",  # a folder `job` where the user happens to be is not this package
         "PYTHONUNBUFFERED": "1",

@@ -5,27 +5,25 @@ It imports neither torch nor transformers: signals, uploads and exit codes must 
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from job.checkpoints.lease import Lease
-from job.checkpoints.restore import committed_checkpoints, step_of
 from job.checkpoints.retention import sweep
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, Stopped
-from job.nodes.rendezvous import Gang, Rendezvous
+from job.nodes.rendezvous import FirstNode
 from job.report.console import Console, StageRecord
-from job.report.metrics import Metrics
 from job.run import Run
 from job.stages import STAGES, Stage, turn
-from job.supervision.background_hashing import Completions
+from job.supervision.background_hashing import BackgroundHashing
 from job.supervision.checkpointing import Checkpointing
+from job.supervision.interruption import Interruption
+from job.supervision.journal import Journal
 from job.supervision.ledger import Ledger
-from job.supervision.prestart import EarlyProcesses
-from job.supervision.process import StageProcess
-from job.supervision.stop import StopRequest
+from job.supervision.prestart import Prestarted
+from job.supervision.process import Launch, StageProcess
+from job.supervision.training import LeadTraining, Training
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
 
@@ -34,238 +32,181 @@ class Supervisor:
     """One start of one run. `supervise()` returns when every requested stage is complete, or raises why not."""
 
     def __init__(self, run: Run, console: Console) -> None:
-        self._run, self._console, self._ledger = run, console, Ledger(run)
-        self._records: list[StageRecord] = []
-        self._stop = StopRequest(run, self._kill_process, self._warn)
-        self._process: StageProcess | None = None
-        self._early = EarlyProcesses(run, set(), self._warn)
-        self._completions = Completions(self._on_lost)
-        self._lost: Exception | None = None
-        self._metrics = Metrics(run.id, run.settings.stall_seconds)
-        self._checkpointing = Checkpointing(run, console, self._metrics, self._stop, self._completions.settle)
-        self._gang = Gang(run, self._wait, console.say) if run.node.count > 1 else None
-        self._rendezvous: Rendezvous | None = None
-        self._plan_steps_down, self._kernels = 0, True
+        self._run = run
+        self._journal = Journal(run, console)
+        self._interruption = Interruption(run, self._journal.warn)
+        self._ledger = Ledger(run)
+        self._hashing = BackgroundHashing(self._interruption.lose)
 
     def supervise(self) -> None:
-        """Run what is missing of the requested stages, in order; the closing table is printed in every case."""
-        closing = f"Run {self._run.id} is not complete."
+        """Run the requested stages that are not complete, in order. The closing table is printed in every case."""
+        closing, ending = f"Run {self._run.id} is not complete.", None
         try:
-            self._serve_metrics()
-            with self._stop.heeded():
-                did = self._work()
-            closing = f"Run {self._run.id} is {did}."
+            self._journal.serve_metrics()
+            with self._interruption.stop.heeded():
+                closing = f"Run {self._run.id} is {self._work()}."
+        except BaseException as error:
+            ending = error
+            raise
         finally:
-            for record in self._records:
-                if record.stage in self._completions.undone:  # it had ended well, and the next start does it again
-                    record.result = "failed" if record.stage == self._completions.failed else "unfinished"
-            if self._records:
-                self._console.summary(self._records, closing)
-
-    def _serve_metrics(self) -> None:
-        port = self._run.settings.metrics_port
-        if port is None:
-            return
-        try:
-            self._metrics.serve(port)
-        except OSError as error:  # several jobs on one machine: no reason not to train
-            self._warn(f"No metrics: FT_METRICS_PORT={port} cannot be used: {error.strerror}.")
+            hashing = self._hashing
+            self._journal.close(closing, ending, unhashed=hashing.undone, failed=hashing.failed)
 
     def _work(self) -> str:
+        """Do what is missing; returns what the run then is, for the closing line."""
         self._ledger.refuse_other_settings()
-        return self._run_alone() if self._ledger.missing() else self._run_missing()
-
-    def _run_alone(self) -> str:
-        """Take the lease, so that nobody else writes, and do what is missing under it."""
-        lease = Lease.take(self._run, self._console.say, lambda: self._stop.requested)
+        if not self._ledger.missing():
+            return self._run_missing(None)
+        lease = Lease.take(self._run, self._journal.say, lambda: self._interruption.stop.requested)
         try:
-            lease.keep_alive(self._on_lost)
-            self._ledger.begin(lease)
-            self._lease = lease
-            self._stop.pass_on()
-            self._metrics.attempt(lease.record.attempt)
-            self._console.say(f"Attempt {lease.record.attempt} of the run.", "debug", attempt=lease.record.attempt)
-            self._sweep()
-            if self._gang is None or "train" not in self._ledger.missing():
-                return self._run_missing()
-            with self._gang.led(lease.record.attempt):
-                return self._run_missing()
+            return self._run_under(lease)
         finally:
             lease.release()
 
-    def _sweep(self) -> None:
+    def _run_under(self, lease: Lease) -> str:
+        """Under the lease, nobody else writes to the run."""
+        attempt = lease.record.attempt
+        lease.keep_alive(self._interruption.lose)
+        self._ledger.begin(lease)
+        self._interruption.stop.pass_on()
+        self._journal.metrics.attempt(attempt)
+        self._journal.say(f"Attempt {attempt} of the run.", "debug", attempt=attempt)
+        self._sweep(lease)
+        checkpointing = Checkpointing(self._run, self._journal, self._interruption.stop, self._hashing.settle)
+        if self._run.node.count == 1 or "train" not in self._ledger.missing():
+            return self._run_missing(LeadTraining(self._run, checkpointing, lease, None))
+        nodes = FirstNode(self._run, self._interruption.wait, self._journal.say)
+        with nodes.leading(attempt):
+            return self._run_missing(LeadTraining(self._run, checkpointing, lease, nodes))
+
+    def _sweep(self, lease: Lease) -> None:
         try:
-            swept = sweep(self._run, self._lease)
+            swept = sweep(self._run, lease)
         except JobError as error:  # it costs space, not work; a policy may allow less than this needs
-            self._warn(f"What killed starts left in the store stays there: {error.message}")
+            self._journal.warn(f"What killed starts left in the store stays there: {error.message}")
         else:
             if swept:
-                self._console.say(f"{swept} leftovers of killed starts removed from the store.", "debug")
+                self._journal.say(f"Removed {swept} leftovers of killed starts from the store.", "debug")
 
-    def _run_missing(self) -> str:
+    def _run_missing(self, training: Training | None) -> str:
         missing = self._ledger.missing()
-        self._early = EarlyProcesses(self._run, missing, self._warn)
+        prestarted = Prestarted(self._run, missing, self._journal.warn)
         try:
             for stage in STAGES:
                 if stage.name in missing:
-                    self._run_stage(stage)
+                    self._run_stage(stage, prestarted, training)
                 elif stage.name in self._run.settings.stages:
-                    self._records.append(StageRecord(stage.name, "skipped"))
-            self._completions.settle()
+                    self._journal.skipped(stage)
+            self._hashing.settle()
         finally:
-            self._early.kill()
-            self._completions.abandon()
+            prestarted.kill()
+            self._hashing.abandon()
         return "complete" if missing else "complete already; nothing to do"
 
     # -- one stage --------------------------------------------------------------------------------------------------
 
-    def _run_stage(self, stage: Stage) -> None:
-        self._refuse_if_ending()
-        self._console.stage_started(stage.name)
-        self._metrics.stage(stage.name)
-        record = StageRecord(stage.name, "failed")
-        self._records.append(record)
-        started = time.monotonic()
-        try:
+    def _run_stage(self, stage: Stage, prestarted: Prestarted | None, training: Training | None) -> None:
+        """Run a stage from the files it needs to the marker that lets its own files count."""
+        self._interruption.refuse_if_ending()
+        with self._journal.stage(stage) as record:
             if stage.online:
-                self._completions.settle()  # what it sends away counts here
+                self._hashing.settle()  # what it sends away counts here
             for name in stage.needs:
                 self._ledger.bring_back(_BY_NAME[name])
-            if stage.name == "train":
-                self._checkpointing.fetch_kernels()
-                self._resume_training()
-            elif not stage.resumable:
-                shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
-            self._watch_until_it_can(stage, record)
+            if stage.per_gpu:
+                assert training is not None, "only a start that may write trains"
+                self._train(stage, prestarted, training, record)
+            else:
+                if not stage.resumable:
+                    shutil.rmtree(self._run.paths.stage_dir(stage.name), ignore_errors=True)
+                process = self._start(stage, prestarted)
+                self._judge(stage, process, self._follow(process, record))
             self._complete(stage)
-            record.result = "done"
-        except Stopped:
-            record.result = "stopped"
-            raise
-        finally:
-            record.seconds = time.monotonic() - started
-            self._metrics.stage(None)
-            self._console.stage_ended(record)
 
-    def _complete(self, stage: Stage) -> None:
-        """Let the stage's files count. Nothing outlives this machine before all that it was made of does count, and nodes compare
-        what they have downloaded before they train."""
-        if stage.hashed_behind and self._gang is None:
-            self._completions.add(stage.name, self._ledger.completion(stage))
-            return
-        self._completions.settle()
-        self._ledger.complete(stage)
-
-    def _watch_until_it_can(self, stage: Stage, record: StageRecord) -> None:
-        """Processes that train together cannot take a step again, one of which it left in the middle of a sum, and none outlives
-        a kernel's fault: the stage is started again in another way, and goes on from the last checkpoint. Nodes leave that to
-        their scheduler."""
+    def _train(self, stage: Stage, prestarted: Prestarted | None, training: Training, record: StageRecord) -> None:
+        """Run the training stage, again in another way where it ran out of memory or a kernel failed."""
         while True:
+            training.prepare()
             try:
-                return self._watch(stage, record)
+                return self._train_once(stage, prestarted, training, record)
             except (MemoryFull, KernelsFault) as error:
-                if self._gang is not None or self._stop.requested or not self._kernels:
+                way = None if self._interruption.stop.requested else training.adapt(error)
+                if way is None:
                     raise
-                if isinstance(error, MemoryFull):
-                    self._plan_steps_down += 1
-                    way = "with a smaller plan"
-                else:
-                    self._kernels = False
-                    way = "without kernels of the job's own, which is slower"
-                self._warn(f"{error.message} Starting the training again {way}.")
-                self._resume_training()
+                self._journal.warn(f"{error.message} Starting the training again {way}.")
 
-    def _resume_training(self) -> None:
-        shutil.rmtree(self._run.paths.stage_dir("train"), ignore_errors=True)
-        commit = self._checkpointing.resume(self._lease)
-        if self._gang is not None:
-            self._gang.gather()
-            self._rendezvous = self._gang.announce(commit)
-
-    def _watch(self, stage: Stage, record: StageRecord) -> None:
-        """Start the stage's process, follow it to its end, and judge that."""
-        self._metrics.training(stage.per_gpu)
-        rendezvous = self._rendezvous if stage.per_gpu else None
-        turn.give(self._run, stage.name)
-        process = self._process = self._early.take(stage) or StageProcess(
-            self._run, stage, rendezvous, self._plan_steps_down, kernels=self._kernels
-        )
-        gang = self._gang if stage.per_gpu else None
+    def _train_once(self, stage: Stage, prestarted: Prestarted | None, training: Training, record: StageRecord) -> None:
+        self._journal.metrics.training(True)
         try:
-            self._refuse_if_lost()  # from here on whoever finds out kills the process
-            with gang.watched(self._on_lost) if gang else contextlib.nullcontext():
-                for event in process.events():
-                    self._heed(stage, event, record)
-                code = process.wait()
+            process = self._start(stage, prestarted, training.launch)
+            code = self._follow(process, record, training)
         finally:
-            self._process = None
-            process.kill()
-            self._metrics.training(False)
-        self._checkpointing.finish()
-        self._refuse_if_lost()
-        if code == 0:
-            return
-        error = process.why(code)
-        if error.exit_code == ExitCode.BUG and not self._stop.requested:
-            for line in process.last_lines:
-                self._console.say(line, "error")
-        if gang is not None and not self._stop.requested:
-            error = gang.why(error)
-        if self._stop.requested and (code < 0 or error.exit_code in (ExitCode.TRY_AGAIN, ExitCode.BUG)):
-            raise Stopped(f"Stage {stage.name} was stopped on request.", self._what_is_stored(stage))
-        raise error
+            self._journal.metrics.training(False)
+        training.finish()
+        self._judge(stage, process, code, training)
 
-    def _what_is_stored(self, stage: Stage) -> str:
-        if stage.name != "train":
-            return f"Start the job again: it goes on with stage {stage.name}."
-        stored = committed_checkpoints(self._run, self._lease.record)
-        if not stored:
-            return "Start the job again. No checkpoint is stored yet."
-        return f"Start the job again: it goes on from step {step_of(stored[0])}."
+    def _start(self, stage: Stage, prestarted: Prestarted | None, launch: Launch | None = None) -> StageProcess:
+        turn.give(self._run, stage.name)
+        waiting = prestarted.take(stage) if prestarted is not None else None
+        return waiting or StageProcess(self._run, stage, launch)
 
-    def _heed(self, stage: Stage, event: dict[str, Any], record: StageRecord) -> None:
-        """Pass an event of the stage on to whom it concerns."""
+    def _follow(self, process: StageProcess, record: StageRecord, training: Training | None = None) -> int:
+        """Listen to a stage's process until it exits; returns its exit status."""
+        with self._interruption.may_kill(process):
+            if training is None:
+                return self._listen(process, record, None)
+            with training.watched(self._interruption.lose):
+                return self._listen(process, record, training)
+
+    def _listen(self, process: StageProcess, record: StageRecord, training: Training | None) -> int:
+        for event in process.events():
+            self._heed(process.stage, event, record, training)
+        return process.wait()
+
+    def _heed(self, stage: Stage, event: dict[str, Any], record: StageRecord, training: Training | None) -> None:
+        """Pass an event of the stage on to those it concerns."""
         match event["event"]:
             case "message":
-                self._console.say(event["text"], event["level"], stage=stage.name)
+                self._journal.say(event["text"], event["level"], stage=stage.name)
             case "progress":
-                self._metrics.progress(stage.name, event)
-                if self._gang is not None and stage.per_gpu:
-                    self._gang.moved()
-                self._show_progress(stage, event)
+                if training is not None:
+                    training.moved()
+                self._journal.progress(stage, event, shown=self._shows_progress(stage))
             case "output":
                 record.outputs.append(f"{event['what']}: {event['where']}")
+                record.figures |= event.get("figures", {})
             case "checkpoint":
-                self._checkpointing.offer(int(event["step"]), Path(event["folder"]))
+                assert training is not None, "only training writes checkpoints"
+                training.offer(int(event["step"]), Path(event["folder"]))
 
-    def _show_progress(self, stage: Stage, event: dict[str, Any]) -> None:
-        self._console.progress(stage.name, event)
+    def _shows_progress(self, stage: Stage) -> bool:
+        return True
 
-    # -- what ends a start early ------------------------------------------------------------------------------------
+    def _judge(self, stage: Stage, process: StageProcess, code: int, training: Training | None = None) -> None:
+        """Raise what ended the stage, unless it ended well."""
+        self._interruption.refuse_if_lost()
+        if code == 0:
+            return
+        stopped = self._interruption.stop.requested
+        error = process.why(code)
+        if error.exit_code == ExitCode.BUG and not stopped:
+            for line in process.last_lines:
+                self._journal.say(line, "error")
+        if training is not None and not stopped:
+            error = training.why(error)
+        if stopped and (code < 0 or error.exit_code in (ExitCode.TRY_AGAIN, ExitCode.BUG)):
+            again = training.resumes_from() if training else f"Start the job again: it resumes with stage {stage.name}."
+            raise Stopped(f"Stage {stage.name} was stopped on request.", again)
+        raise error
 
-    def _on_lost(self, reason: Exception) -> None:
-        """Another attempt has taken over, another node is gone, or the sources are not those that the run began with: nothing
-        that is done from here on would count."""
-        self._lost = reason
-        self._kill_process()
+    def _complete(self, stage: Stage) -> None:
+        """Let the stage's files count.
 
-    def _kill_process(self) -> None:
-        process = self._process
-        if process is not None:
-            process.kill()
-
-    def _refuse_if_lost(self) -> None:
-        if self._lost is not None:
-            raise self._lost
-
-    def _refuse_if_ending(self) -> None:
-        self._refuse_if_lost()
-        if self._stop.requested:
-            raise Stopped("Stopped on request.", "Start the job again to go on.")
-
-    def _wait(self) -> None:
-        self._refuse_if_ending()
-        time.sleep(0.5)
-
-    def _warn(self, text: str) -> None:
-        self._console.say(text, "warning")
+        Nothing outlives this machine before everything it was made from counts. Several nodes compare what they have
+        downloaded before they train, so they do not hash in the background.
+        """
+        if stage.hashed_behind and self._run.node.count == 1:
+            self._hashing.add(stage.name, self._ledger.completion(stage))
+            return
+        self._hashing.settle()
+        self._ledger.complete(stage)

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from trl import SFTConfig
 
-from job.model.attention import padding_free
-from job.model.device import compute_dtype, device_of, mixed_precision
-from job.run import Run
+from job.model.compute import Compute
+from job.model.device import mixed_precision
+from job.settings import Settings
 from job.training.sharding import sharding_arguments
 
 _NEVER = 2**31 - 1
 
 
-def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: bool, recomputes: bool) -> SFTConfig:
-    """Arguments for a training on prepared data: rows are tokenised, labelled, cut and packed already."""
-    settings, device = run.settings, device_of(run)
-    on_gpu = device.type == "cuda"
+def training_arguments(
+    settings: Settings,
+    compute: Compute,
+    *,
+    output_dir: Path,
+    run_name: str,
+    max_length: int,
+    evaluates: bool,
+    resumed: bool,
+    recomputes: bool,
+) -> SFTConfig:
+    """Arguments for training on prepared data: rows are tokenized, labelled, cut and packed already."""
+    on_gpu = compute.on_gpu
     arguments: dict[str, Any] = {
-        "output_dir": str(run.paths.checkpoints_dir),
-        "run_name": run.id,
+        "output_dir": str(output_dir),
+        "run_name": run_name,
         "num_train_epochs": settings.num_train_epochs,
         "max_steps": settings.max_steps or -1,
         "per_device_train_batch_size": settings.per_device_train_batch_size,
@@ -38,11 +48,11 @@ def training_arguments(run: Run, *, max_length: int, evaluates: bool, resumed: b
         "warmup_steps": settings.warmup_ratio,  # below 1 it is a part of all steps
         "train_sampling_strategy": "group_by_length" if settings.group_by_length and not settings.packing else "random",
         "seed": settings.seed,
-        **mixed_precision(settings, compute_dtype(settings, device)),
+        **mixed_precision(settings, compute.dtype),
         # the data is ready
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "max_length": None if padding_free(run) else max_length,
-        "padding_free": padding_free(run),
+        "max_length": None if compute.padding_free else max_length,
+        "padding_free": compute.padding_free,
         "packing": settings.packing,
         "eval_packing": False,
         # evaluation, checkpoints, logs

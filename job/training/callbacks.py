@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from job.errors import InputError
 from job.report.events import emit, message, progress
-from job.run import Run
 from job.training.pace import SavePace
 from job.training.utilization import peak_flops, useful_flops_per_token
 
@@ -93,13 +93,12 @@ class DecideSaves(TrainerCallback):
     it measures the pace. A save that cannot be in the store before the deadline is not begun.
     """
 
-    def __init__(self, run: Run, pace: SavePace) -> None:
-        self._run, self._pace = run, pace
-        self._paced = run.settings.save_steps == "auto"
+    def __init__(self, pace: SavePace, stop_deadline: Callable[[], float | None], *, paced: bool) -> None:
+        self._pace, self._stop_deadline, self._paced = pace, stop_deadline, paced
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        first, own = self._run.node.is_first, self._run.stop_deadline()
+        first, own = state.is_world_process_zero, self._stop_deadline()
         due, earliness = _largest(
             args, float(first and self._paced and self._pace.due()), -math.inf if own is None else -own
         )

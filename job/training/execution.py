@@ -1,4 +1,4 @@
-"""How the steps of this process are computed: the plan in force, the layers that follow it, and what happens if memory ends."""
+"""The plan at work: the layers that follow it, batches in parts, and what happens when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,46 +14,58 @@ from transformers import TrainingArguments
 
 from job.errors import InputError, KernelsFault, MemoryFull, NodeError, in_a_line
 from job.model.compilation import compile_layers
-from job.model.device import device_of, is_alive
+from job.model.device import is_alive
 from job.model.fused import MANY_TOKENS, proof
 from job.model.fused.head import can_fuse_head, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
 from job.model.fused.proof import sample
+from job.model.patches import Patches
 from job.model.quantization import make_resident
 from job.report.events import message
-from job.run import Run, read_json
-from job.training import decision
-from job.training.plan.candidates import Plan, smaller_plan
+from job.settings import Settings
+from job.training.choice import SLOWER, Choice, is_asked_for
+from job.training.plan.candidates import Plan
+from job.training.plan.choose import smaller_plan
 
-# Of a layer computed both ways, in 16 bits or 8; what is wrong differs by more than all of it
+# How far a layer may differ when it is computed both ways, in 16 bits or 8. A real mistake differs by more.
 _LARGEST_DIFFERENCE = {"4-bit": 0.2, "resident": 0.2, "fp8": 0.5}
+_PLAIN = "Set FT_DECODER_LAYERS=plain."
 
 
 class Execution:
-    """`plan` is None where transformers and peft compute the layers, and memory is what FT_GRADIENT_CHECKPOINTING says."""
+    """Computes the steps of this process as chosen. `patches` are the changes it made to the model.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.shape, self.plan = decision.decide(run)
+    `plan` is None where transformers and peft compute the layers, and FT_GRADIENT_CHECKPOINTING alone says what is
+    recomputed. `rank` is this process's place among all; `evaluated_tokens` the most that an evaluation may compute at
+    once.
+    """
+
+    def __init__(self, settings: Settings, choice: Choice, *, rank: int = 0, evaluated_tokens: int = 0) -> None:
+        self._settings, self._rank, self._evaluated_tokens = settings, rank, evaluated_tokens
+        self.compute, self.shape, self.plan = choice.compute, choice.shape, choice.plan
+        self.patches = Patches()
         self._layers: list[FusedLayer] = []
 
     @property
     def recomputes_by_library(self) -> bool:
-        """Whether transformers' own gradient checkpointing is wanted: for a GPU, unless it is switched off."""
-        wanted = self._run.settings.gradient_checkpointing
-        return self.plan is None and (device_of(self._run).type == "cuda" if wanted == "auto" else bool(wanted))
+        """Whether transformers' own gradient checkpointing is wanted: on a GPU, unless it is switched off."""
+        wanted = self._settings.gradient_checkpointing
+        return self.plan is None and (self.compute.on_gpu if wanted == "auto" else bool(wanted))
 
     def described(self) -> dict[str, Any] | None:
-        """The plan in force, for `metrics.json`."""
+        """The current plan, for `metrics.json`."""
         return asdict(self.plan) if self.plan is not None else None
 
     def prepare(self, model: PeftModel, arguments: TrainingArguments) -> None:
-        """Let the model's layers be computed as planned; call it once, with the adapter in its final type. If the planned way
-        fails on this machine, `arguments` are changed to those of the plain one."""
-        settings = self._run.settings
+        """Let the model's layers be computed as planned. Call it once, with the adapter in its final type.
+
+        If the planned way fails on this machine, `arguments` are changed to those of the plain one.
+        """
+        settings = self._settings
         if self.plan is None:
             if settings.use_4bit and settings.resident_weights is True:
-                make_resident(model)
+                make_resident(model, self.patches)
+                self.patches.settle_weights()
             if settings.decoder_layers == "compiled":
                 compile_layers(model)
             return
@@ -62,51 +74,48 @@ class Execution:
         failure = self._fuse(model, self.plan)
         if failure is None:
             if can_fuse_head(model):
-                fuse_head(model)
+                fuse_head(model, self.patches)
             self._apply(self.plan)
             return
-        if decision.is_asked_for(settings):
+        if is_asked_for(settings):
             raise NodeError(
-                f"The fused layers do not give what the model's own give on this machine: {failure}.",
-                "Another card or driver may do; or unset FT_DECODER_LAYERS and FT_FROZEN_PRECISION.",
+                f"The fused layers do not give what the model's own layers give on this machine: {failure}.",
+                "Another card or driver may work. Or unset FT_DECODER_LAYERS and FT_FROZEN_PRECISION.",
             )
-        message(f"The layers are computed by transformers and peft, which is slower: {failure}.", "warning")
-        for layer in model.get_base_model().base_model.layers:
-            layer.__dict__.pop("forward", None)
+        message(f"{SLOWER}: {failure}.", "warning")
+        self.patches.undo()
         self._layers, self.plan = [], None
         arguments.gradient_checkpointing = self.recomputes_by_library
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
 
     def _fuse(self, model: PeftModel, plan: Plan) -> str | None:
-        """Fuse the layers, and compute the first both ways; returns what went wrong, if anything did."""
-        kinds = [proof.FEW] if self._most_tokens(plan) < MANY_TOKENS else [proof.FEW, proof.MANY]  # have other kernels
+        """Fuse the first layer, compute it both ways, and fuse the others if both agree; returns what went wrong, if
+        anything did."""
+        few = max(plan.micro_batch_tokens, plan.longest_row, self._evaluated_tokens) < MANY_TOKENS
+        kinds = [proof.FEW] if few else [proof.FEW, proof.MANY]  # which use other kernels
         try:
             plain = [sample(model, lengths) for lengths in kinds]
-            self._layers = fuse_layers(model, plan.weights)
+            layers = fuse_layers(model, plan.weights, self.patches)
+            self._layers = [next(layers)]
             difference = max(sample(model, lengths).differs(one) for lengths, one in zip(kinds, plain, strict=True))
             finite = sample(model, with_dropout=True).is_finite
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler, a driver or a kernel may say
             reason = in_a_line(error)
-            if not is_alive(device_of(self._run)) and not decision.is_asked_for(self._run.settings):
+            if not is_alive(self.compute.device) and not is_asked_for(self._settings):
                 raise KernelsFault(
-                    f"A kernel of the fused layers ended in a fault of the GPU: {reason}.",
-                    f"{_PLAIN} Another card may do.",
+                    f"A kernel of the fused layers crashed the GPU: {reason}.", f"{_PLAIN} Another card may work."
                 ) from error
             return reason
-        if finite and difference <= _LARGEST_DIFFERENCE[plan.weights]:
-            return None
-        return f"a layer differs by {difference:.1%}" if finite else "a layer with dropout gives no finite numbers"
-
-    def _most_tokens(self, plan: Plan) -> int:
-        """That may come at once: rows are never cut, nor are batches that are evaluated."""
-        evaluated = 0
-        if self._run.paths.eval_data_dir.exists():
-            longest = int(read_json(self._run.paths.data_report_file)["max_length"])
-            evaluated = self._run.settings.per_device_eval_batch_size * longest
-        return max(plan.micro_batch_tokens, plan.longest_row, evaluated)
+        if not finite:
+            return "a layer with dropout gives values that are not finite"
+        if not difference <= _LARGEST_DIFFERENCE[plan.weights]:
+            return f"a layer differs by {difference:.1%}"
+        self.patches.settle_weights()
+        self._layers += layers
+        return None
 
     def batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The batch in parts of no more tokens than planned, but for rows that are longer: rows are never cut."""
@@ -128,7 +137,7 @@ class Execution:
         What is dropped follows from `moment`, FT_SEED and a token's place in the batch alone: a resumed step drops what the
         lost one dropped, whatever the parts, and no generator is asked that others depend on.
         """
-        named = repr((self._run.settings.seed, self._run.node.rank, *moment)).encode()
+        named = repr((self._settings.seed, self._rank, *moment)).encode()
         first = int.from_bytes(hashlib.blake2b(named, digest_size=4).digest()) >> 2
         for index, layer in enumerate(self._layers):
             layer.dropout_seed, layer.first_token = first + index * LINEAR_LAYERS, first_token
@@ -154,15 +163,12 @@ class Execution:
     def _smaller(self) -> Plan | None:
         if self.plan is None or self.shape is None:
             return None
-        return smaller_plan(self.plan, self.shape, self._run.settings)
+        return smaller_plan(self.plan, self.shape, self._settings)
 
     def _apply(self, plan: Plan) -> None:
         self.plan = plan
         for index, layer in enumerate(self._layers):
             layer.kept = index >= plan.recomputed  # the last are the first to be freed
-
-
-_PLAIN = "Set FT_DECODER_LAYERS=plain."
 
 
 def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
@@ -174,7 +180,7 @@ def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
             begin = end
 
 
-def switch_mode_only_if_another(model: torch.nn.Module) -> None:
+def switch_mode_only_if_another(model: torch.nn.Module, patches: Patches) -> None:
     """Let `model.train()` return at once while the model is in that mode, as a whole: transformers calls it at each pass, and
     there are thousands of modules to visit."""
     model.train(model.training)  # from now on the modules agree
@@ -183,7 +189,7 @@ def switch_mode_only_if_another(model: torch.nn.Module) -> None:
     def train(mode: bool = True) -> torch.nn.Module:
         return model if model.training == mode else switch(mode)
 
-    model.train = train  # type: ignore[method-assign]
+    patches.replace(model, "train", train)
 
 
 class Gradients:

@@ -13,14 +13,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from job.cluster import Node
 from job.errors import ExitCode, JobError, NodeError, TransientError
-from job.run import Run
 
 _SHUTDOWN_SECONDS = 5  # our processes ignore SIGTERM, with which the agent begins
 _MEET_SECONDS = 900  # every node has said that it is ready, and may still fetch the checkpoint
 
 
-def launch(run: Run, stage: str, processes: int) -> int:
+def launch(node: Node, run_id: str, stage: str, processes: int) -> int:
     """Run `python -m job.stages STAGE` as `processes` processes on this node; returns 0, or the code one of them ended with.
 
     Raises NodeError or TransientError if a signal ended one. Its fellows, which cannot go on alone, are ended too.
@@ -31,13 +31,13 @@ def launch(run: Run, stage: str, processes: int) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
     os.environ["JOB_PARENT_PID"] = str(os.getpid())  # of the processes below
     config = LaunchConfig(
-        min_nodes=run.node.count,
-        max_nodes=run.node.count,
+        min_nodes=node.count,
+        max_nodes=node.count,
         nproc_per_node=processes,
-        run_id=os.environ.get("JOB_RDZV_ID", run.id),
+        run_id=os.environ.get("JOB_RDZV_ID", run_id),
         rdzv_backend="static" if endpoint else "c10d",
         rdzv_endpoint=endpoint or "localhost:0",
-        rdzv_configs={"rank": run.node.index, "timeout": _MEET_SECONDS} if endpoint else {},
+        rdzv_configs={"rank": node.index, "timeout": _MEET_SECONDS} if endpoint else {},
         max_restarts=0,  # a start begins from a verified checkpoint; the scheduler starts us again
         monitor_interval=0.1,
         signals_to_handle="SIGHUP",  # on SIGTERM the agent would give its processes 30 s and then kill them (pytorch#119856)
@@ -53,7 +53,7 @@ def launch(run: Run, stage: str, processes: int) -> int:
             -number for number in by_signal.values()
         }
         if by_signal and in_words <= {ExitCode.TRY_AGAIN}:  # the fellows have lost contact with it
-            raise _killed(by_signal, before, others=run.node.count > 1) from None
+            raise _killed(by_signal, before, others=node.count > 1) from None
         return max(in_words)
     return ExitCode.OK
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from job.run import Run, read_json
+from job.run import read_json
 
 LARGEST_SHARE = 0.01  # of the training time, spent in saving
 LEAST_SECONDS, MOST_SECONDS = 30.0, 600.0  # between two saves
@@ -21,8 +21,8 @@ class SavePace:
     the optimum checkpoint interval", needs a failure rate, which nobody knows of a machine rented by the hour.)
     """
 
-    def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
-        self._timing_file: Path = run.paths.upload_timing_file
+    def __init__(self, upload_timing_file: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timing_file = upload_timing_file
         self._clock = clock
         self._save_seconds = 0.0
         self._last = clock()

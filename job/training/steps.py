@@ -28,9 +28,9 @@ class PlannedTrainer(SFTTrainer):
         self._step_begun = self._batches_of_step = -1
         super().__init__(*args, **kwargs)
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        switch_mode_only_if_another(self.model)
+        switch_mode_only_if_another(self.model, execution.patches)
         self._zero_all_gradients = self.model.zero_grad
-        self.model.zero_grad = self._zero_gradients
+        execution.patches.replace(self.model, "zero_grad", self._zero_gradients)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:

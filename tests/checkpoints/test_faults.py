@@ -1,5 +1,7 @@
-"""A real S3 server behind a proxy that injects faults: no checkpoint is ever taken that is not, byte for byte, one that
-was saved."""
+"""A real S3 server behind a proxy that injects faults.
+
+A checkpoint is resumed only if it is, byte for byte, one that was saved.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def proxy(s3_server: str, s3_environment: None, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """boto3's waits between tries are for real networks; here they would make two hundred trials take an hour."""
+    """Shorten boto3's waits between retries: they would make two hundred trials take an hour."""
     import botocore.retries.standard
 
     monkeypatch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
@@ -46,7 +48,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checkpoint(folder: Path, step: int, seed: int) -> dict[str, bytes]:
-    """Files that say which checkpoint they belong to in every byte."""
+    """Files whose every byte depends on the checkpoint that they belong to."""
     chance = random.Random(f"{seed}/{step}")
     contents = {name: chance.randbytes(size) for name, size in FILES.items()}
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,7 +63,7 @@ def read(folder: Path) -> dict[str, bytes]:
 
 
 def patiently(act: Callable[[], Any], tries: int = 20) -> Any:
-    """As the syncer and the scheduler do: what failed for a while is tried again. Only 75 may be met."""
+    """Retry transient failures, as the syncer and the scheduler do. Only exit code 75 may occur."""
     for _ in range(tries - 1):
         try:
             return act()
@@ -71,7 +73,7 @@ def patiently(act: Callable[[], Any], tries: int = 20) -> Any:
 
 
 def store_three(run: Any, lease: Lease, scratch: Path, trial: int) -> tuple[dict[int, dict[str, bytes]], list[int]]:
-    """Commit the checkpoints of three steps, each once; returns what was saved, and the steps that were stored."""
+    """Commit the checkpoints of three steps, each once. Returns what was saved, and the steps that were stored."""
     saved: dict[int, dict[str, bytes]] = {}
     stored: list[int] = []
     for step in (2, 4, 6):
@@ -85,7 +87,7 @@ def store_three(run: Any, lease: Lease, scratch: Path, trial: int) -> tuple[dict
 
 
 def start_again(run: Any) -> Restored | None:
-    """The next attempt; None if the faults keep it from starting."""
+    """The next attempt, or None if the faults keep it from starting."""
     with contextlib.suppress(TransientError):
         lease = patiently(lambda: Lease.take(run, lambda text: None, lambda: False))
         patiently(lambda: sweep(run, lease))
@@ -99,7 +101,7 @@ def start_again(run: Any) -> Restored | None:
 def test_in_two_hundred_trials_under_faults_nothing_corrupt_or_partial_is_resumed(
     make_run: Callable[..., Any], tmp_path: Path, proxy: FaultProxy, half: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("job.storage.partial.PART_BYTES", 32_768)  # so that files come in several parts
+    monkeypatch.setattr("job.storage.partial.PART_BYTES", 32_768)  # so files are fetched in several parts
     resumed: Counter[str] = Counter()
     template = make_run(STORE_URL="s3://bucket/faults")
     for trial in range(half * TRIALS // 2, (half + 1) * TRIALS // 2):
@@ -117,12 +119,12 @@ def test_in_two_hundred_trials_under_faults_nothing_corrupt_or_partial_is_resume
         assert there == saved[restored.step], f"trial {trial}: step {restored.step} is not what was saved"
         resumed["the newest" if stored and restored.step >= max(stored) else "an older one"] += 1
     assert sum(resumed.values()) == TRIALS // 2
-    assert resumed["the newest"] > TRIALS // 4, resumed  # or the trials would have shown nothing
+    assert resumed["the newest"] > TRIALS // 4, resumed  # otherwise the trials show nothing
     assert set(proxy.injected) == set(FAULTS), proxy.injected
 
 
 @pytest.mark.parametrize("fault", ["503", "reset", "delay", "truncated", "flipped down", "flipped up", "response lost"])
-def test_each_fault_alone_is_survived_or_told_and_never_believed(
+def test_each_single_fault_is_survived_or_reported_and_never_trusted(
     make_run: Callable[..., Any], tmp_path: Path, proxy: FaultProxy, hasty: None, fault: str
 ) -> None:
     run = make_run(STORE_URL=f"s3://bucket/{tmp_path.name}")
@@ -137,7 +139,7 @@ def test_each_fault_alone_is_survived_or_told_and_never_believed(
     assert proxy.injected[fault] > 0
 
 
-def test_a_download_that_was_cut_short_goes_on_where_it_stopped(
+def test_a_download_that_was_cut_short_resumes_where_it_stopped(
     tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("job.storage.partial.PART_BYTES", 100_000)
@@ -161,7 +163,7 @@ def test_a_download_that_was_cut_short_goes_on_where_it_stopped(
     journal = next(tmp_path.glob("target.partial-*-parts"))
     assert len(journal.read_text(encoding="ascii").splitlines()) >= 4
     partial = journal.with_name(journal.name.removesuffix("-parts"))
-    with partial.open("r+b") as file:  # a part that did not survive is fetched again
+    with partial.open("r+b") as file:  # a part that was lost is fetched again
         file.seek(100_005)
         file.write(b"\0\0\0")
     before = len(fetched)
@@ -209,5 +211,5 @@ def test_a_stale_list_can_hide_a_checkpoint_but_not_bring_a_deleted_one_back(
     warnings: list[str] = []
     restored = restore_newest(run, LeaseRecord.read(run), warnings.append)
     assert proxy.injected["stale list"] > 0
-    assert restored.step == 4  # 6 is hidden, and 2, which is listed, is gone
+    assert restored.step == 4  # 6 is hidden, and 2 is listed but deleted
     assert read(run.paths.checkpoints_dir / "checkpoint-4") == saved[4]

@@ -29,7 +29,7 @@ print(len(kernel.asm["cubin"]), sorted(kernel.asm))
 def machine(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Path, CompiledKernels]]:
-    """Another machine of one run: its cache folder, and what it knows of compiled kernels."""
+    """Another machine of the same run: its cache folder and its `CompiledKernels`."""
 
     def make(name: str, said: list[str] | None = None) -> tuple[Path, CompiledKernels]:
         folder = tmp_path / name / "triton"
@@ -43,7 +43,7 @@ def machine(
 
 
 def compile_one(folder: Path) -> str:
-    """For an H100, without one; what came of it."""
+    """Compile a kernel for an H100 without having one. Returns what this machine did."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", _COMPILE], cwd=ROOT, env={**environment, "TRITON_CACHE_DIR": str(folder)},
@@ -52,7 +52,7 @@ def compile_one(folder: Path) -> str:
     return done.stdout
 
 
-def test_a_kernel_that_one_machine_compiled_is_not_compiled_by_the_next(
+def test_a_kernel_compiled_on_one_machine_is_not_compiled_again_on_the_next(
     machine: Callable[..., tuple[Path, CompiledKernels]],
 ) -> None:
     first, kernels = machine("first")
@@ -81,26 +81,26 @@ def make_kernel(folder: Path, name: str) -> Path:
     return kernel
 
 
-def test_only_what_is_new_is_stored_and_only_what_is_missing_is_fetched(
+def test_only_new_kernels_are_stored_and_only_missing_ones_are_fetched(
     machine: Callable[..., tuple[Path, CompiledKernels]],
 ) -> None:
     said: list[str] = []
     folder, kernels = machine("first", said)
     kernels.fetch()
     kernels.keep()
-    assert said == []  # nothing here, nothing there
+    assert said == []  # nothing is cached and nothing is stored
     make_kernel(folder, "norm")
     for _ in range(2):
         kernels.keep()
     make_kernel(folder, "gate")
     kernels.keep()
-    assert said == ["debug: 1 compiled kernels stored.", "debug: 2 compiled kernels stored."]
+    assert said == ["debug: Stored 1 compiled kernels.", "debug: Stored 2 compiled kernels."]
     said.clear()
     folder, kernels = machine("second", said)
     own = make_kernel(folder, "norm")
     kernels.fetch()
     kernels.keep()
-    assert said == ["debug: 1 compiled kernels fetched from the store."]
+    assert said == ["debug: Fetched 1 compiled kernels from the store."]
     assert (own / "launcher.so").exists()
     gate = folder / "gate".ljust(52, "A")
     assert sorted(path.name for path in gate.iterdir()) == ["__grp___gate.json", "_gate.cubin", "_gate.json"]
@@ -117,7 +117,7 @@ def test_only_what_is_new_is_stored_and_only_what_is_missing_is_fetched(
         lambda packed: packed[:-9] + b"123456789",
     ],
 )
-def test_what_is_damaged_in_the_store_is_compiled_again(
+def test_a_kernel_damaged_in_the_store_is_compiled_again(
     machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     folder, kernels = machine("first")
@@ -129,25 +129,25 @@ def test_what_is_damaged_in_the_store_is_compiled_again(
     folder, kernels = machine("second", said)
     kernels.fetch()
     assert len(said) == 1
-    assert said[0].startswith("warning: The compiled kernels in the store are not used: ")
+    assert said[0].startswith("warning: Not using the compiled kernels in the store: ")
     assert not list(folder.glob("*"))
     make_kernel(folder, "norm")
     kernels.keep()
-    assert said[1:] == ["debug: 1 compiled kernels stored."]
+    assert said[1:] == ["debug: Stored 1 compiled kernels."]
 
 
-def test_kernels_that_are_stored_are_not_read_again_behind_every_checkpoint(
+def test_stored_kernels_are_not_read_again_after_every_checkpoint(
     machine: Callable[..., tuple[Path, CompiledKernels]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, kernels = machine("first")
     make_kernel(folder, "norm")
-    (folder / "driver".ljust(52, "A")).mkdir()  # of the host's code alone
+    (folder / "driver".ljust(52, "A")).mkdir()  # holds only host code
     kernels.keep()
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read again"))
     kernels.keep()
 
 
-def test_a_list_of_files_in_a_form_that_nobody_knows_stores_nothing_and_stops_nobody(
+def test_a_file_list_in_an_unknown_format_stores_nothing_and_stops_nothing(
     machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path
 ) -> None:
     said: list[str] = []
@@ -155,11 +155,11 @@ def test_a_list_of_files_in_a_form_that_nobody_knows_stores_nothing_and_stops_no
     (make_kernel(folder, "norm") / "__grp___norm.json").write_text('["_norm.cubin"]', encoding="utf-8")
     kernels.keep()
     assert len(said) == 1
-    assert said[0].startswith("warning: The compiled kernels are not stored: ")
+    assert said[0].startswith("warning: The compiled kernels were not stored: ")
     assert not list((tmp_path / "store").rglob("kernels.tar.gz"))
 
 
-def test_an_archive_that_names_other_places_is_refused(
+def test_an_archive_with_paths_outside_the_cache_is_refused(
     machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path
 ) -> None:
     buffer = io.BytesIO()
@@ -172,5 +172,5 @@ def test_an_archive_that_names_other_places_is_refused(
     target.parent.mkdir(parents=True)
     target.write_bytes(buffer.getvalue())
     kernels.fetch()
-    assert "is no file of a kernel" in said[0]
+    assert "is not a kernel file" in said[0]
     assert not (tmp_path / "evil").exists()

@@ -26,7 +26,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["folder", "s3"])
 def machine(request: pytest.FixtureRequest, make_run: Callable[..., Any], tmp_path: Path) -> Callable[[str], Any]:
-    """A run as machine `name` sees it: disks of their own, one store."""
+    """The run as machine `name` sees it. Each machine has its own disk, and all share one store."""
     if request.param == "s3":
         request.getfixturevalue("s3_environment")
     url = f"s3://bucket/{tmp_path.name}" if request.param == "s3" else str(tmp_path / "store")
@@ -44,7 +44,7 @@ def some_files(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_start_is_an_attempt_of_its_own(machine: Callable[[str], Any]) -> None:
+def test_every_start_is_a_new_attempt(machine: Callable[[str], Any]) -> None:
     run = machine("one")
     for number in (1, 2, 3):
         lease = take(run)
@@ -62,9 +62,9 @@ def test_a_start_in_the_folder_of_a_dead_one_does_not_wait(
     assert take(machine("one")).record.attempt == 2
 
 
-def test_two_starts_in_one_folder_are_refused(machine: Callable[[str], Any]) -> None:
+def test_a_second_start_in_the_same_folder_is_refused(machine: Callable[[str], Any]) -> None:
     holder = take(machine("one"))
-    with pytest.raises(TransientError, match="at work in") as caught:
+    with pytest.raises(TransientError, match="is working in") as caught:
         take(machine("one"))
     assert caught.value.exit_code == 75
     holder.renew()
@@ -78,25 +78,25 @@ def test_another_machine_waits_for_a_holder_that_may_be_alive_and_then_takes_ove
     began = time.monotonic()
     assert take(machine("two"), say=said.append).record.attempt == 2
     assert time.monotonic() - began > 1
-    assert "may be alive" in said[0]
+    assert "may still be alive" in said[0]
 
 
 def test_another_machine_is_refused_while_the_holder_renews(machine: Callable[[str], Any]) -> None:
     holder = take(machine("one"))
     holder.keep_alive(lambda reason: None)
-    with pytest.raises(TransientError, match="is at work on"):
+    with pytest.raises(TransientError, match="is still working on"):
         take(machine("two"))
     holder.release()
     assert take(machine("two")).record.attempt == 2
 
 
-def test_a_stop_request_ends_the_waiting(machine: Callable[[str], Any]) -> None:
+def test_a_stop_request_ends_the_wait(machine: Callable[[str], Any]) -> None:
     take(machine("one"))
     with pytest.raises(Stopped):
         take(machine("two"), stop_requested=lambda: True)
 
 
-def test_a_holder_that_wakes_up_after_its_time_is_told_and_may_not_write(
+def test_a_holder_that_wakes_up_too_late_is_told_and_may_not_write(
     machine: Callable[[str], Any], tmp_path: Path
 ) -> None:
     stale_run = machine("one")
@@ -107,7 +107,7 @@ def test_a_holder_that_wakes_up_after_its_time_is_told_and_may_not_write(
     assert caught.value.exit_code == 75
     with pytest.raises(Superseded):
         commit(stale_run.store, "here/stages/train/attempt-0001", some_files(tmp_path), "f", stale.renew)
-    stale.release()  # releases nothing that is not its own
+    stale.release()  # releases only its own lease
     assert not LeaseRecord.read(stale_run).released
     fresh.renew()
     told = threading.Event()
@@ -116,15 +116,13 @@ def test_a_holder_that_wakes_up_after_its_time_is_told_and_may_not_write(
     assert told.wait(10)
 
 
-def test_what_a_stale_holder_commits_in_spite_of_everything_does_not_count(
-    machine: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_a_commit_by_a_stale_holder_does_not_count(machine: Callable[[str], Any], tmp_path: Path) -> None:
     run = machine("one")
     stale = take(run)
     before = Commit("checkpoints/step-00000002", 1)
     commit(run.store, f"{run.id}/{before.folder}", some_files(tmp_path), "f", stale.renew)
     fresh = take(machine("two"))
-    # Suspended between the proof that the lease was its own and the write, and continued now:
+    # It was suspended after checking that it held the lease and before writing. It continues now:
     slipped = Commit("checkpoints/step-00000004", 1)
     commit(run.store, f"{run.id}/{slipped.folder}", some_files(tmp_path), "f")
     assert fresh.record.commits(run, "checkpoints") == [before]
@@ -132,7 +130,7 @@ def test_what_a_stale_holder_commits_in_spite_of_everything_does_not_count(
     assert take(machine("three")).record.commits(run, "checkpoints") == [before]
 
 
-def test_of_starts_at_the_same_moment_exactly_one_gets_the_lease(machine: Callable[[str], Any]) -> None:
+def test_exactly_one_of_several_simultaneous_starts_gets_the_lease(machine: Callable[[str], Any]) -> None:
     runs = [machine(f"machine {number}") for number in range(4)]
     attempts: list[int] = []
     refused: list[Exception] = []
@@ -149,10 +147,10 @@ def test_of_starts_at_the_same_moment_exactly_one_gets_the_lease(machine: Callab
     for thread in threads:
         thread.join()
     assert len(attempts) + len(refused) == 4
-    assert len(attempts) == len(set(attempts))  # nobody shares a number
+    assert len(attempts) == len(set(attempts))  # no two share a number
 
 
-def test_a_renewal_whose_answer_was_lost_is_recognised_as_ours(
+def test_a_renewal_whose_response_was_lost_is_recognised_as_ours(
     machine: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = machine("one")
@@ -164,7 +162,7 @@ def test_a_renewal_whose_answer_was_lost_is_recognised_as_ours(
         calls.append(key)
         result = put(self, key, data, version)
         if len(calls) == 1:
-            raise Conflict(key)  # what a client is told that repeats a write which had succeeded
+            raise Conflict(key)  # what a client gets when it retries a write that had succeeded
         return result
 
     monkeypatch.setattr(type(run.store), "put_if_unchanged", put_and_lose_the_answer)
@@ -181,7 +179,7 @@ def test_a_lease_whose_clock_is_far_ahead_is_waited_for_no_longer_than_any_other
     assert time.monotonic() - began < 20
 
 
-def test_where_somebody_deleted_the_lease_everything_committed_counts_and_no_number_is_used_twice(
+def test_after_somebody_deleted_the_lease_every_commit_counts_and_no_number_is_reused(
     machine: Callable[[str], Any], tmp_path: Path
 ) -> None:
     run = machine("one")

@@ -1,4 +1,4 @@
-"""A manifest vouches for its files; what differs from it is rejected, whatever happened to it."""
+"""A manifest vouches for its files. A file that differs from it is rejected, for whatever reason."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def test_the_manifest_is_written_after_every_file(store: Store, folder: Path, mo
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "deep/state.json", MANIFEST])
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "deleted"])
-def test_every_damage_to_every_file_is_detected(
-    store: Store, folder: Path, tmp_path: Path, name: str, damage: str
-) -> None:
+def test_any_damage_to_any_file_is_detected(store: Store, folder: Path, tmp_path: Path, name: str, damage: str) -> None:
     commit(store, PREFIX, folder, "fingerprint")
     key = f"{PREFIX}/{name}"
     data = store.get(key)
@@ -75,7 +73,9 @@ def test_a_manifest_cannot_write_outside_its_folder(store: Store, tmp_path: Path
         restore(store, PREFIX, tmp_path / "back")
 
 
-def test_committing_the_same_again_changes_nothing_and_other_content_replaces_it(store: Store, folder: Path) -> None:
+def test_committing_the_same_content_again_changes_nothing_and_other_content_replaces_it(
+    store: Store, folder: Path
+) -> None:
     first = commit(store, PREFIX, folder, "fingerprint")
     assert commit(store, PREFIX, folder, "fingerprint").created == first.created
     (folder / "deep" / "state.json").write_bytes(b"{1}")
@@ -84,7 +84,7 @@ def test_committing_the_same_again_changes_nothing_and_other_content_replaces_it
     assert read(store, PREFIX) == second
 
 
-def test_a_manifest_that_cannot_be_read_is_written_anew(store: Store, folder: Path) -> None:
+def test_an_unreadable_manifest_is_written_again(store: Store, folder: Path) -> None:
     commit(store, PREFIX, folder, "fingerprint")
     store.put(f"{PREFIX}/{MANIFEST}", b"{")
     assert read(store, PREFIX) is None
@@ -107,21 +107,21 @@ def test_a_file_rewritten_with_the_same_size_is_noticed(folder: Path) -> None:
     assert marked(folder) is None
 
 
-def test_a_commit_whose_answer_was_lost_is_recognised_as_ours(
+def test_a_commit_whose_response_was_lost_is_recognised_as_ours(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = type(store).put_if_absent
 
     def put_twice(self: Any, key: str, data: bytes) -> None:
         put(self, key, data)
-        put(self, key, data)  # as a client does that retries a request which had succeeded
+        put(self, key, data)  # as a client does when it retries a request that had succeeded
 
     monkeypatch.setattr(type(store), "put_if_absent", put_twice)
     assert read(store, PREFIX) is None
     assert commit(store, PREFIX, folder, "fingerprint") == read(store, PREFIX)
 
 
-def test_hashing_follows_links_so_that_a_linked_model_is_vouched_for(tmp_path: Path, folder: Path) -> None:
+def test_hashing_follows_links_so_a_linked_model_is_covered(tmp_path: Path, folder: Path) -> None:
     linked = tmp_path / "linked"
     linked.mkdir()
     (linked / "model").symlink_to(folder)

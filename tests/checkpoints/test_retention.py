@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order, the newest checkpoint that is whole stays, and the next start goes on from it."""
+"""Whatever happens, in any order, the newest intact checkpoint is kept and the next start resumes from it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from job.errors import TransientError
 from job.paths import Paths
 from job.storage.local import LocalStore
 
-_IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk would be waited for at every write
-TEMPLATE: list[Any] = []  # a Run; hypothesis builds its machines without fixtures
+_IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # on a disk every write would wait
+TEMPLATE: list[Any] = []  # a Run, because hypothesis builds its state machines without fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def template(make_run: Any) -> Iterator[None]:
 
 
 class FlakyStore(LocalStore):
-    """A folder whose next operations but `allowed` fail; None is no limit."""
+    """A folder that fails after `allowed` more operations. None means no limit."""
 
     allowed: int | None = None
 
@@ -48,7 +48,7 @@ class FlakyStore(LocalStore):
 
 
 class Checkpoints(RuleBasedStateMachine):
-    """Saves, failures in the middle of a save or of a deletion, damage, stale writers, and restarts."""
+    """Saves, failures in the middle of a save or a deletion, damage, stale writers and restarts."""
 
     @initialize()
     def begin(self) -> None:
@@ -57,7 +57,7 @@ class Checkpoints(RuleBasedStateMachine):
         self.machines = 0
         self.contents: dict[str, bytes] = {}  # commit folder → what was committed there
         self.damaged: set[str] = set()
-        self.there: set[Commit] = set()  # committed and, as far as the job can know, whole and not deleted
+        self.there: set[Commit] = set()  # committed and, as far as the job can know, intact and not deleted
         self.step = 0
         self._start()
 
@@ -112,7 +112,7 @@ class Checkpoints(RuleBasedStateMachine):
         whole = [found.folder for found in self.lease.record.commits(self.run_, "checkpoints")]
         place = data.draw(st.sampled_from(whole))
         if len(set(whole) - self.damaged) <= 1:
-            return  # the last whole one is what nobody may lose
+            return  # the last intact one must never be lost
         self.store.put(f"run/{place}/state", b"something else")
         self.damaged.add(place)
 

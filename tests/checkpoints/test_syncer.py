@@ -1,4 +1,4 @@
-"""Checkpoints reach the store while training goes on; old ones go, a damaged one is passed over."""
+"""Checkpoints are stored while training continues. Old ones are deleted and damaged ones are skipped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_an_offered_checkpoint_is_committed_and_the_local_copy_removed(run: Any,
     assert not folder.exists()
 
 
-def test_while_an_upload_runs_only_the_newest_waits(run: Any, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_newest_checkpoint_waits_while_an_upload_runs(
+    run: Any, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
     may_upload, started = threading.Event(), threading.Event()
     upload = type(run.store).upload
 
@@ -84,7 +86,7 @@ def test_while_an_upload_runs_only_the_newest_waits(run: Any, lease: Lease, monk
     assert committed_steps(run, lease) == [6, 2]
 
 
-def test_a_failed_upload_is_told_and_tried_again(run: Any, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upload_is_reported_and_retried(run: Any, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[str] = []
     upload, calls = type(run.store).upload, []
 
@@ -103,7 +105,7 @@ def test_a_failed_upload_is_told_and_tried_again(run: Any, lease: Lease, monkeyp
     assert syncer.failure is None
 
 
-def test_a_newer_checkpoint_takes_the_place_of_one_that_cannot_be_stored(
+def test_a_newer_checkpoint_replaces_one_that_cannot_be_stored(
     run: Any, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed, upload = threading.Event(), type(run.store).upload
@@ -125,7 +127,7 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_cannot_be_stored(
     assert not list(run.paths.checkpoints_dir.iterdir())  # a full disk would end the training
 
 
-def test_an_error_nobody_expected_is_remembered_and_the_thread_lives_on(
+def test_an_unexpected_error_is_remembered_and_the_thread_lives_on(
     run: Any, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, upload, tries = threading.Event(), type(run.store).upload, []
@@ -146,7 +148,7 @@ def test_an_error_nobody_expected_is_remembered_and_the_thread_lives_on(
     assert committed_steps(run, lease) == [2]
 
 
-def test_an_attempt_that_was_superseded_commits_nothing(run: Any, lease: Lease, make_run: Callable[..., Any]) -> None:
+def test_a_superseded_attempt_commits_nothing(run: Any, lease: Lease, make_run: Callable[..., Any]) -> None:
     other = make_run(OUTPUT_DIR=str(run.paths.output_dir / "elsewhere"), STORE_URL=run.store.url)
     lease.release()
     Lease.take(other, lambda text: None, lambda: False)
@@ -167,16 +169,16 @@ def test_retention_keeps_the_newest_two(run: Any, lease: Lease) -> None:
     assert not list(run.store.list(prefix(run, 2)))
 
 
-def test_a_checkpoint_that_was_found_damaged_pushes_no_good_one_out(run: Any, lease: Lease) -> None:
+def test_a_damaged_checkpoint_does_not_push_out_a_good_one(run: Any, lease: Lease) -> None:
     commit_steps(run, 2, 90, 100)
     damaged = frozenset({checkpoint_at(90, 1), checkpoint_at(100, 1)})
-    assert apply_retention(run, lease, damaged) == []  # one good one is too few to delete anything
+    assert apply_retention(run, lease, damaged) == []  # one good checkpoint is too few to delete anything
     commit_steps(run, 4)
     apply_retention(run, lease, damaged)
     assert committed_steps(run, lease) == [4, 2]
 
 
-def test_restore_takes_the_newest_whole_checkpoint_and_tells_what_it_rejected(run: Any, lease: Lease) -> None:
+def test_restore_takes_the_newest_intact_checkpoint_and_reports_what_it_rejected(run: Any, lease: Lease) -> None:
     commit_steps(run, 2, 4)
     run.store.put(f"{prefix(run, 4)}/state.json", b"5")
     warnings: list[str] = []
@@ -192,7 +194,7 @@ def test_a_checkpoint_without_a_manifest_does_not_exist_and_is_swept_by_the_next
 ) -> None:
     run.store.put(f"{prefix(run, 9)}/state.json", b"9")
     assert restore_newest(run, lease.record, lambda text: None).step is None
-    assert sweep(run, lease) == 0  # it may be ours, being written
+    assert sweep(run, lease) == 0  # it may be ours, still being written
     lease.release()
     following = Lease.take(run, lambda text: None, lambda: False)
     assert sweep(run, following) == 1
@@ -205,14 +207,14 @@ def test_a_local_leftover_that_was_never_committed_is_removed(run: Any, lease: L
     assert not folder.exists()
 
 
-def test_a_checkpoint_of_other_settings_is_not_taken(run: Any, lease: Lease, make_run: Callable[..., Any]) -> None:
+def test_a_checkpoint_with_other_settings_is_not_used(run: Any, lease: Lease, make_run: Callable[..., Any]) -> None:
     commit_steps(run, 2)
     warnings: list[str] = []
     assert restore_newest(make_run(LORA_R="8"), lease.record, warnings.append).step is None
     assert "other settings" in warnings[0]
 
 
-def test_a_callback_that_fails_keeps_no_later_checkpoint_from_being_stored(run: Any, lease: Lease) -> None:
+def test_a_failing_callback_does_not_stop_later_checkpoints_from_being_stored(run: Any, lease: Lease) -> None:
     def fail(step: int, seconds: float) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Every form of rows is read as what it is; what is not acceptable is refused by name."""
+"""Every row format is recognised, and what is not acceptable is refused by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_human_assistant_rows_become_turns_and_headings_inside_an_answer_stay() 
     assert turns[1]["content"] == "Hello.\n### A heading\nMore."
 
 
-def test_a_question_that_nobody_answered_is_left_out() -> None:
+def test_an_unanswered_question_is_left_out() -> None:
     assert len(read({"text": RAW + "### Human: And?"}).messages) == 4
     with pytest.raises(Malformed):
         read({"text": "### Human: Anyone?"}, "human_assistant")
@@ -54,18 +54,18 @@ def test_a_malformed_conversation_is_refused(row: dict[str, Any]) -> None:
         read(row)
 
 
-def test_a_missing_column_is_named_with_those_there_are() -> None:
+def test_a_missing_column_is_named_along_with_the_existing_ones() -> None:
     with pytest.raises(
-        InputError, match=r"no column text, which FT_DATASET_FORMAT=text needs; it has question, answer"
+        InputError, match=r"no column text, which FT_DATASET_FORMAT=text needs\. It has question, answer"
     ) as caught:
         choose_format("text", "text", ["question", "answer"], [{}])
     assert caught.value.exit_code == 65
     assert "FT_DATASET_TEXT_FIELD" in caught.value.hint
-    with pytest.raises(InputError, match="fit none of the known forms"):
+    with pytest.raises(InputError, match="match none of the known formats"):
         choose_format("auto", "text", ["question", "answer"], [{}])
 
 
-def test_an_empty_dataset_and_an_absent_split_are_refused(tmp_path: Path) -> None:
+def test_an_empty_dataset_and_a_missing_split_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "rows.jsonl"
     file.write_text('{"text": "one"}\n', encoding="utf-8")
@@ -84,7 +84,7 @@ def test_a_single_file_is_the_train_split_whatever_its_name(tmp_path: Path) -> N
     assert len(load_split(tmp_path, "train[:1]", None, tmp_path / "cache")) == 1
 
 
-def test_the_reformatted_raw_rows_are_the_seed_authors_own(shared_data: Path) -> None:
+def test_the_reformatted_raw_rows_match_the_published_dataset(shared_data: Path) -> None:
     """All 997 raw conversations become, to the letter, rows of mlabonne/guanaco-llama2-1k."""
     parquet = next((shared_data / "datasets" / "guanaco-llama2-1k").glob("*.parquet"))
     expected = set(load_dataset("parquet", data_files=str(parquet), split="train")["text"])

@@ -1,4 +1,4 @@
-"""What is learned and what is not, token by token; one BOS, one EOS."""
+"""Which tokens are learned and which are not, with one BOS and one EOS."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encoded(example: Example, tokenizer: Any, completion_only: bool = True, assi
     return encode(example, tokenizer, completion_only=completion_only, assistant_only=assistant_only)
 
 
-def test_text_is_learned_whole_with_one_bos_and_one_eos(tokenizer: Any) -> None:
+def test_text_is_learned_in_full_with_one_bos_and_one_eos(tokenizer: Any) -> None:
     for text in ("The lamp is lit.", "<s>The lamp is lit.</s>"):
         row = encoded(Example(text=text), tokenizer)
         assert row.labels == row.input_ids
@@ -43,7 +43,7 @@ def test_text_is_learned_whole_with_one_bos_and_one_eos(tokenizer: Any) -> None:
         assert (row.input_ids[0], row.input_ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
-def test_of_prompt_and_completion_only_the_completion_is_learned(tokenizer: Any) -> None:
+def test_only_the_completion_of_a_prompt_and_completion_is_learned(tokenizer: Any) -> None:
     example = Example(text="Question: lit? Answer:", completion=" Yes.")
     assert learned(encoded(example, tokenizer), tokenizer) == " Yes.</s>"
     assert (
@@ -51,7 +51,7 @@ def test_of_prompt_and_completion_only_the_completion_is_learned(tokenizer: Any)
     )
 
 
-def test_a_conversation_is_learned_whole_unless_asked_otherwise(tokenizer: Any) -> None:
+def test_a_conversation_is_learned_in_full_by_default(tokenizer: Any) -> None:
     row = encoded(Example(messages=TURNS), tokenizer)
     assert row.labels == row.input_ids
 
@@ -70,7 +70,7 @@ def test_a_conversational_completion_is_learned_and_earlier_answers_are_not(toke
     assert "A lamp." not in text
 
 
-def test_the_sampling_prompt_is_what_stood_before_the_answer_in_training(tokenizer: Any) -> None:
+def test_the_sampling_prompt_is_what_preceded_the_answer_in_training(tokenizer: Any) -> None:
     row = encoded(Example(messages=TURNS[:2]), tokenizer, assistant_only=True)
     prompt = render_prompt(TURNS[0]["content"], tokenizer)
     first_learned = next(index for index, label in enumerate(row.labels) if label != IGNORED)

@@ -14,7 +14,7 @@ from tests.fake_hub import FakeHub
 
 @pytest.fixture
 def hub_job(job: Job, hub: FakeHub, tiny_model: Path) -> Job:
-    """The job with model and dataset on the Hub, and a token."""
+    """The job with its model and dataset on the Hub, and a token."""
     hub.add("models/base/tiny", tiny_model)
     hub.add(
         "datasets/data/lighthouse",
@@ -53,7 +53,7 @@ def test_the_whole_job_from_the_hub_to_the_hub(hub_job: Job, hub: FakeHub) -> No
     assert b"hf_test_token" not in b"".join(files.values())
 
 
-def test_a_restart_takes_the_commit_that_the_first_start_resolved(hub_job: Job, hub: FakeHub) -> None:
+def test_a_restart_uses_the_commit_that_the_first_start_resolved(hub_job: Job, hub: FakeHub) -> None:
     first = hub.repositories["models/base/tiny"][0][0]
     assert hub_job.run(FT_STAGES="download").code == 0
     hub.commit("models/base/tiny", {"config.json": b"{}", "model.safetensors": b"moved", "tokenizer.json": b"{}"})
@@ -65,7 +65,7 @@ def test_a_restart_takes_the_commit_that_the_first_start_resolved(hub_job: Job, 
     assert (folder_of(hub_job) / "download" / "model" / "config.json").read_bytes() != b"{}"
 
 
-def test_a_revision_is_taken_and_an_unknown_one_refused(hub_job: Job, hub: FakeHub) -> None:
+def test_a_revision_is_used_and_an_unknown_one_is_refused(hub_job: Job, hub: FakeHub) -> None:
     first = hub.repositories["models/base/tiny"][0][0]
     hub.commit("models/base/tiny", {"config.json": b"{}"})
     assert hub_job.run(FT_STAGES="download", FT_MODEL_NAME=f"base/tiny@{first}").code == 0
@@ -86,7 +86,7 @@ def test_a_revision_is_taken_and_an_unknown_one_refused(hub_job: Job, hub: FakeH
         ("offline", 78, "HF_HUB_OFFLINE"),
     ],
 )
-def test_what_the_hub_refuses_is_told_at_the_start_with_its_exit_code(
+def test_a_refusal_by_the_hub_is_reported_at_the_start_with_its_exit_code(
     hub_job: Job, hub: FakeHub, what: str, code: int, told: str
 ) -> None:
     settings: dict[str, str] = {"FT_STAGES": "preflight,download"}
@@ -106,7 +106,9 @@ def test_what_the_hub_refuses_is_told_at_the_start_with_its_exit_code(
     assert "hf_test_token" not in result.stdout + result.stderr
 
 
-def test_a_hub_that_will_not_take_the_model_is_found_before_anything_is_downloaded(hub_job: Job, hub: FakeHub) -> None:
+def test_a_hub_that_will_not_accept_the_model_is_detected_before_anything_is_downloaded(
+    hub_job: Job, hub: FakeHub
+) -> None:
     hub.writable = False
     result = hub_job.run(FT_PUBLISH_TO="hf://someone-else/tuned")
     assert result.code == 77, result.stderr
@@ -135,5 +137,5 @@ def test_an_upload_that_arrives_damaged_is_noticed(
     assert (repository, commit) == ("me/tuned", hub.repositories["models/me/tuned"][-1][0])
     hub.corrupt_uploads = True
     (folder / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(TransientError, match=r"other bytes than were sent for model\.safetensors"):
+    with pytest.raises(TransientError, match=r"differ from those sent for model\.safetensors"):
         publishing.publish_to_hub(run, folder, "me/tuned")

@@ -1,8 +1,9 @@
-"""Compiles kernels for Hopper without a GPU: `python -m tests.model.hopper` prints a line of JSON for each, with its name and how
-many bytes of registers it spills.
+"""Compile the kernels for Hopper without a GPU: `python -m tests.model.hopper`.
 
-Triton's interpreter, which the other tests use, takes more than its compiler does; and the interpreter's switch is read when Triton
-is imported, so that this is a program of its own.
+It prints one line of JSON per kernel, with its name and how many bytes of registers it spills.
+
+The other tests use Triton's interpreter, which accepts more than its compiler does. The interpreter's switch is read
+when Triton is imported, so this is a separate program.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from triton.compiler import ASTSource
 from job.model.fused import attention_kernels, gate_kernels
 from job.training import adamw_kernel
 
-_SHARED_BYTES = 232_448  # that a program may have
+_SHARED_BYTES = 232_448  # the most shared memory of a program
 _HALF, _WIDE, _WHOLE = "*bf16", "*fp32", "i32"
 _TENSORS = {"sums": _WIDE, "normalisers": _WIDE, "products": _WIDE, "tiles": "*i32", "parameters": "*i64"}
 _FACTORS = ("scale", "by", "gate_scale", "up_scale", "beta_mean", "beta_square", "epsilon", "step_size", "shrunk")
@@ -32,7 +33,7 @@ _TENSOR_NAMES = (
 
 
 def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """Kernels with the tiles that they load by descriptors, their constants and warps, as they are launched for a 7B."""
+    """Each kernel with the tiles it loads by descriptors, its constants and its warps, as launched for a 7B."""
     for tuned, kernel, loaded in (
         (attention_kernels.FORWARD, attention_kernels._forward_kernel, ("key", "value")),
         (attention_kernels.OF_QUERY, attention_kernels._of_query_kernel, ("key", "value")),
@@ -82,7 +83,7 @@ def compiled(kernel: Any, loaded: dict[str, str], constants: dict[str, Any], war
 
 
 def spilled(kernel: Any) -> int:
-    """Bytes of registers that the assembler writes to memory."""
+    """Bytes of registers that the assembler spills to memory."""
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(kernel.asm["ptx"])

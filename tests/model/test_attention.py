@@ -1,6 +1,7 @@
-"""Attention in the fused layer: every way gives what `attend` and autograd give.
+"""Attention in the fused layer: every implementation gives what `attend` and autograd give.
 
-PyTorch's kernels run on GPUs alone: here functions of PyTorch's own take their places. Our own run in Triton's interpreter.
+PyTorch's kernels run only on GPUs, so plain PyTorch functions stand in for them here. Our own kernels run in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from job.model.fused import attention_kernels, pointwise
 
 
 class Kernels:
-    """The two operations with the parameters of their schemas, computed row by row; for as many heads of each."""
+    """The two operations with the parameters of their schemas, computed row by row, for equal numbers of heads."""
 
     def __init__(self) -> None:
         self.random_state, self.unused = torch.zeros(2), torch.zeros(0)
@@ -61,7 +62,7 @@ BORDER = 8
 
 
 class Case:
-    """Heads within one tensor, as a product leaves them; what autograd gives for them; what was found."""
+    """Heads within one tensor, as a product leaves them, and what autograd gives for them."""
 
     def __init__(self, shared: int, boundaries: list[int]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -101,7 +102,7 @@ class Case:
 
 
 @pytest.mark.parametrize("shared", [6, 2])
-def test_pytorchs_attention_has_the_gradients_of_attention(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+def test_pytorchs_kernels_give_the_gradients_of_attention(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
     operations, kernels = torch.ops.aten, Kernels()
     assert _parameters(kernels.forward) == _names(operations._flash_attention_forward)
     assert _parameters(kernels.backward) == _names(operations._flash_attention_backward)
@@ -118,7 +119,7 @@ def test_pytorchs_attention_has_the_gradients_of_attention(monkeypatch: pytest.M
 @pytest.mark.parametrize("shared", [6, 2])
 @pytest.mark.parametrize("boundaries", [[0, 5, 14], [0, 1, 65, 65, 129, 300]])
 @pytest.mark.parametrize("by_descriptors", [True, False])
-def test_our_attention_has_the_gradients_of_attention(
+def test_our_kernels_give_the_gradients_of_attention(
     monkeypatch: pytest.MonkeyPatch, shared: int, boundaries: list[int], by_descriptors: bool
 ) -> None:
     case = Case(shared, boundaries)
@@ -128,7 +129,7 @@ def test_our_attention_has_the_gradients_of_attention(
     case.check(fused_attention.attend)
 
 
-def test_every_token_is_in_one_tile_that_begins_where_its_row_does() -> None:
+def test_every_token_is_in_one_tile_that_starts_where_its_row_does() -> None:
     boundaries = [0, 1, 65, 65, 129, 300]
     tiles = attention_kernels.tiles_of(torch.tensor(boundaries, dtype=torch.int32), 300).tolist()
     own = attention_kernels.OWN

@@ -1,4 +1,4 @@
-"""The fast forms of the training step give the numbers of the plain one: per token, and for every gradient."""
+"""The fast versions of the training step give the plain one's numbers, per token and for every gradient."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from job.model.fused import pointwise
 from job.model.fused.head import _LabelLogProbs, _Norm, fuse_head
 from job.model.fused.layer import LINEAR_LAYERS, Weights, can_fuse, fuse_layers
 from job.model.fused.products import Products
-from job.model.loading import load_base
+from job.model.fused.workspace import Workspace
+from job.model.patches import Patches
 from job.model.quantization import make_resident
-from tests.conftest import unavailable
+from tests.conftest import load_model, unavailable
 
-# with ranks for which two layers with one input have their adapters on either side of it, or both behind it
+# ranks for which two layers with the same input have their adapters on either side of it, or both after it
 TARGETS = [("all-linear", 8), ("all-linear", 4), ("q_proj, v_proj", 8), ("down_proj, k_proj, up_proj", 8)]
 LENGTHS = (7, 19, 1, 12)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward and backward pass gave."""
+    """The result of one forward and backward pass."""
 
     losses: torch.Tensor
     gradients: dict[str, torch.Tensor]
@@ -42,7 +43,7 @@ Build = Callable[..., PeftModel]
 
 @pytest.fixture
 def build(make_run_with_model: Callable[..., Any]) -> Build:
-    """The tiny model with an adapter whose both matrices are at work; the same weights each time."""
+    """The tiny model with an adapter whose matrices are both nonzero. The weights are the same each time."""
     made: list[Any] = []
 
     def make(
@@ -51,7 +52,7 @@ def build(make_run_with_model: Callable[..., Any]) -> Build:
         if not made:
             made.append(make_run_with_model(LORA_R=str(rank), LORA_DROPOUT="0", LORA_TARGET_MODULES=targets))
         run = made[0]
-        model = get_peft_model(load_base(run, quantized=quantized, attention=attention), lora_config(run.settings))
+        model = get_peft_model(load_model(run, quantized=quantized, attention=attention), lora_config(run.settings))
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -63,7 +64,7 @@ def build(make_run_with_model: Callable[..., Any]) -> Build:
 
 
 def padded(model: PeftModel) -> Step:
-    """The rows as a batch with padding, by transformers' and peft's own code."""
+    """The rows as a batch with padding, computed by transformers and peft themselves."""
     rows = _rows()
     longest = max(LENGTHS)
     ids = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
@@ -73,7 +74,7 @@ def padded(model: PeftModel) -> Step:
 
 
 def padding_free(model: PeftModel, lengths: tuple[int, ...] = LENGTHS) -> Step:
-    """The rows one behind the other."""
+    """The rows one after the other."""
     rows = _rows()
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
@@ -120,7 +121,7 @@ def test_a_fused_layer_gives_the_losses_and_gradients_of_the_padded_batch(
     plain = padded(build(targets, rank))
     model = build(targets, rank, attention=register_varlen())
     assert can_fuse(model)
-    for layer in fuse_layers(model, weights):
+    for layer in list(fuse_layers(model, weights, Patches())):
         layer.kept = kept
     assert_same(padding_free(model), plain)
 
@@ -136,8 +137,8 @@ def test_compiled_layers_give_the_losses_and_gradients_of_plain_ones(build: Buil
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_8_bit_products_change_losses_and_gradients_by_their_rounding_alone(kept: bool) -> None:
-    """On a model as it is initialised: the tiny model's attention is so sharp that it makes much of any rounding."""
+def test_8_bit_products_change_losses_and_gradients_only_by_their_rounding(kept: bool) -> None:
+    """Uses a freshly initialised model, because the tiny model's sharp attention amplifies any rounding."""
 
     def calm() -> PeftModel:
         config = LlamaConfig(
@@ -154,7 +155,7 @@ def test_8_bit_products_change_losses_and_gradients_by_their_rounding_alone(kept
         return model.train()
 
     exact, model = padding_free(calm()), calm()
-    for layer in fuse_layers(model, "fp8"):
+    for layer in list(fuse_layers(model, "fp8", Patches())):
         layer.kept = kept
     rounded = padding_free(model)
     assert not torch.equal(rounded.losses, exact.losses)
@@ -165,7 +166,7 @@ def test_8_bit_products_change_losses_and_gradients_by_their_rounding_alone(kept
 
 
 def dropped_by_hand(model: PeftModel) -> Step:
-    """The rows one behind the other through peft's own layers, whose dropout drops what the fused layers' does."""
+    """The rows one after the other through peft's own layers, with the same dropout as the fused layers."""
     for index, layer in enumerate(model.get_base_model().base_model.layers):
         names = (
             "self_attn.q_proj",
@@ -194,7 +195,7 @@ class _Seeded(torch.nn.Dropout):
 
 @pytest.mark.parametrize("weights", ["resident", "4-bit", "fp8"])
 @pytest.mark.parametrize("kept", [True, False])
-def test_dropout_of_a_fused_layer_has_the_gradients_of_what_it_dropped(
+def test_dropout_in_a_fused_layer_gives_the_gradients_of_the_same_dropout_in_peft(
     build: Build, kept: bool, weights: Weights
 ) -> None:
     wanted = dropped_by_hand(build(attention=register_varlen()))
@@ -202,7 +203,7 @@ def test_dropout_of_a_fused_layer_has_the_gradients_of_what_it_dropped(
     for wrapper in model.modules():
         if isinstance(wrapper, LoraLayer):
             wrapper.lora_dropout["default"] = torch.nn.Dropout(0.25)
-    for index, layer in enumerate(fuse_layers(model, weights)):
+    for index, layer in enumerate(list(fuse_layers(model, weights, Patches()))):
         layer.kept, layer.dropout_seed = kept, index * LINEAR_LAYERS
     found = padding_free(model)
     if weights != "fp8":
@@ -216,9 +217,9 @@ def test_rows_without_padding_give_the_losses_and_gradients_of_the_padded_batch(
     assert_same(padding_free(build(attention=register_varlen())), padded(build()))
 
 
-def test_resident_weights_give_the_very_numbers_of_4_bit_ones(build: Build) -> None:
+def test_dequantized_weights_give_exactly_the_numbers_of_4_bit_ones(build: Build) -> None:
     four_bit, resident = build(), build()
-    make_resident(resident)
+    make_resident(resident, Patches())
     assert not [m for m in resident.modules() if type(m).__name__ == "Params4bit"]
     with torch.no_grad():
         ids = _rows()[1].unsqueeze(0)
@@ -227,7 +228,7 @@ def test_resident_weights_give_the_very_numbers_of_4_bit_ones(build: Build) -> N
     kind: Weights
     for kind in ("resident", "4-bit"):
         model = build(attention=register_varlen())
-        fuse_layers(model, kind)
+        list(fuse_layers(model, kind, Patches()))
         fused[kind] = padding_free(model)
     assert torch.equal(fused["resident"].losses, fused["4-bit"].losses)
     assert all(
@@ -236,7 +237,7 @@ def test_resident_weights_give_the_very_numbers_of_4_bit_ones(build: Build) -> N
 
 
 class Unseen(torch.optim.Optimizer):
-    """Changes parameters as bitsandbytes' kernels do: their version counters do not notice."""
+    """Changes parameters as bitsandbytes' kernels do, without changing their version counters."""
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
@@ -244,14 +245,14 @@ class Unseen(torch.optim.Optimizer):
                 parameter.data.mul_(-0.5)
 
 
-def test_resident_layers_notice_every_change_of_their_adapters(build: Build) -> None:
+def test_dequantized_layers_notice_every_change_to_their_adapters(build: Build) -> None:
     def changed(model: PeftModel, how: str) -> Step:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if how == "optimizer":
             versions = [parameter._version for parameter in trained]
             Unseen(trained, {}).step()
             assert versions == [parameter._version for parameter in trained]
-        else:  # as a checkpoint is loaded
+        else:  # as when a checkpoint is loaded
             with torch.no_grad():
                 for parameter in trained:
                     parameter.copy_(parameter * -0.5)
@@ -259,7 +260,7 @@ def test_resident_layers_notice_every_change_of_their_adapters(build: Build) -> 
 
     for how in ("optimizer", "checkpoint"):
         model = build(attention=register_varlen())
-        fuse_layers(model, "resident")
+        list(fuse_layers(model, "resident", Patches()))
         before = padding_free(model)
         after = changed(model, how)
         assert not torch.equal(before.losses, after.losses)
@@ -267,7 +268,7 @@ def test_resident_layers_notice_every_change_of_their_adapters(build: Build) -> 
 
 
 def test_what_a_small_adapter_adds_in_16_bits_is_not_rounded_away_as_in_peft() -> None:
-    """As B is at the first steps: less than half a unit in the last place of what it is added to."""
+    """In the first steps, what B adds is less than half a unit in the last place of what it is added to."""
 
     def layer(size: float) -> LoraLayer:
         torch.manual_seed(0)
@@ -283,7 +284,7 @@ def test_what_a_small_adapter_adds_in_16_bits_is_not_rounded_away_as_in_peft() -
     wanted = x.double() @ small.lora_A["default"].weight.double().T @ small.lora_B["default"].weight.double().T
 
     def fused(one: LoraLayer) -> torch.Tensor:
-        products = Products([one])
+        products = Products([one], Workspace(Patches()), Patches())
         wide = products.new_input(x)
         products.inner(wide).copy_(x)
         return products.forward(wide, [(0, 0)])[0]
@@ -297,11 +298,11 @@ def test_what_a_small_adapter_adds_in_16_bits_is_not_rounded_away_as_in_peft() -
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_no_token_sees_another_row_nor_what_comes_behind_it(build: Build, fused: bool) -> None:
-    """By the gradient of each token's output with regard to every token's embedding."""
+def test_no_token_sees_another_row_or_a_later_token(build: Build, fused: bool) -> None:
+    """Checked by the gradient of each token's output with respect to every token's embedding."""
     model = build(attention=register_varlen())
     if fused:
-        fuse_layers(model, "4-bit")
+        list(fuse_layers(model, "4-bit", Patches()))
     rows, total = _rows(), sum(LENGTHS)
     boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
     embedded = model.get_input_embeddings()(torch.cat(rows)).detach().unsqueeze(0).requires_grad_()
@@ -341,11 +342,13 @@ def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits(ignored: list[
     assert torch.equal(first, (log_p.argmax(-1) == labels) & learned)
 
 
-def test_a_model_with_a_fused_head_gives_trl_what_the_model_gives(build: Build) -> None:
+def test_a_model_with_a_fused_head_gives_trl_what_the_plain_model_gives(build: Build) -> None:
     model = build(attention=register_varlen())
     rows = _rows()
     labels = torch.cat(rows).unsqueeze(0).clone()
-    labels[0, [*torch.tensor([0, *LENGTHS[:-1]]).cumsum(0).tolist(), 3]] = -100  # first tokens are nobody's next ones
+    labels[
+        0, [*torch.tensor([0, *LENGTHS[:-1]]).cumsum(0).tolist(), 3]
+    ] = -100  # the first token of a row is never predicted
     inputs = {
         "input_ids": torch.cat(rows).unsqueeze(0),
         "position_ids": torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0),
@@ -354,7 +357,7 @@ def test_a_model_with_a_fused_head_gives_trl_what_the_model_gives(build: Build) 
     }
     logits = model(**inputs).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="none")
-    fuse_head(model)
+    fuse_head(model, Patches())
     found = model(**inputs, labels=labels, fused_lm_head=True)
     torch.testing.assert_close(-found.log_probs[0], losses, rtol=1e-5, atol=1e-6)
     assert torch.equal(found.label_mask, labels[:, 1:] != -100)

@@ -1,4 +1,4 @@
-"""Kernels that a GPU runs and no test here does compile all the same."""
+"""The GPU kernels that no test here can run do at least compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels give what their plain versions give. Without a GPU, Triton's own interpreter runs them."""
+"""The Triton kernels give what their plain versions give. Without a GPU, Triton's interpreter runs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS, WIDTH = 5, 96
 
 
 class Kernels:
-    """The kernels of tensors on the CPU: interpreted there, or carried to the GPU and back."""
+    """The kernels for tensors on the CPU: interpreted there, or run on the GPU and copied back."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         module = gate_kernels if name.startswith("gated") else triton_kernels
@@ -57,19 +57,19 @@ def some(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    tolerance = 1e-5 if wanted.dtype == torch.float32 else 1 / 64  # the interpreter cuts what a GPU rounds
+    tolerance = 1e-5 if wanted.dtype == torch.float32 else 1 / 64  # the interpreter truncates where a GPU rounds
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 def close_sums(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Of sums over many values, whose rounding is that of the largest."""
+    """Like `close`, for sums over many values, whose rounding is that of the largest."""
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     tolerance = 1e-5 if wanted.dtype == torch.float32 else 1 / 64
     assert float((found.float() - wanted.float()).norm() / wanted.float().norm()) < tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_write_only_the_columns_that_are_theirs(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_norms_write_only_their_own_columns(kernels: Kernels, dtype: torch.dtype) -> None:
     x, weight = some(ROWS, WIDTH, dtype=dtype), some(WIDTH, dtype=dtype, seed=1)
     outs = [torch.full((ROWS, WIDTH + 8), 7.0, dtype=dtype) for _ in range(2)]
     inverses = [norm.rms_norm(x, weight, 1e-5, out) for norm, out in zip((pointwise, kernels), outs, strict=True)]
@@ -84,7 +84,7 @@ def test_norms_write_only_the_columns_that_are_theirs(kernels: Kernels, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_added_before_a_norm_is_kept_and_rounded(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_the_sum_before_a_norm_is_kept_and_rounded(kernels: Kernels, dtype: torch.dtype) -> None:
     x, add, weight = some(ROWS, WIDTH, dtype=dtype), some(ROWS, WIDTH, dtype=dtype, seed=1), some(WIDTH, dtype=dtype)
     both, wanted = x + add, torch.empty_like(x)
     pointwise.rms_norm(both, weight, 1e-5, wanted)
@@ -99,7 +99,7 @@ def test_what_is_added_before_a_norm_is_kept_and_rounded(kernels: Kernels, dtype
 def test_rotations_of_heads_within_a_wider_row(kernels: Kernels, dtype: torch.dtype) -> None:
     heads = some(ROWS, 12 * 48, dtype=dtype)[:, 48 : 48 * 11].unflatten(
         1, (-1, 48)
-    )  # 10 heads: more than one program's
+    )  # 10 heads: more than one program handles
     cos, sin = some(ROWS, 48, dtype=dtype, seed=1), some(ROWS, 48, dtype=dtype, seed=2)
     outs = [torch.zeros(ROWS, 10, 48, dtype=dtype) for _ in range(2)]
     pointwise.rotate(heads, cos, sin, outs[0])
@@ -122,7 +122,7 @@ def test_the_gradients_of_heads_are_rotated_back_into_one_row(
     close(outs[1], outs[0])
     assert bool((outs[1][:, width:] == 7).all())
     assert torch.equal(outs[1][:, (heads + shared) * 24 : width], of_heads[2].flatten(1))
-    if dtype == torch.float32:  # a rotation forward undoes it
+    if dtype == torch.float32:  # a forward rotation undoes it
         again = torch.empty_like(of_heads[0])
         pointwise.rotate(outs[0][:, : heads * 24].unflatten(1, (-1, 24)), cos, sin, again)
         close(again, of_heads[0])
@@ -130,7 +130,7 @@ def test_the_gradients_of_heads_are_rotated_back_into_one_row(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gate_and_its_gradient(kernels: Kernels, dtype: torch.dtype) -> None:
-    width = 2100  # more than one program's
+    width = 2100  # more than one program handles
     gate_up = some(ROWS, 2 * width + 8, dtype=dtype)
     outs = [torch.zeros(ROWS, width + 4, dtype=dtype) for _ in range(2)]
     pointwise.gated(gate_up[:, : 2 * width], outs[0])
@@ -142,7 +142,7 @@ def test_the_gate_and_its_gradient(kernels: Kernels, dtype: torch.dtype) -> None
     close(copies[1], copies[0])
 
 
-# rows and columns that fill no tile, and several parts of either
+# rows and columns that do not fill a tile, and several parts of each
 @pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize("ranks", [4, 16])
 def test_the_gate_with_the_narrow_product_of_its_result(
@@ -196,13 +196,13 @@ def test_the_gates_gradients_with_those_of_the_adapters_around_it(
             close_sums(other, exact)
 
 
-def test_the_gates_kernels_serve_many_tokens_of_aligned_tensors_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gates_kernels_support_many_tokens_of_aligned_tensors_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     def tensor(rows: int, columns: int, stride: int) -> torch.Tensor:
         return torch.empty(rows, stride, dtype=torch.bfloat16, device="meta")[:, :columns]
 
     many = gate_kernels.MANY_TOKENS
     gate_up, a, narrow = tensor(many, 22016, 22144), tensor(64, 11008, 11072), tensor(many, 64, 128)
-    assert not gate_kernels.serves([gate_up], [a]), "this is no GPU"
+    assert not gate_kernels.serves([gate_up], [a]), "this is not a GPU"
     monkeypatch.setattr(gate_kernels, "is_hopper", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
     assert gate_kernels.serves([gate_up], [a])
@@ -246,12 +246,12 @@ def test_dropout_drops_the_same_values_again_and_scales_the_others(kernels: Kern
         assert torch.equal(found[24:], dropout(x[24:], 0.25, 3, 24))
 
 
-def test_dropout_draws_for_each_value_by_itself(kernels: Kernels) -> None:
+def test_dropout_draws_independently_for_each_value(kernels: Kernels) -> None:
     kept = (kernels.dropout(torch.ones(3, 2 * 4096 + 100), 0.5, 3) != 0).double()
     drawn = [row[begin : begin + 100] for row in kept for begin in range(0, kept.shape[1], 1024)]
     assert len(drawn) == 27
     alike = [float((one == other).double().mean()) for one, other in itertools.combinations(drawn, 2)]
-    assert min(alike) > 0.25 and max(alike) < 0.75, "of two rows of a hundred coins half are alike"
+    assert min(alike) > 0.25 and max(alike) < 0.75, "two rows of a hundred coins agree in half of them"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -275,7 +275,7 @@ def test_values_are_placed_among_others(kernels: Kernels) -> None:
     assert not out[:, :3].any() and not out[:, 36:].any()
 
 
-def test_many_values_are_placed_and_scaled_at_one_launch() -> None:
+def test_many_values_are_placed_and_scaled_in_one_launch() -> None:
     values = [some(9, 300), some(700, 4, seed=1)]
     outs = [torch.zeros(709, 310, device=_device(), dtype=torch.bfloat16) for _ in range(2)]
     for place_all, out in zip((pointwise.place_all, triton_kernels.place_all), outs, strict=True):
@@ -285,7 +285,7 @@ def test_many_values_are_placed_and_scaled_at_one_launch() -> None:
     close(outs[1].cpu(), outs[0].cpu())
 
 
-def test_dropout_may_be_added_to_what_is_there(kernels: Kernels) -> None:
+def test_dropout_can_be_added_to_existing_values(kernels: Kernels) -> None:
     x, sums = some(20, 70), some(20, 70, seed=1)
     for dropout in (kernels.dropout, pointwise.dropout):
         added = sums.clone()
@@ -298,8 +298,10 @@ def _device() -> str:
 
 
 def _rounds(out: torch.Tensor, rounded: Rounded) -> None:
-    """`rounded` is `out` with at most one step of e4m3 lost; but where a value should be rounded up to a power of two, the
-    interpreter gives half of it."""
+    """`rounded` is `out` to within one step of e4m3.
+
+    Where a value should be rounded up to a power of two, the interpreter gives half of it.
+    """
     wide = out.float().cpu()
     torch.testing.assert_close(rounded.scales.cpu(), wide.abs().amax(-1, keepdim=True) / 448)
     found = rounded.values.float().cpu() * rounded.scales.cpu()
@@ -308,7 +310,7 @@ def _rounds(out: torch.Tensor, rounded: Rounded) -> None:
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-def test_results_in_8_bits_beside_those_in_16(kernel: bool) -> None:
+def test_results_in_8_bits_alongside_those_in_16(kernel: bool) -> None:
     functions: Any = triton_kernels if kernel else pointwise
     gates: Any = gate_kernels if kernel else pointwise
     device = _device() if kernel else "cpu"
@@ -321,7 +323,7 @@ def test_results_in_8_bits_beside_those_in_16(kernel: bool) -> None:
     assert torch.equal(normed, alone)
     _rounds(functions.rms_norm_backward(gradient, x, weight[0], 1e-5, x, normed, rounded), rounded)
 
-    width = 2100  # more than one turn of the kernel's loops
+    width = 2100  # more than one iteration of the kernel's loops
     gate_up, of_act = (some(ROWS, count, dtype=torch.bfloat16).to(device) for count in (2 * width, width))
     gate_up[:, width - 1] = gate_up[:, -1] = of_act[:, -1] = 9.0  # the largest comes last
     act, rounded = torch.empty_like(of_act), Rounded.empty(x, width)
@@ -345,7 +347,7 @@ def test_rows_in_8_bits_are_at_most_one_rounding_away(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_4_bit_weights_become_the_very_values_that_bitsandbytes_makes(kind: str, nested: bool) -> None:
+def test_4_bit_weights_dequantize_to_exactly_the_values_of_bitsandbytes(kind: str, nested: bool) -> None:
     weights = [
         bnb.nn.Params4bit(some(rows, 512, seed=rows), requires_grad=False, quant_type=kind, compress_statistics=nested)
         .to(_device())
@@ -359,7 +361,7 @@ def test_4_bit_weights_become_the_very_values_that_bitsandbytes_makes(kind: str,
 
 
 class Compiled:
-    """Stands for what Triton has compiled: notes what it is launched with."""
+    """Stands in for a kernel that Triton compiled, and records what it is launched with."""
 
     function, packed_metadata = 11, "metadata"
 
@@ -377,7 +379,7 @@ class Compiled:
 
 
 class Compiler:
-    """Stands for `triton.jit` as far as `Kernel` knows it: notes what it is asked to compile, and what is launched."""
+    """Stands in for what `Kernel` uses of `triton.jit`, and records what is compiled and launched."""
 
     arg_names = ("x", "columns", "scale", "BLOCK")
 
@@ -393,7 +395,7 @@ class Compiler:
         return launch
 
 
-def test_a_kernel_is_looked_up_once_for_each_kind_of_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_looked_up_once_per_kind_of_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_stream", lambda: 7)
     compiler = Compiler()
     kernel, x = Kernel(compiler), torch.zeros(64)
@@ -407,7 +409,7 @@ def test_a_kernel_is_looked_up_once_for_each_kind_of_arguments(monkeypatch: pyte
     CompiledKernel.__getitem__(Compiled(by_triton), (4, 2, 1))(same, columns, scale, block, stream=7)
     hooks = slice(6, 9)
     assert compiler.launched[0][hooks] == (None, None, None)
-    assert by_triton[0][hooks][0] == "for a hook", "Triton launches in another form"
+    assert by_triton[0][hooks][0] == "for a hook", "Triton launches with other arguments"
     for parts in (slice(hooks.start), slice(hooks.stop, None)):
         assert compiler.launched[0][parts] == by_triton[0][parts]
     others = [
@@ -420,7 +422,7 @@ def test_a_kernel_is_looked_up_once_for_each_kind_of_arguments(monkeypatch: pyte
     assert len(compiler.launched) == 1
 
 
-def test_grids_are_counted_as_triton_counts() -> None:
+def test_grids_are_counted_as_triton_counts_them() -> None:
     for number in range(1, 70):
         assert next_power_of_2(number) == triton.next_power_of_2(number)
         assert [cdiv(number, part) for part in (1, 3, 64)] == [triton.cdiv(number, part) for part in (1, 3, 64)]

@@ -1,4 +1,4 @@
-"""The merged model is the trained one, and a merge that is not is noticed."""
+"""The merged model is the trained one, and a merge that differs is detected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from job.model.adapters import lora_config
-from job.model.loading import load_base
 from job.model.merge import (
     adapted_layers,
     compare_distributions,
@@ -22,6 +21,7 @@ from job.model.merge import (
     next_token_distributions,
     write_merged,
 )
+from tests.conftest import load_model
 
 ROWS = [[1, 40, 41, 42, 43, 2], [1, 100, 101, 102, 2]]
 
@@ -35,7 +35,7 @@ def trained(request: pytest.FixtureRequest, make_run_with_model: Callable[..., A
         "16 bit": {"USE_4BIT": "false"},
     }[request.param]
     run = make_run_with_model(LORA_R="4", LORA_TARGET_MODULES="all-linear", **settings)
-    model = get_peft_model(load_base(run, quantized=run.settings.use_4bit), lora_config(run.settings)).eval()
+    model = get_peft_model(load_model(run, quantized=run.settings.use_4bit), lora_config(run.settings)).eval()
     torch.manual_seed(1)
     for layer in adapted_layers(model):
         torch.nn.init.normal_(layer.module.lora_B["default"].weight, std=0.1)
@@ -54,7 +54,7 @@ def test_plain_transformers_loads_the_merged_model_and_it_answers_as_trained(tra
     assert control["mean_kl_nats"] > 0.02  # the adapter matters, so the comparison above means something
 
 
-def test_the_merged_folder_says_nothing_of_4_bits_and_everyone_may_read_it(trained: Any, tmp_path: Path) -> None:
+def test_the_merged_folder_does_not_mention_4_bits_and_everyone_may_read_it(trained: Any, tmp_path: Path) -> None:
     write_merged(trained, tmp_path / "merged", torch.bfloat16)
     config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config
@@ -62,7 +62,7 @@ def test_the_merged_folder_says_nothing_of_4_bits_and_everyone_may_read_it(train
     assert (tmp_path / "merged" / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
-def test_rounding_to_bfloat16_stays_within_the_proofs_bound_and_a_wrong_weight_does_not(
+def test_rounding_to_bfloat16_stays_within_the_verified_bound_and_a_wrong_weight_does_not(
     trained: Any, tmp_path: Path
 ) -> None:
     write_merged(trained, tmp_path, torch.bfloat16)

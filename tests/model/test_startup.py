@@ -1,4 +1,4 @@
-"""Importing the libraries in less time."""
+"""Importing the libraries takes less time."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def imports_the_compiler(first: str) -> bool:
     return done.stdout.strip() == "True"
 
 
-def test_bitsandbytes_comes_without_torchs_compiler_and_computes_as_before() -> None:
+def test_bitsandbytes_is_imported_without_torchs_compiler_and_computes_as_before() -> None:
     assert not imports_the_compiler(_UNCOMPILED)
-    assert imports_the_compiler("pass"), "it is not imported any more by itself: remove job/model/startup.py"
+    assert imports_the_compiler("pass"), "it is no longer imported by default: remove job/model/startup.py"

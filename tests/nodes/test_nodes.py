@@ -1,4 +1,4 @@
-"""Several processes and several nodes, real ones on this machine: one that goes ends all, and all go on together."""
+"""Several processes and nodes, real ones on this machine: losing one stops all, and all resume together."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from job.nodes import heartbeat, rendezvous
 from tests.conftest import Job, Result, finished
 from tests.supervision.test_interruptions import resumed_step, signal_tree, tree_of
 
@@ -25,7 +26,7 @@ BOUND_SECONDS = 60
 
 @dataclass
 class Node:
-    """A started node, its log followed as it is written."""
+    """A started node whose log is followed as it is written."""
 
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
@@ -62,10 +63,10 @@ def adapter(job: Job, folder: Path | None = None) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(1200)
-def test_whoever_leaves_two_nodes_ends_both_in_time_and_together_they_end_as_two_processes_on_one_node(
+def test_losing_either_node_stops_both_in_time_and_both_finish_as_two_processes_on_one_node_do(
     job: Job, tmp_path: Path
 ) -> None:
-    """The second node dies, then the first, then the second is asked to stop; then nothing happens to them."""
+    """The second node dies, then the first does, then the second is asked to stop, then nothing happens."""
     job.environment |= {
         "FT_MAX_STEPS": "120",
         "FT_SAVE_STEPS": "5",
@@ -88,14 +89,14 @@ def test_whoever_leaves_two_nodes_ends_both_in_time_and_together_they_end_as_two
         assert time.monotonic() - began < BOUND_SECONDS
         assert results[1 - victim].code == 75, results[1 - victim].stderr
         assert results[victim].code == (75 if number == signal.SIGTERM else -signal.SIGKILL), results[victim].stderr
-        resumed += [resumed_step(result.events) for result in results[:1] if "Going on" in result.stdout]
+        resumed += [resumed_step(result.events) for result in results[:1] if "Resuming from" in result.stdout]
     nodes = start_two(job)
     first, second = (node.end(300) for node in nodes)
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     resumed.append(resumed_step(first.events))
     assert resumed == sorted(resumed) and resumed[0] > 0
-    assert resumed_step(second.events) == resumed[-1]  # both go on from the same checkpoint
-    assert set(second.ended) == {"preflight", "train"}  # the sample is the first node's
+    assert resumed_step(second.events) == resumed[-1]  # both resume from the same checkpoint
+    assert set(second.ended) == {"preflight", "train"}  # only the first node samples
 
     again = [node.end(60) for node in start_two(job)]
     assert [result.code for result in again] == [0, 0]
@@ -132,7 +133,7 @@ builtins.__import__ = patched
 """
 
 
-def test_two_ranks_of_which_one_runs_out_of_memory_go_on_with_a_smaller_plan(job: Job, tmp_path: Path) -> None:
+def test_two_ranks_continue_with_a_smaller_plan_when_one_runs_out_of_memory(job: Job, tmp_path: Path) -> None:
     job.environment |= {
         "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_DECODER_LAYERS": "fused", "FT_PADDING_FREE": "true",
     }  # fmt: skip
@@ -143,7 +144,7 @@ def test_two_ranks_of_which_one_runs_out_of_memory_go_on_with_a_smaller_plan(job
     assert result.code == 0, result.stderr
     warnings = [event["message"] for event in result.events if event["level"] == "warning"]
     assert len([text for text in warnings if "with a smaller plan" in text]) == 2
-    assert "Going on from the checkpoint of step 2." in [event.get("message") for event in result.events]
+    assert "Resuming from the checkpoint of step 2." in [event.get("message") for event in result.events]
     adapters = [
         load_file(tmp_path / name / "runs" / "test-run" / "train" / "adapter" / "adapter_model.safetensors")
         for name in ("straight", "full")
@@ -151,9 +152,11 @@ def test_two_ranks_of_which_one_runs_out_of_memory_go_on_with_a_smaller_plan(job
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
 
 
-def test_two_ranks_may_take_another_number_of_parts_to_a_batch(job: Job, tmp_path: Path) -> None:
-    """Short rows on one and long ones on the other: each collective operation must find the other rank at the same one. What they
-    learn and tell is what two ranks of plain layers do."""
+def test_two_ranks_may_split_their_batches_into_different_numbers_of_parts(job: Job, tmp_path: Path) -> None:
+    """One rank has short rows and the other long ones, yet their collective operations must still match up.
+
+    What they learn and log is what two ranks with plain layers do.
+    """
     job.environment |= {
         "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_PADDING_FREE": "true", "FT_GROUP_BY_LENGTH": "false",
         "FT_LORA_DROPOUT": "0",
@@ -178,7 +181,7 @@ def test_two_ranks_may_take_another_number_of_parts_to_a_batch(job: Job, tmp_pat
 
 
 def test_two_ranks_learn_what_one_rank_with_twice_the_accumulation_learns(job: Job, tmp_path: Path) -> None:
-    """80 rows make ten whole steps an epoch: of a last step with too few rows for all ranks, accelerate repeats some."""
+    """80 rows make ten whole steps per epoch. Where the last step lacks rows, accelerate repeats some."""
     job.environment |= {
         "FT_STAGES": "train",
         "FT_LORA_DROPOUT": "0",
@@ -199,7 +202,7 @@ def test_two_ranks_learn_what_one_rank_with_twice_the_accumulation_learns(job: J
     assert losses[0][-1] == pytest.approx(losses[1][-1], rel=1e-4)
 
 
-def test_one_rank_killed_ends_the_job_in_time_with_75_and_the_next_start_goes_on(job: Job) -> None:
+def test_killing_one_rank_ends_the_job_in_time_with_75_and_the_next_start_resumes(job: Job) -> None:
     job.environment |= {
         "FT_STAGES": "train",
         "FT_NPROC_PER_NODE": "2",
@@ -221,9 +224,11 @@ def test_one_rank_killed_ends_the_job_in_time_with_75_and_the_next_start_goes_on
     assert resumed_step(again.events) >= 5
 
 
-def test_a_node_that_cannot_go_on_takes_its_reason_to_the_others(job: Job, tmp_path: Path) -> None:
-    """The second node was given other data: waiting for it would cost hours. Whether it comes before the first node has
-    begun the run, or after, decides which mistake it meets."""
+def test_a_node_that_cannot_continue_tells_the_others_why(job: Job, tmp_path: Path) -> None:
+    """The second node was given other data, and waiting for it would cost hours.
+
+    Which mistake it meets depends on whether it starts before or after the first node has started the run.
+    """
     first = Node(job.start(FT_NNODES="2", FT_NODE_RANK="0"))
     second = Node(
         job.start(FT_NNODES="2", FT_NODE_RANK="1", FT_DATASET_TEXT_FIELD="text", FT_DATASET_NAME=str(broken(tmp_path)))
@@ -245,11 +250,11 @@ def broken(folder: Path) -> Path:
         ({"FT_NNODES": "2"}, "FT_NNODES=2 needs FT_NODE_RANK"),
         ({"FT_NNODES": "2", "FT_NODE_RANK": "2"}, "FT_NODE_RANK=2: must be less than FT_NNODES=2"),
         ({"FT_NODE_RANK": "1"}, "Set FT_NNODES, the number of nodes, too"),
-        ({"FT_MASTER_ADDR": "http://a:29400"}, "the port is FT_MASTER_PORT"),
+        ({"FT_MASTER_ADDR": "http://a:29400"}, "Set the port in FT_MASTER_PORT"),
         ({"FT_SHARDING": "full", "FT_DEVICE_MAP": "balanced"}, "FT_SHARDING=full spreads the model itself"),
     ],
 )
-def test_an_impossible_place_is_refused_at_once(job: Job, settings: dict[str, str], complaint: str) -> None:
+def test_an_impossible_rank_is_refused_immediately(job: Job, settings: dict[str, str], complaint: str) -> None:
     result = job.run(**settings)
     assert result.code == 78
     assert complaint in result.error["message"]
@@ -266,56 +271,57 @@ def test_an_impossible_place_is_refused_at_once(job: Job, settings: dict[str, st
         ({"SLURM_STEP_NUM_NODES": "4", "SLURM_NODEID": "3"}, (3, 4)),
     ],
 )
-def test_the_place_of_a_node_is_what_its_scheduler_tells(environ: dict[str, str], place: tuple[int, int]) -> None:
+def test_the_rank_of_a_node_is_what_its_scheduler_says(environ: dict[str, str], place: tuple[int, int]) -> None:
     from job.cluster import this_node
 
     node = this_node(environ=environ)
     assert (node.index, node.count) == place
 
 
-def test_an_indexed_job_tells_the_place_and_a_setting_overrules_it() -> None:
+def test_an_indexed_job_gives_the_rank_and_a_setting_overrides_it() -> None:
     from job.cluster import this_node
 
     with pytest.raises(ValueError, match="set it to the Job's completions"):
         this_node(environ={"JOB_COMPLETION_INDEX": "0"})
-    assert this_node(nnodes=1, environ={"JOB_COMPLETION_INDEX": "5"}).index == 0  # its pods train each by itself
+    assert this_node(nnodes=1, environ={"JOB_COMPLETION_INDEX": "5"}).index == 0  # its pods each train alone
     assert this_node(nnodes=8, environ={"JOB_COMPLETION_INDEX": "5"}).index == 5
     assert this_node(nnodes=8, node_rank=2, environ={"JOB_COMPLETION_INDEX": "5"}).index == 2
 
 
-def test_the_first_node_waits_for_no_dead_one(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier start of the second node left in the store, and says that it is ready, is no node."""
+def test_the_first_node_does_not_wait_for_a_dead_one(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record in the store from an earlier start of the second node is not a node, even if it says ready."""
     from job.errors import TransientError
 
-    monkeypatch.setattr(rendezvous, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(rendezvous, "_ABSENT_SECONDS", 1.5)
     run = make_run(NNODES="2", NODE_RANK="0")
     stale = {"node": 1, "name": "there", "holder": "dead", "beat": 9, "state": "ready"}
     run.store.put("here/nodes/attempt-0001/node-0001.json", json.dumps(stale).encode())
-    first = rendezvous.Gang(run, lambda: time.sleep(0.05), lambda text: None)
-    with pytest.raises(TransientError, match="Node 1 of 2 did not come"), first.led(1):
+    first = rendezvous.FirstNode(run, lambda: time.sleep(0.05), lambda text: None)
+    with pytest.raises(TransientError, match="Node 1 of 2 did not come"), first.leading(1):
         first.gather()
     ending = json.loads(run.store.get("here/nodes/attempt-0001/node-0000.json"))
     assert (ending["state"], ending["exit_code"]) == ("ended", 75)
 
 
-def test_a_silent_node_is_missed_but_not_while_the_store_is_silent(
+def test_a_silent_node_is_reported_but_not_while_the_store_is_unreachable(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from job.errors import JobError, TransientError
 
-    monkeypatch.setattr(rendezvous, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(rendezvous, "DEAD_SECONDS", 0.6)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "DEAD_SECONDS", 0.6)
     first_run, second_run = make_run(NNODES="2", NODE_RANK="0"), make_run(NNODES="2", NODE_RANK="1")
     first_run.store.put("here/lease.json", b'{"attempt": 1, "released": false, "inherited": []}')
-    nodes = [rendezvous.Gang(run, lambda: time.sleep(0.02), lambda text: None) for run in (first_run, second_run)]
+    first = rendezvous.FirstNode(first_run, lambda: time.sleep(0.02), lambda text: None)
+    second = rendezvous.OtherMember(second_run, lambda: time.sleep(0.02), lambda text: None)
     lost: list[JobError] = []
-    with nodes[0].led(1):
-        follower = threading.Thread(target=_follow, args=(nodes[1],))
+    with first.leading(1):
+        follower = threading.Thread(target=_follow, args=(second,))
         follower.start()
-        nodes[0].gather()
-        nodes[0].announce(None)
-        with nodes[0].watched(lost.append):
+        first.gather()
+        first.announce(None)
+        with first.watched(lost.append):
             time.sleep(1)
             assert lost == []
             with monkeypatch.context() as outage:
@@ -323,20 +329,20 @@ def test_a_silent_node_is_missed_but_not_while_the_store_is_silent(
                 with monkeypatch.context() as ours:
                     ours.setattr(first_run.store, "get", _away)
                     time.sleep(1.5)
-                time.sleep(0.2)  # we can read again, and the other's last words are old
+                time.sleep(0.2)  # we can read again, but the other's last heartbeat is old
             time.sleep(1)
             assert lost == []
-            nodes[1]._over.set()  # its thread ends as if its machine had
+            second.heartbeat._over.set()  # its thread ends as if its machine had
             deadline = time.monotonic() + 10
             while not lost:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-    assert isinstance(lost[0], TransientError) and "has not been heard of" in lost[0].message
+    assert isinstance(lost[0], TransientError) and "has not been heard from" in lost[0].message
     follower.join()
 
 
 def _follow(node: Any) -> None:
-    node._thread.start()
+    node.heartbeat._thread.start()
     node.await_announcement(lambda: False)
 
 

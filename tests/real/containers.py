@@ -1,4 +1,4 @@
-"""A real image, built by buildah on a base that debootstrap makes here, and real containers, run by podman and runc."""
+"""A real image, built by buildah on a debootstrap base, and real containers, run by podman and runc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BASE = "localhost/base:bookworm"
 
 @dataclass(frozen=True)
 class Containers:
-    """buildah and podman with a storage of their own below `folder`."""
+    """buildah and podman with their own storage below `folder`."""
 
     folder: Path
 
@@ -51,7 +51,7 @@ class Containers:
         return self.command("podman", "image", "exists", image, check=False).returncode == 0
 
     def make_base(self) -> None:
-        """A minimal Debian with Python: no registry is needed."""
+        """Make a minimal Debian with Python. No registry is needed."""
         if self.has(_BASE):
             return
         root, archive = self.folder / "rootfs", self.folder / "base.tar"
@@ -63,7 +63,7 @@ class Containers:
         archive.unlink()
 
     def build(self) -> None:
-        """The repository's Dockerfile, every wheel checked by its hash, with PyTorch's CPU build."""
+        """Build the repository's Dockerfile with PyTorch's CPU build. Every wheel's hash is checked."""
         options, wheels = [], _local_wheels()
         if wheels is not None:
             (self.folder / "pip.conf").write_text("[global]\nfind-links = /mnt/wheels\n", encoding="utf-8")
@@ -80,7 +80,7 @@ class Containers:
 
 
 def _local_wheels() -> Path | None:
-    """A folder of wheels that pip looks into on this machine, if any: where PyTorch's CPU build may lie."""
+    """The folder of wheels that pip searches on this machine, if any. It may hold PyTorch's CPU build."""
     listed = subprocess.run(
         ["pip", "config", "get", "global.find-links"], capture_output=True, text=True
     ).stdout.split()

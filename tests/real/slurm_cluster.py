@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: munge, slurmctld and two slurmd, on free ports, in a folder of its own."""
+"""A real two-node Slurm on this machine: munge, slurmctld and two slurmd on free ports, in their own folder."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class Slurm:
         return self.command("sbatch", "--parsable", *options, script, **settings).split(";")[0]
 
     def facts(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """The output of `scontrol show job`."""
         words = self.command("scontrol", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def await_end(self, job: str, seconds: float = 420) -> dict[str, str]:
-        """The facts of the job once it has ended for good."""
+        """The facts about the job once it has ended for good."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             facts = self.facts(job)
@@ -106,13 +106,13 @@ class Slurm:
         subprocess.run(["slurmd", "-N", name, "-f", self.environment["SLURM_CONF"]], env=self.environment, check=True)
 
     def kill_node(self, name: str) -> None:
-        """The node vanishes: its daemon and all that runs on it, at once."""
+        """Make the node vanish: its daemon and everything that runs on it, at once."""
         pid = int((self.folder / f"slurmd.{name}.pid").read_text(encoding="ascii"))
-        os.kill(pid, signal.SIGKILL)  # it is not there to tell of what follows
+        os.kill(pid, signal.SIGKILL)  # so it cannot report what follows
         mine = [process for process in Path("/proc").glob("[0-9]*") if self._runs_on(process, name)]
         watchers = {line.split()[1] for process in mine for line in _status(process) if line.startswith("PPid")}
         mine += [Path("/proc") / watcher for watcher in watchers if _name(watcher) == "slurmstepd"]
-        for number in (signal.SIGSTOP, signal.SIGKILL):  # none of them may see another die, and report it
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none of them may see another die and report it
             for process in mine:
                 with contextlib.suppress(OSError):
                     os.kill(int(process.name), number)
@@ -142,7 +142,7 @@ def _status(process: Path) -> list[str]:
 
 @contextlib.contextmanager
 def slurm_cluster(folder: Path) -> Iterator[Slurm]:
-    """Start the daemons, wait until both nodes are idle, and end all of it afterwards."""
+    """Start the daemons, wait until both nodes are idle, and stop everything afterwards."""
     folder.chmod(0o755)
     for name in ("state", "spool.node1", "spool.node2", "dev"):
         (folder / name).mkdir()
@@ -187,7 +187,7 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
 
 
 def _check_out(target: Path) -> None:
-    """The repository as a user of the cluster has it, with the environment that the tests run in."""
+    """Check out the repository as a cluster user would, with the environment that the tests run in."""
     target.mkdir()
     for name in ("entrypoint.py", "job", "slurm"):
         source = ROOT / name

@@ -1,4 +1,4 @@
-"""The Dockerfile, built; the image, run as a careful operator runs it; the manifests' pods, played."""
+"""Build the Dockerfile, run the image as a careful operator would, and play the manifests' pods."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         unavailable(f"needs root and {', '.join(missing) or 'nothing else'}: apt-get install {' '.join(NEEDED)}")
-    kept = os.environ.get("IMAGE_TEST_STORAGE")  # a developer's, to build the layers once
+    kept = os.environ.get("IMAGE_TEST_STORAGE")  # lets a developer build the layers only once
     containers = Containers(Path(kept) if kept else tmp_path_factory.mktemp("containers"))
     containers.configure()
     containers.make_base()
@@ -43,7 +43,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """The one volume, writable for the image's user as a cluster's fsGroup makes it."""
+    """The one volume, writable by the image's user, as a cluster's fsGroup makes it."""
     folder = tmp_path / "work"
     folder.mkdir()
     os.chown(folder, 10001, 10001)
@@ -61,10 +61,10 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
-def test_the_demos_job_runs_with_no_network_no_rights_and_a_read_only_root_and_goes_on_after_a_stop(
+def test_the_demos_job_runs_with_no_network_no_privileges_and_a_read_only_root_and_resumes_after_a_stop(
     containers: Containers, work: Path, tmp_path: Path
 ) -> None:
-    """`make demo`'s model and settings. Its steps take seconds, so that the stop comes in the middle of the training."""
+    """Uses the model and settings of `make demo`. Its steps take seconds, so the stop comes mid-training."""
     demo = ROOT / "results" / "demo-model"
     if not (demo / "config.json").exists():
         subprocess.run(["make", "results/demo-model/config.json"], cwd=ROOT, check=True, capture_output=True)
@@ -91,7 +91,7 @@ def test_the_demos_job_runs_with_no_network_no_rights_and_a_read_only_root_and_g
     second = containers.command("podman", "run", "--name=second", *options, IMAGE, check=False)
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
     said = events(second.stdout)
-    assert any(event.get("message", "").startswith("Going on from the checkpoint of step") for event in said)
+    assert any(event.get("message", "").startswith("Resuming from the checkpoint of step") for event in said)
     assert (work / "results/published/smollm2-135m-lighthouse/model.safetensors").is_file()
     assert changes(containers, "second") == set()
     containers.command("podman", "rm", "first", "second")
@@ -142,11 +142,13 @@ def test_the_image_holds_no_secret_no_tests_and_nothing_for_root_to_do(container
     assert "tests" not in listed and "ca.crt" not in listed and "pip.conf" not in listed and "10001" in listed
 
 
-def test_more_memory_than_the_limit_ends_with_the_code_for_an_unfit_node(
+def test_exceeding_the_memory_limit_ends_with_the_code_for_an_unfit_node(
     containers: Containers, work: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
-    """The limit holds what is loaded, and one batch asks for many times as much: a lower one would keep the kernel reading
-    libraries again and again instead of ending anything."""
+    """What is loaded fits the limit, and one batch asks for many times as much.
+
+    With a lower limit the kernel would read libraries again and again instead of killing anything.
+    """
     rows = tmp_path / "many.jsonl"
     rows.write_text(LIGHTHOUSE.read_text(encoding="utf-8") * 20, encoding="utf-8")
     rows.chmod(0o644)
@@ -178,11 +180,13 @@ def test_more_memory_than_the_limit_ends_with_the_code_for_an_unfit_node(
 
 
 @pytest.mark.parametrize("file", ["k8s/finetune-job.yaml", "k8s/finetune-multinode.yaml"])
-def test_the_manifests_pod_runs_as_it_is_written(
+def test_the_manifests_pod_runs_as_written(
     containers: Containers, work: Path, tmp_path: Path, tiny_model: Path, file: str
 ) -> None:
-    """podman plays pods, not Jobs, and is given what a cluster would give: the labels and indices of the Job controller,
-    a volume for the claim, the settings of a small run, and no GPU."""
+    """podman plays pods, not Jobs, so the test adds what a cluster would.
+
+    That is the labels and indices of the Job controller, a volume for the claim, the settings of a small run, and no GPU.
+    """
     objects = {item["kind"]: item for item in yaml.safe_load_all((ROOT / file).read_text(encoding="utf-8"))}
     job = objects["Job"]
     nodes = int(job["spec"].get("completions", 1))
@@ -221,10 +225,10 @@ def pod_of(job: dict[str, Any], index: int, work: Path, model: Path, *, shared_n
     container["resources"]["limits"].pop("nvidia.com/gpu")
     for kind in ("requests", "limits"):  # this machine is smaller
         container["resources"][kind] = {"memory": "4Gi"}
-    del container["livenessProbe"], container["ports"]  # podman probes by a curl in the image, and maps every port
+    del container["livenessProbe"], container["ports"]  # podman would probe with a curl in the image and map every port
     if job["spec"].get("completionMode") == "Indexed":
         container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
-    if shared_network:  # podman has no names for pods; on one host they also share the ports
+    if shared_network:  # podman has no host names for pods, and on one host they share the ports
         for item in container["env"]:
             if item["name"] == "FT_MASTER_ADDR":
                 item["value"] = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""The job trains what a plain TRL script trains: same settings, same seed, the same loss at every step."""
+"""The job trains as a plain TRL script does: with the same settings and seed, the loss is equal at every step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 8
 
 @pytest.fixture
 def inst_rows(tmp_path: Path, tiny_model: Path) -> Path:
-    """The sample dataset as plain text in the seed's form."""
+    """The sample dataset as plain text in the notebook's format."""
     from tests.conftest import LIGHTHOUSE
 
     file = tmp_path / "inst.jsonl"

@@ -1,4 +1,4 @@
-"""`sbatch slurm/train.sh` on a real Slurm: no test does anything that an operator would have to do."""
+"""`sbatch slurm/train.sh` on a real Slurm. No test does anything that an operator would have to do."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def events(slurm: Slurm, job: str) -> list[dict[str, Any]]:
 
 
 def resumed_steps(slurm: Slurm, job: str) -> list[int]:
-    return [event["step"] for event in events(slurm, job) if event.get("message", "").startswith("Going on from")]
+    return [event["step"] for event in events(slurm, job) if event.get("message", "").startswith("Resuming from")]
 
 
 def steps_shown(slurm: Slurm, job: str) -> int:
@@ -58,14 +58,14 @@ def steps_shown(slurm: Slurm, job: str) -> int:
 
 
 def steps_per_second(slurm: Slurm, job: str) -> float:
-    """Of a training that nothing interrupted."""
+    """The speed of a training that nothing interrupted."""
     shown = [event for event in events(slurm, job) if (event.get("event"), event.get("stage")) == ("progress", "train")]
     began, ended = (datetime.fromisoformat(event["time"]) for event in (shown[0], shown[-1]))
     return float(shown[-1]["done"] - shown[0]["done"]) / max(1.0, (ended - began).total_seconds())
 
 
 def await_training(slurm: Slurm, job: str, more_steps: int = 4) -> None:
-    """Until this start of the job has taken some steps."""
+    """Wait until this start of the job has taken some steps."""
     starts = '"event": "stage_started", "stage": "train"'
     slurm.await_log(job, starts, times=int(slurm.facts(job)["Restarts"]) + 1)
     wanted, deadline = steps_shown(slurm, job) + more_steps, time.monotonic() + 120
@@ -74,7 +74,7 @@ def await_training(slurm: Slurm, job: str, more_steps: int = 4) -> None:
         time.sleep(0.1)
 
 
-def test_a_job_preempted_three_times_in_a_row_ends_by_itself_with_the_adapter_of_a_run_left_alone(
+def test_a_job_preempted_three_times_in_a_row_finishes_by_itself_with_the_adapter_of_an_undisturbed_run(
     slurm: Slurm, settings: dict[str, str], tmp_path: Path
 ) -> None:
     settings["FT_MAX_STEPS"] = "300"
@@ -92,7 +92,7 @@ def test_a_job_preempted_three_times_in_a_row_ends_by_itself_with_the_adapter_of
     assert adapter(slurm, f"slurm-{job}") == (tmp_path / "alone/runs/alone" / ADAPTER).read_bytes()
 
 
-def test_a_job_whose_node_dies_goes_on_on_another_node(slurm: Slurm, settings: dict[str, str]) -> None:
+def test_a_job_whose_node_dies_resumes_on_another_node(slurm: Slurm, settings: dict[str, str]) -> None:
     settings |= {"FT_MAX_STEPS": "300", "FT_SAVE_STEPS": "5"}
     job = slurm.submit(*SMALL, settings=settings)
     await_training(slurm, job, more_steps=40)
@@ -125,7 +125,7 @@ def test_a_settings_error_fails_and_is_not_requeued(slurm: Slurm, settings: dict
     assert "FT_LORA_R='none'" in slurm.log(job)
 
 
-def test_an_unfit_node_is_excluded_and_the_job_tried_on_another(slurm: Slurm, settings: dict[str, str]) -> None:
+def test_an_unfit_node_is_excluded_and_the_job_is_retried_on_another(slurm: Slurm, settings: dict[str, str]) -> None:
     job = slurm.submit(*SMALL, settings=settings | {"FT_DEVICE": "cuda"})  # there is no GPU on this machine
     slurm.await_log(job, '"exit_code": 69', times=2)
     deadline = time.monotonic() + 60
@@ -150,12 +150,12 @@ def test_a_cancelled_job_stores_a_checkpoint_and_does_not_come_back(slurm: Slurm
 
 
 @pytest.mark.timeout(2400)
-def test_the_elements_of_an_array_are_runs_of_their_own_and_go_on_behind_their_time_limits(
+def test_array_elements_are_separate_runs_and_resume_after_their_time_limits(
     slurm: Slurm, settings: dict[str, str]
 ) -> None:
-    """To Slurm's commands the id of the one element is that of the array: what one does must not touch the other."""
+    """In Slurm's commands, one element's id is that of the whole array. One must not touch the other."""
     steps = 400
-    for _ in range(3):  # until both trainings are interrupted, however fast this machine is
+    for _ in range(3):  # until both trainings were interrupted, however fast this machine is
         options = ("--array=0-1", *SMALL, "--time=2", "--signal=B:USR1@75")
         array = slurm.submit(*options, settings=settings | {"FT_MAX_STEPS": str(steps)})
         endings = [slurm.await_end(f"{array}_{index}", seconds=780) for index in range(2)]
@@ -174,10 +174,10 @@ def test_the_elements_of_an_array_are_runs_of_their_own_and_go_on_behind_their_t
     assert all((runs / f"slurm-{array}-{index}" / ADAPTER).exists() for index in range(2))
 
 
-def test_settings_come_from_the_file_that_is_named_and_a_container_from_its_image(
+def test_settings_come_from_the_named_file_and_a_container_from_its_image(
     slurm: Slurm, settings: dict[str, str]
 ) -> None:
-    """Apptainer itself is replaced by a program that shows how it was called, and runs the command outside."""
+    """A stand-in for Apptainer shows how it was called, and runs the command outside a container."""
     checkout = slurm.folder / "checkout"
     (checkout / "my.env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
     tool = slurm.folder / "bin" / "apptainer"

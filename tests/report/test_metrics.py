@@ -41,7 +41,7 @@ def step(done: int, **figures: float) -> dict[str, object]:
     return {"event": "progress", "done": done, "total": 100, "unit": "steps", **figures}
 
 
-def test_the_figures_of_a_training_can_be_scraped() -> None:
+def test_the_metrics_of_a_training_can_be_scraped() -> None:
     clock, port = Clock(), free_port()
     metrics = Metrics("a-run", 60, clock)
     metrics.serve(port)
@@ -65,19 +65,19 @@ def test_the_figures_of_a_training_can_be_scraped() -> None:
     assert {name: value(text, name) for name in expected} == expected
 
 
-def test_the_probe_fails_when_the_training_does_not_move_and_only_then() -> None:
+def test_the_probe_fails_when_training_stalls_and_only_then() -> None:
     clock, port = Clock(), free_port()
     metrics = Metrics("a-run", 60, clock)
     metrics.serve(port)
     clock.now += 1000
-    assert answer(port, "/healthz")[0] == 200  # nothing trains: a download may take its time
+    assert answer(port, "/healthz")[0] == 200  # nothing trains yet: a download may take its time
     metrics.training(True)
     metrics.progress("train", step(1))
     clock.now += 59
-    metrics.progress("train", step(1))  # the same step again is no progress
+    metrics.progress("train", step(1))  # the same step again is not progress
     clock.now += 2
     assert answer(port, "/healthz")[0] == 503
-    metrics.progress("train", step(1, evaluated=5))  # an evaluation moves too
+    metrics.progress("train", step(1, evaluated=5))  # an evaluation is progress too
     assert answer(port, "/healthz")[0] == 200
     clock.now += 61
     metrics.training(False)
@@ -110,7 +110,7 @@ def test_a_real_job_serves_its_metrics_while_it_trains_and_a_taken_port_does_not
     assert json.loads(lines[-1])["event"] == "run_ended"
 
 
-def test_the_useful_flops_of_a_lora_training_are_four_a_frozen_and_six_a_trained_weight() -> None:
+def test_the_useful_flops_of_a_lora_training_are_four_per_frozen_and_six_per_trained_weight() -> None:
     torch = pytest.importorskip("torch")
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -119,6 +119,6 @@ def test_the_useful_flops_of_a_lora_training_are_four_a_frozen_and_six_a_trained
 
     config = LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    frozen = 4 * 8 * 8 + 3 * 8 * 16 + 50 * 8  # attention, MLP, head; the embedding is looked up, not multiplied with
+    frozen = 4 * 8 * 8 + 3 * 8 * 16 + 50 * 8  # attention, MLP and head: the embedding is looked up, not multiplied
     assert useful_flops_per_token(model) == 4 * frozen + 6 * (8 * 2 + 2 * 8)
     assert peak_flops(torch.device("cpu")) is None

@@ -1,4 +1,4 @@
-"""One contract for every store: a folder, and S3 on a real server (ministack). A new store is one parameter here."""
+"""One contract for every store: a folder, and S3 on a real server (ministack). A new store is one more parameter."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_a_missing_key_is_a_file_not_found_error_and_nothing_else(store: Store, 
     assert not (tmp_path / "target").exists()
 
 
-def test_put_if_absent_refuses_a_key_that_is_taken_and_leaves_it(store: Store) -> None:
+def test_put_if_absent_refuses_an_existing_key_and_leaves_it_unchanged(store: Store) -> None:
     store.put_if_absent("run/MANIFEST.json", b"first")
     with pytest.raises(Conflict):
         store.put_if_absent("run/MANIFEST.json", b"second")
     assert store.get("run/MANIFEST.json") == b"first"
 
 
-def test_of_many_writers_at_once_exactly_one_wins(store: Store) -> None:
+def test_exactly_one_of_many_concurrent_writers_wins(store: Store) -> None:
     outcomes: list[str] = []
 
     def write(number: int) -> None:
@@ -79,7 +79,7 @@ def test_listing_gives_keys_and_sizes_below_a_prefix_only(store: Store) -> None:
     assert list(store.list("absent")) == []
 
 
-def test_deleting_is_final_and_a_second_time_harmless(store: Store) -> None:
+def test_deleting_is_final_and_harmless_a_second_time(store: Store) -> None:
     store.put("run/deep/a", b"1")
     store.delete("run/deep/a")
     store.delete("run/deep/a")

@@ -1,4 +1,4 @@
-"""Markers that are made while the next stage is at work."""
+"""Markers that are written while the next stage runs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from job.supervision.background_hashing import Completion, Completions, GoOn
+from job.supervision.background_hashing import BackgroundHashing, Completion, GoOn
 from tests.conftest import ROOT, Job, finished, read_until
 
 
-def test_all_is_done_in_order_while_the_caller_goes_on() -> None:
+def test_all_work_is_done_in_order_while_the_caller_continues() -> None:
     done, may_end = [], threading.Event()
 
     def completion(name: str) -> Completion:
         return lambda go_on: done.append(name) if may_end.wait(10) else None
 
-    completions = Completions(lambda error: None)
+    hashing = BackgroundHashing(lambda error: None)
     for name in ("first", "second"):
-        completions.add(name, completion(name))
+        hashing.add(name, completion(name))
     assert done == []
     may_end.set()
-    completions.settle()
-    assert done == ["first", "second"] and completions.undone == set()
+    hashing.settle()
+    assert done == ["first", "second"] and hashing.undone == set()
 
 
-def test_behind_a_failure_nothing_is_done_and_whoever_waits_is_told_why() -> None:
+def test_after_a_failure_nothing_more_is_done_and_the_waiting_caller_is_told_why() -> None:
     tried: list[str] = []
     told: list[Exception] = []
 
@@ -41,19 +41,19 @@ def test_behind_a_failure_nothing_is_done_and_whoever_waits_is_told_why() -> Non
         told.append(error)
         raise ProcessLookupError
 
-    completions = Completions(on_failure)
-    completions.add("first", fails)
-    completions.add("second", lambda go_on: tried.append("second"))
+    hashing = BackgroundHashing(on_failure)
+    hashing.add("first", fails)
+    hashing.add("second", lambda go_on: tried.append("second"))
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
-            completions.settle()
-    completions.abandon()
+            hashing.settle()
+    hashing.abandon()
     assert tried == ["first"]
-    assert (completions.failed, completions.undone) == ("first", {"first", "second"})
+    assert (hashing.failed, hashing.undone) == ("first", {"first", "second"})
     assert [str(error) for error in told] == ["the disk is gone"]
 
 
-def test_a_start_that_is_over_completes_nothing_any_more() -> None:
+def test_an_abandoned_start_completes_nothing_more() -> None:
     began, done = threading.Event(), []
 
     def endless(go_on: GoOn) -> None:
@@ -64,19 +64,19 @@ def test_a_start_that_is_over_completes_nothing_any_more() -> None:
         done.append("first")
 
     told: list[Exception] = []
-    completions = Completions(told.append)
-    completions.add("first", endless)
-    completions.add("second", lambda go_on: done.append("second"))
+    hashing = BackgroundHashing(told.append)
+    hashing.add("first", endless)
+    hashing.add("second", lambda go_on: done.append("second"))
     assert began.wait(10)
-    completions.abandon()
+    hashing.abandon()
     assert done == []
     assert told == [], "nothing went wrong"
-    assert (completions.failed, completions.undone) == (None, {"first", "second"})
+    assert (hashing.failed, hashing.undone) == (None, {"first", "second"})
 
 
 @pytest.fixture
 def own_sources(job: Job, tmp_path: Path) -> Job:
-    """A training on a model and rows that a test may change."""
+    """A training on a copy of the model and rows that a test may change."""
     shutil.copytree(job.environment["FT_MODEL_NAME"], tmp_path / "model")
     shutil.copyfile(job.environment["FT_DATASET_NAME"], tmp_path / "rows.jsonl")
     job.environment |= {
@@ -86,7 +86,7 @@ def own_sources(job: Job, tmp_path: Path) -> Job:
 
 
 def hashing_slowly(folder: Path, body: str) -> dict[str, str]:
-    """Settings with which Python runs `body` before each part of a file is hashed: a 7B's take long."""
+    """Settings that run `body` before each part of a file is hashed. Hashing a 7B takes long."""
     (folder / "slow").mkdir()
     (folder / "slow" / "sitecustomize.py").write_text(
         "import hashlib, os, time\n"
@@ -114,14 +114,14 @@ def marker(job: Job, stage: str) -> Path:
     return Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / stage / "MANIFEST.json"
 
 
-def test_the_training_begins_before_its_model_is_hashed_and_a_kill_then_leaves_what_the_next_start_goes_on_from(
+def test_training_starts_before_its_model_is_hashed_and_the_next_start_can_resume_after_a_kill_then(
     own_sources: Job, tmp_path: Path
 ) -> None:
     job = own_sources
     process = job.start(**hashing_nothing_while_there_is(tmp_path / "hold"))
     read_until(process, event="progress", stage="train")
     assert not marker(job, "download").exists()
-    assert not marker(job, "prepare").exists(), "it was made of what does not count yet"
+    assert not marker(job, "prepare").exists(), "it was written for a result that does not count yet"
     process.kill()
     process.communicate()
     result = job.run()
@@ -130,7 +130,7 @@ def test_the_training_begins_before_its_model_is_hashed_and_a_kill_then_leaves_w
     assert marker(job, "download").exists() and marker(job, "prepare").exists()
 
 
-def test_a_stop_while_the_model_is_hashed_does_not_wait_for_the_rest_of_it(own_sources: Job, tmp_path: Path) -> None:
+def test_a_stop_while_the_model_is_hashed_does_not_wait_for_the_rest(own_sources: Job, tmp_path: Path) -> None:
     with (tmp_path / "model" / "LICENSE").open("wb") as stream:
         stream.truncate(80 * 2**18)
     process = own_sources.start(**hashing_slowly(tmp_path, "time.sleep(1)"))
@@ -139,14 +139,12 @@ def test_a_stop_while_the_model_is_hashed_does_not_wait_for_the_rest_of_it(own_s
     process.terminate()
     result = finished(process, *process.communicate(timeout=120))
     assert result.code == 75
-    assert time.monotonic() - began < 40, "of eighty seconds"
+    assert time.monotonic() - began < 40, "it waited for the whole eighty seconds"
     assert result.ended["download"] == "unfinished"
     assert not marker(own_sources, "download").exists()
 
 
-def test_sources_that_changed_end_the_training_before_anything_is_stored_of_it(
-    own_sources: Job, tmp_path: Path
-) -> None:
+def test_changed_sources_end_the_training_before_anything_of_it_is_stored(own_sources: Job, tmp_path: Path) -> None:
     job = own_sources
     job.environment["FT_MAX_STEPS"] = "1000000"
     assert job.run(FT_STAGES="download").code == 0
@@ -165,7 +163,7 @@ def test_sources_that_changed_end_the_training_before_anything_is_stored_of_it(
     assert not list(checkpoints.rglob("*"))
 
 
-def test_a_source_that_changes_while_it_is_hashed_is_told(own_sources: Job, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_hashed_is_reported(own_sources: Job, tmp_path: Path) -> None:
     hold, rows = tmp_path / "hold", Path(own_sources.environment["FT_DATASET_NAME"])
     process = own_sources.start(**hashing_nothing_while_there_is(hold))
     read_until(process, event="stage_started", stage="train")
@@ -173,6 +171,6 @@ def test_a_source_that_changes_while_it_is_hashed_is_told(own_sources: Job, tmp_
     hold.unlink()
     result = finished(process, *process.communicate(timeout=60))
     assert result.code == 75
-    assert "rows.jsonl was changed while it was read" in result.error["message"]
-    assert result.ended["download"] == "failed", "it had ended well before"
+    assert "rows.jsonl changed while it was being read" in result.error["message"]
+    assert result.ended["download"] == "failed", "it had finished well before"
     assert not marker(own_sources, "download").exists()

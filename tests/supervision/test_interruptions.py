@@ -1,4 +1,4 @@
-"""Real processes, stopped, suspended, starved and refused: what is lost is bounded, and the next start goes on."""
+"""Real processes, stopped, suspended, starved and refused: little is lost, and the next start resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def signal_tree(pid: int, number: int) -> None:
 
 
 def resumed_step(events: list[dict[str, Any]]) -> int:
-    return next(int(event["step"]) for event in events if event.get("message", "").startswith("Going on from"))
+    return next(int(event["step"]) for event in events if event.get("message", "").startswith("Resuming from"))
 
 
 def progress_of(events: list[dict[str, Any]]) -> int:
@@ -49,7 +49,7 @@ def progress_of(events: list[dict[str, Any]]) -> int:
 
 
 @pytest.mark.xdist_group("uninterrupted")
-def test_a_stop_at_a_random_moment_of_each_stage_is_over_in_time_and_the_run_ends_as_if_left_alone(
+def test_a_stop_at_a_random_moment_of_each_stage_finishes_in_time_and_the_run_ends_as_if_undisturbed(
     job: Job,
     uninterrupted: Job,
 ) -> None:
@@ -73,10 +73,10 @@ def test_a_stop_at_a_random_moment_of_each_stage_is_over_in_time_and_the_run_end
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_signal_to_every_process_in_training_loses_no_step_that_was_taken(
+def test_a_signal_to_every_process_during_training_loses_no_finished_step(
     job: Job, tmp_path: Path, processes: str
 ) -> None:
-    """As `scancel` and a terminal do it: torchrun, its ranks and their data workers get the signal too."""
+    """As with `scancel` or a terminal, torchrun, its ranks and their data workers get the signal too."""
     job.environment |= {
         "FT_NPROC_PER_NODE": processes, "FT_STAGES": "train", "FT_EXTRA_TRAINING_ARGS": WORKERS, "FT_SAVE_STEPS": "1000",
         "FT_STOP_GRACE_SECONDS": str(GRACE_SECONDS), "FT_MAX_STEPS": "30",
@@ -100,12 +100,12 @@ def test_a_signal_to_every_process_in_training_loses_no_step_that_was_taken(
 
 
 @pytest.mark.xdist_group("uninterrupted")
-def test_of_a_suspended_job_and_its_replacement_exactly_one_can_commit(
+def test_exactly_one_of_a_suspended_job_and_its_replacement_can_commit(
     job: Job,
     uninterrupted: Job,
     tmp_path: Path,
 ) -> None:
-    """As when a node is thought dead, its job is started elsewhere, and the node comes back."""
+    """A node is thought dead, its job is started elsewhere, and the node comes back."""
     job.environment |= {"FT_STORE_URL": str(tmp_path / "store"), "FT_SAVE_STEPS": "1"}
     old = job.start(FT_OUTPUT_DIR=str(tmp_path / "old machine"))
     read_until(old, event="progress", stage="train", done=3)
@@ -145,21 +145,21 @@ def test_a_disk_that_fills_up_ends_with_69_and_leaves_the_last_checkpoint_whole(
         text=True,
     )
     read_until(process, committed=True)
-    filler = Path(f"/proc/{process.pid}/root{disk}/filler")  # its disk is in a mount namespace of its own
+    filler = Path(f"/proc/{process.pid}/root{disk}/filler")  # its disk is in its own mount namespace
     with pytest.raises(OSError, match="No space left"):
         fill_the_disk(filler)
     full = finished(process, *process.communicate(timeout=120))
     assert full.code == 69, full.stderr
     assert "No space left" in full.error["message"]
     assert "FT_OUTPUT_DIR" in full.error["hint"]
-    again = job.run()  # without the mount, on the roomy disk below it
+    again = job.run()  # without the mount, on the larger disk below it
     assert again.code == 0, again.stderr
     assert resumed_step(again.events) >= 2
 
 
 @contextmanager
 def refusing_server() -> Iterator[str]:
-    """Answers every request, whatever it is, with 401."""
+    """A server that answers every request with 401."""
 
     class Refuse(BaseHTTPRequestHandler):
         def _refuse(self) -> None:
@@ -192,7 +192,7 @@ def refusing_server() -> Iterator[str]:
     ],
     ids=["model", "destination", "store", "dataset"],
 )
-def test_where_every_call_is_answered_401_the_job_ends_with_77_and_no_secret_is_anywhere(
+def test_when_every_call_is_answered_401_the_job_ends_with_77_and_leaks_no_secret(
     job: Job, settings: dict[str, str]
 ) -> None:
     canaries = {
@@ -225,11 +225,11 @@ def test_where_every_call_is_answered_401_the_job_ends_with_77_and_no_secret_is_
         assert not [data for data in everything if canary.encode() in data]
 
 
-def test_a_second_start_in_the_same_folder_neither_stops_the_first_nor_takes_its_stop_request_away(job: Job) -> None:
+def test_a_second_start_in_the_same_folder_neither_stops_the_first_nor_removes_its_stop_request(job: Job) -> None:
     first = job.start(FT_MAX_STEPS="400", FT_STAGES="train")
     read_until(first, event="progress", stage="train", done=2)
     second = job.start(FT_MAX_STEPS="400", FT_STAGES="train")
-    time.sleep(1.5)  # it waits for the first one's folder
+    time.sleep(1.5)  # it waits for the folder of the first one
     second.send_signal(signal.SIGTERM)
     assert finished(second, *second.communicate(timeout=60)).code == 75
     assert not (Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "stop-request").exists()
@@ -239,7 +239,7 @@ def test_a_second_start_in_the_same_folder_neither_stops_the_first_nor_takes_its
     assert first.returncode == 75
 
 
-def test_a_job_whose_log_nobody_reads_any_more_goes_on(job: Job) -> None:
+def test_a_job_whose_log_nobody_reads_any_more_continues(job: Job) -> None:
     process = job.start(FT_STAGES="train")
     read_until(process, event="progress", stage="train", done=1)
     assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Stages' processes that are started before their turn."""
+"""Stage processes that are started before their turn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import ROOT, Job, finished, is_running, read_until
 
 
 def stages_running(pid: int) -> dict[str, int]:
-    """Of the stages that have a process below `pid`, that process."""
+    """The process of each stage that has one below `pid`."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split():
         arguments = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
@@ -51,7 +51,7 @@ def test_a_process_started_early_waits_for_its_turn_and_counts_its_time_from_the
     assert before <= float(os.environ["JOB_STAGE_BEGAN"]) <= time.time()
 
 
-def test_a_process_started_in_its_turn_waits_for_nothing(
+def test_a_process_started_at_its_turn_does_not_wait(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run()
@@ -60,7 +60,7 @@ def test_a_process_started_in_its_turn_waits_for_nothing(
     assert os.environ["JOB_STAGE_BEGAN"] == "5"
 
 
-def test_a_process_whose_parent_goes_does_not_wait_for_another_starts_turn(
+def test_a_process_whose_parent_dies_does_not_wait_for_another_starts_turn(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, parents = make_run(), iter([7, 7, 1])
@@ -72,13 +72,13 @@ def test_a_process_whose_parent_goes_does_not_wait_for_another_starts_turn(
 
 
 @pytest.mark.parametrize("rank", [{}, {"RANK": "0"}])
-def test_a_process_whose_parent_was_gone_before_it_began_ends_at_once(rank: dict[str, str], tmp_path: Path) -> None:
+def test_a_process_whose_parent_died_before_it_started_exits_immediately(rank: dict[str, str], tmp_path: Path) -> None:
     environment = {**os.environ, "JOB_PARENT_PID": "1", "FT_OUTPUT_DIR": str(tmp_path), "FT_DEVICE": "cpu", **rank}
     done = subprocess.run([sys.executable, "-m", "job.stages", "train"], cwd=ROOT, env=environment, timeout=60)
     assert done.returncode == 75
 
 
-def test_later_stages_begin_in_processes_that_were_there_before_and_one_that_died_waiting_is_started_anew(
+def test_later_stages_run_in_prestarted_processes_and_one_that_died_waiting_is_started_again(
     job: Job,
 ) -> None:
     process = job.start(FT_STAGES="train", FT_MAX_STEPS="2")
@@ -92,7 +92,7 @@ def test_later_stages_begin_in_processes_that_were_there_before_and_one_that_die
         warnings += [event["message"]] if event["level"] == "warning" else []
         if (event.get("event"), event.get("stage")) == ("progress", "train"):
             break
-    assert warnings == ["The process that waited for stage prepare ended with -9 before its turn; another is started."]
+    assert warnings == ["The process waiting for stage prepare exited with -9 before its turn. Starting another."]
     assert stages_running(process.pid) == {"train": early["train"]}
     result = finished(process, *process.communicate(timeout=120))
     assert result.code == 0, result.stderr
@@ -102,10 +102,10 @@ def test_later_stages_begin_in_processes_that_were_there_before_and_one_that_die
     seconds = {stage["stage"]: stage["seconds"] for stage in stages}
     before_training = sum(seconds[name] for name in ("preflight", "download", "prepare"))
     own = goodput["seconds"]["start"] + goodput["seconds"]["first_step"]
-    # its own time begins with its turn, and not while it waits
+    # its own time starts at its turn, not while it waits
     assert goodput["first_step_after_seconds"] == pytest.approx(before_training + own, abs=1.5)
     first_step = next(text for text in stages[-1]["outputs"] if text.startswith("first step: "))
-    assert first_step.endswith("after the job began")
+    assert first_step.endswith("after the job started")
 
 
 def test_a_start_that_fails_leaves_no_waiting_process_behind(job: Job) -> None:

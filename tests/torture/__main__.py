@@ -1,12 +1,13 @@
-"""Kill the job again and again, and demand that it ends as if nothing had happened.
+"""Kill the job again and again, and check that it ends as if nothing had happened.
 
     python -m tests.torture --kills 200 --seed 1
 
-Runs the whole job on a tiny model on the CPU. Each run is killed by SIGKILL, several times: at random moments of each
+Runs the whole job on a tiny model on the CPU. Each run is killed by SIGKILL several times: at random moments of each
 stage, and in the middle of chosen file operations (saving, hashing, uploading, committing, restoring, merging,
 publishing, taking the lease). Every second run keeps its store on a real S3 server behind a proxy that injects faults.
-In the end adapter, optimizer, generators, order of rows, loss curve and everything published must be, bit for bit,
-those of a run that nobody disturbed. The last line says whether they were; so does the exit code.
+
+At the end the adapter, optimizer, generators, row order, loss curve and everything published must be bit-identical to
+those of an uninterrupted run. The last line and the exit code say whether they are.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ _FINE = {0, 75, -signal.SIGKILL}
 
 @dataclass(frozen=True)
 class Point:
-    """Where a life ends: at a random moment of a stage, or in the middle of a chosen operation."""
+    """Where to kill the job: at a random moment of a stage, or in the middle of a chosen operation."""
 
     name: str
     stage: str  # the stage during which it can happen
     process: str = ""
     event: str = ""
     match: str = ""
-    skips: int = 0  # up to so many such events pass first
+    skips: int = 0  # let up to this many such events pass first
 
 
 # The names of the audit events are Python's; the paths are the job's.
@@ -96,7 +97,7 @@ S3_POINTS = (
 
 @dataclass
 class Tally:
-    """What happened, over all runs; `over()` once there were enough kills, or time is up, or something went wrong."""
+    """What happened over all runs. `over()` after enough kills, when time is up, or when something went wrong."""
 
     wanted: int
     until: float
@@ -107,7 +108,7 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     ended_by_faults: int = 0
     complaints: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, undisturbed
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, uninterrupted
     runs: int = 0
     equal: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -117,7 +118,7 @@ class Tally:
 
 
 class TorturedRun:
-    """One run of the job, in a folder of its own, over as many lives as it takes."""
+    """One run of the job in its own folder, with as many starts as it takes."""
 
     def __init__(self, folder: Path, model: Path, tally: Tally, proxy: FaultProxy | None = None) -> None:
         self.folder, self.tally, self.proxy = folder, tally, proxy
@@ -137,7 +138,7 @@ class TorturedRun:
         self.stage, self.last_step = "preflight", 0
 
     def live(self, point: Point | None, chance: random.Random) -> int:
-        """Start the job; it ends by itself or at `point`. Returns its exit code, -9 if it was killed there."""
+        """Start the job, which ends by itself or at `point`. Returns its exit code, -9 if it was killed there."""
         environment = dict(self.environment)
         if point is not None and point.event:
             skip = chance.randint(0, point.skips)
@@ -177,14 +178,14 @@ class TorturedRun:
                 self.tally.seconds.setdefault(stage, seconds)
             case {"event": "progress", "stage": "train", "done": done}:
                 self.last_step = int(done)
-            case {"message": str(text), "step": step} if text.startswith("Going on from"):
+            case {"message": str(text), "step": step} if text.startswith("Resuming from"):
                 with self.tally.lock:
                     self.tally.resumes += 1
                     store = "s3" if self.proxy else "folder"
                     self.tally.lost_steps[store] = max(self.tally.lost_steps[store], self.last_step - int(step))
 
     def audit(self) -> None:
-        """Every commit in the store that counts must be whole, at any moment."""
+        """Every commit in the store that counts must be intact at any moment."""
         store = self.open_store()
         try:
             record = LeaseRecord(**_json(store.get(f"{RUN_ID}/lease.json")))
@@ -203,13 +204,13 @@ class TorturedRun:
                         self.tally.damaged_commits += 1
 
     def open_store(self) -> Store:
-        """The store, past the proxy's faults."""
+        """The store, without the proxy's faults."""
         if self.proxy:
             os.environ["AWS_ENDPOINT_URL"] = f"http://{self.proxy.upstream}"
         return open_store(self.store_url)
 
     def outcome(self) -> dict[str, Any]:
-        """What must not depend on how often the run was killed: hashes of all it made, and the loss curve."""
+        """What must not depend on how often the run was killed: hashes of all it produced, and the loss curve."""
         store, found = self.open_store(), {}
         with tempfile.TemporaryDirectory() as scratch:
             folders = {key.removesuffix(f"/{MANIFEST}") for key, _ in store.list(RUN_ID) if key.endswith(MANIFEST)}
@@ -245,7 +246,7 @@ class TorturedRun:
 def torture(
     run: TorturedRun, kills: int, seed: int, expected: dict[str, Any] | None, control: str | None = None
 ) -> dict[str, Any]:
-    """Kill the run up to `kills` times on its way, let it end, and compare."""
+    """Kill the run up to `kills` times, let it finish, and compare the outcome."""
     chance, killed = random.Random(seed), 0
     choices = S3_POINTS if run.proxy else POINTS
     if run.proxy:
@@ -274,7 +275,7 @@ def torture(
             break
         if run.proxy:
             run.tally.ended_by_faults += 1
-            run.proxy.rate /= 2  # a store that fails for ever is no test of resuming
+            run.proxy.rate /= 2  # a store that fails forever does not test resuming
     found = run.outcome() if code == 0 else {"exit code": code}
     with run.tally.lock:
         run.tally.runs += 1
@@ -282,14 +283,16 @@ def torture(
             differing = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
             run.tally.equal += not differing
             if differing:
-                run.tally.complaints.append(f"{run.folder.name}: other than undisturbed: {', '.join(differing)}")
+                run.tally.complaints.append(
+                    f"{run.folder.name}: differs from the uninterrupted run: {', '.join(differing)}"
+                )
         if run.proxy:
             run.tally.faults += run.proxy.injected
     return found
 
 
 def _tamper(run: TorturedRun, control: str) -> None:
-    """What a resume that forgets the generators, or its place in the data, would amount to."""
+    """Simulate a resume that forgets the generators or the position in the data."""
     import torch
 
     from job.training.state import load_tree, save_tree
@@ -326,7 +329,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time")
-    parser.add_argument("--minutes", type=float, default=600, help="kill no more after so long")
+    parser.add_argument("--minutes", type=float, default=600, help="stop killing after this long")
     parser.add_argument("--store", choices=("both", "folder", "s3"), default="both")
     parser.add_argument(
         "--control", choices=("rng", "data"), help="drop this from every checkpoint: the comparison must fail"
@@ -341,7 +344,7 @@ def main() -> int:
         upstream = stack.enter_context(serve_s3(_folder(top, "s3"))) if arguments.store != "folder" else ""
         undisturbed = TorturedRun(_folder(top, "undisturbed"), model, tally)
         expected = torture(undisturbed, 0, 0, None)
-        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
+        print(f"uninterrupted run: {time.monotonic() - began:.0f} s", flush=True)
         if "exit code" in expected:
             print("\n".join(tally.complaints))
             return 1
@@ -376,9 +379,9 @@ def _report(tally: Tally, arguments: argparse.Namespace, seconds: float) -> int:
     good = tally.equal == tally.runs and not tally.complaints
     print(
         f"seed {arguments.seed}: {sum(tally.kills.values())} kills in {tally.runs} runs, {tally.resumes} resumes, "
-        f"{sum(tally.faults.values())} faults ({tally.ended_by_faults} lives ended by them), "
-        f"{tally.damaged_commits} corrupt checkpoints, lost steps (worst) {tally.lost_steps['folder']}, and "
-        f"{tally.lost_steps['s3']} where the store has faults, at one save every {SAVE_STEPS}, "
+        f"{sum(tally.faults.values())} faults ({tally.ended_by_faults} starts ended by them), "
+        f"{tally.damaged_commits} corrupt checkpoints, at most {tally.lost_steps['folder']} steps lost "
+        f"({tally.lost_steps['s3']} on S3 with faults) at one save per {SAVE_STEPS} steps, "
         f"final hashes equal in {tally.equal} of {tally.runs} runs, {seconds:.0f} s: {'PASSED' if good else 'FAILED'}"
     )
     return 0 if good else 1

@@ -1,4 +1,4 @@
-"""A run whose data is prepared, ready to be trained in this process."""
+"""A run with prepared data, ready to train in this process."""
 
 from __future__ import annotations
 

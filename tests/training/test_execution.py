@@ -1,4 +1,4 @@
-"""Plans at work: parts of batches, recomputation, and memory that ends in the middle of a step."""
+"""Plans in action: micro-batches, gradient checkpointing, and running out of memory in the middle of a step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from job.errors import InputError, NodeError
-from job.model.fused import pointwise
+from job.model.fused import pointwise, proof
 from job.model.fused.layer import FusedLayer
 from job.model.fused.products import Normed
+from job.model.patches import Patches
 from job.run import Run, read_json
 from job.stages.train import train
+from job.training.choice import Choice, choose_steps, free_bytes
 from job.training.execution import Execution, _parts, switch_mode_only_if_another
 from job.training.optimizer import at_once
 from job.training.plan.candidates import Plan
-from job.training.plan.choose import free_bytes
 from job.training.plan.load import Shape
-from tests.conftest import Job
+from tests.conftest import Job, compute_of
 
 Prepared = Callable[..., Run]
 FUSED = {"DATASET_SPLIT": "train[:40]", "DECODER_LAYERS": "fused", "PADDING_FREE": "true", "MAX_STEPS": "6"}
@@ -59,7 +60,7 @@ def test_fused_layers_train_what_plain_ones_train(prepared: Prepared, accumulate
     assert read_json(parts.paths.metrics_file)["plan"]["micro_batch_tokens"] == 100
 
 
-def test_a_step_asks_for_no_figure_and_the_log_has_them_all(
+def test_a_step_reads_nothing_from_the_gpu_and_the_log_has_every_figure(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: set[str] = set()
@@ -68,7 +69,7 @@ def test_a_step_asks_for_no_figure_and_the_log_has_them_all(
     run = prepared("run", **{**FUSED, "LOGGING_STEPS": "3"})
     train(run)
     assert "training_step" not in asked
-    assert "read_figures" in asked, "the watch works"
+    assert "read_figures" in asked, "the spy works"
     entries = [entry for entry in read_json(run.paths.trainer_state_file)["log_history"] if "entropy" in entry]
     assert [entry["step"] for entry in entries] == [3, 6]
     for entry in entries:
@@ -87,11 +88,11 @@ def _tell_callers(monkeypatch: pytest.MonkeyPatch, name: str, told: set[str]) ->
     monkeypatch.setattr(torch.Tensor, name, telling)
 
 
-def test_a_model_changes_its_mode_as_a_whole_and_only_if_it_is_another() -> None:
+def test_a_model_switches_mode_as_a_whole_and_only_when_the_mode_changes() -> None:
     inner = torch.nn.Dropout()
     model = torch.nn.Sequential(inner)
-    inner.eval()  # as a loaded model is within an adapter's
-    switch_mode_only_if_another(model)
+    inner.eval()  # as a model loaded inside an adapter is
+    switch_mode_only_if_another(model, Patches())
     model.train()
     assert inner.training
     model.eval()
@@ -122,10 +123,10 @@ def test_recomputing_changes_nothing(prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize("accumulated", ["1", "2"])
-def test_memory_that_ends_in_the_middle_of_a_step_costs_nothing_but_time(
+def test_running_out_of_memory_in_the_middle_of_a_step_costs_nothing_but_time(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, accumulated: str
 ) -> None:
-    """The step is taken again with a smaller plan, and the run ends as if it had been planned that way from the start."""
+    """The step is retried with a smaller plan, and the run ends as if it had been planned so from the start."""
     straight = prepared("straight", **FUSED, RECOMPUTED_LAYERS="2", GRADIENT_ACCUMULATION_STEPS=accumulated)
     train(straight)
     run = prepared("full", **FUSED, RECOMPUTED_LAYERS="0", GRADIENT_ACCUMULATION_STEPS=accumulated)
@@ -133,7 +134,7 @@ def test_memory_that_ends_in_the_middle_of_a_step_costs_nothing_but_time(
 
     def full(self: FusedLayer, *arguments: Any, **named: Any) -> Any:
         passes[0] += 1
-        if self.kept and passes[0] > 7:  # behind the last layer's gradients of some step
+        if self.kept and passes[0] > 7:  # after the last layer's gradients of some step
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return backward(self, *arguments, **named)
 
@@ -145,9 +146,7 @@ def test_memory_that_ends_in_the_middle_of_a_step_costs_nothing_but_time(
     assert tokens[0] == tokens[1]
 
 
-def test_memory_that_suffices_for_no_plan_ends_the_training(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_for_any_plan_ends_the_training(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: FusedLayer, *_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -156,18 +155,17 @@ def test_memory_that_suffices_for_no_plan_ends_the_training(
         train(prepared("full", **FUSED))
 
 
-def test_a_model_that_the_fused_layers_do_not_know_is_refused_if_they_are_asked_for(
+def test_a_model_that_the_fused_layers_do_not_support_is_refused_if_they_are_requested(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared("other", **FUSED)
-    config = {**read_json(run.paths.model_dir / "config.json"), "attention_bias": True}
-    monkeypatch.setattr("job.training.plan.choose.read_json", lambda path: config)
-    with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused cannot be: the model is no Llama"):
+    monkeypatch.setattr(Shape, "of", lambda config, settings: None)
+    with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused is not possible: the model is no Llama"):
         train(run)
 
 
 @pytest.mark.parametrize("broken", ["crashes", "values", "gradient", "adapter", "many tokens"])
-def test_a_layer_that_comes_out_wrong_on_this_machine_is_computed_the_plain_way(
+def test_a_layer_with_wrong_results_on_this_machine_is_computed_the_plain_way(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
     plain = prepared("plain", **{**FUSED, "DECODER_LAYERS": "plain"})
@@ -196,10 +194,10 @@ def test_a_layer_that_comes_out_wrong_on_this_machine_is_computed_the_plain_way(
             monkeypatch.setattr("job.training.execution.MANY_TOKENS", 1)
         monkeypatch.setattr(pointwise, "gated", wrong)
     reason = "RuntimeError: no kernel image" if broken == "crashes" else "a layer differs by"
-    with pytest.raises(NodeError, match=f"do not give what the model's own give on this machine: {reason}"):
+    with pytest.raises(NodeError, match=f"do not give what the model's own layers give on this machine: {reason}"):
         train(run)
-    monkeypatch.setattr("job.training.plan.choose.is_asked_for", lambda settings: settings.frozen_precision == "fp8")
-    monkeypatch.setattr("job.training.plan.choose.decide", _decided_as_on_a_gpu)
+    monkeypatch.setattr("job.training.execution.is_asked_for", lambda settings: False)
+    monkeypatch.setattr("job.stages.train.choose_steps", _chosen_as_on_a_gpu)
     train(run)
     assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
     assert_equal(adapter(run), adapter(plain))
@@ -218,18 +216,18 @@ def patched(name, *rest, **named):
     execution = sys.modules.get("job.training.execution")
     if execution is not None and hasattr(execution, "with_less_memory") and execution.is_alive is not dead:
         execution.is_alive = dead  # first, since the next line comes here again
-        from job.model.fused import pointwise
+        from job.model.fused import pointwise, proof
         pointwise.gated = gated
-        decision = execution.decision
-        decide, asked = decision.decide, decision.is_asked_for
-        def decided(run):
-            if decision.without_kernels():
-                return decide(run)
-            decision.is_asked_for = lambda settings: True
-            shape, plan = decide(run)
-            decision.is_asked_for = asked
-            return shape, plan
-        decision.decide = decided
+        from job.training import choice
+        choose, asked = choice.choose_steps, choice.is_asked_for
+        def chosen(*arguments):
+            if choice.without_kernels():
+                return choose(*arguments)
+            choice.is_asked_for = lambda settings: True
+            found = choose(*arguments)
+            choice.is_asked_for = asked
+            return found
+        choice.choose_steps = chosen
     return module
 
 def dead(device):
@@ -239,8 +237,8 @@ builtins.__import__ = patched
 """
 
 
-def test_a_training_whose_process_a_kernel_takes_along_starts_again_without_kernels(job: Job, tmp_path: Path) -> None:
-    """An asynchronous fault leaves nothing to compare: the GPU answers no more. On the CPU it is played."""
+def test_a_training_killed_by_a_kernel_fault_starts_again_without_kernels(job: Job, tmp_path: Path) -> None:
+    """After an asynchronous fault the GPU no longer responds, so nothing can be compared. The CPU simulates it."""
     (tmp_path / "sitecustomize.py").write_text(_FAULT, encoding="utf-8")
     job.environment |= {
         "FT_STAGES": "train",
@@ -252,7 +250,7 @@ def test_a_training_whose_process_a_kernel_takes_along_starts_again_without_kern
     assert result.code == 0, result.stderr
     warnings = [event["message"] for event in result.events if event["level"] == "warning"]
     (told,) = [text for text in warnings if "Starting the training again" in text]
-    assert "illegal instruction" in told and "without kernels of the job's own" in told
+    assert "illegal instruction" in told and "without the job's own kernels" in told
     trained = Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "train"
     metrics = read_json(trained / "metrics.json")
     assert metrics["plan"] is None
@@ -263,30 +261,40 @@ def test_without_kernels_nothing_is_planned_and_the_optimizer_is_bitsandbytes_ow
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared("run", **FUSED)
-    assert Execution(run).plan is not None
+    assert chosen(run).plan is not None
     monkeypatch.setenv("JOB_WITHOUT_KERNELS", "1")
     with pytest.raises(
-        InputError, match="FT_DECODER_LAYERS=fused cannot be: a kernel of the job's own ended in a fault"
+        InputError, match="FT_DECODER_LAYERS=fused is not possible: one of the job's own kernels crashed"
     ):
-        Execution(run)  # which was asked for
-    monkeypatch.setattr("job.training.plan.choose.is_asked_for", lambda settings: False)
-    assert Execution(run).plan is None
+        chosen(run)  # the settings ask for fused layers
+    monkeypatch.setattr("job.training.choice.is_asked_for", lambda settings: False)
+    assert chosen(run).plan is None
     assert at_once(bnb.optim.AdamW, {"optim_bits": 32}, torch.device("cuda", 0)) is bnb.optim.AdamW
 
 
-def test_kernels_for_many_tokens_are_proven_where_a_row_or_an_evaluation_has_many(prepared: Prepared) -> None:
-    run = prepared("rows", **FUSED, PER_DEVICE_EVAL_BATCH_SIZE="3")
-    execution = Execution(run)
-    assert execution._most_tokens(Plan("4-bit", 0, 64, 1, longest_row=32)) == 64
-    assert execution._most_tokens(Plan("4-bit", 0, 64, 1, longest_row=128)) == 128
-    run.paths.eval_data_dir.mkdir()
-    longest = read_json(run.paths.data_report_file)["max_length"]
-    assert execution._most_tokens(Plan("4-bit", 0, 64, 1, longest_row=32)) == 3 * longest > 64
+def test_kernels_for_many_tokens_are_checked_if_a_row_or_an_evaluation_has_many(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared("rows", **FUSED)
+    checked: list[Any] = []
+    monkeypatch.setattr("job.training.execution.sample", lambda model, lengths=None, **_: checked.append(lengths))
+    for tokens, longest, evaluated, many in (
+        (64, 32, 0, False), (4096, 32, 0, True), (64, 4096, 0, True), (64, 32, 4096, True),
+    ):  # fmt: skip
+        checked.clear()
+        Execution(run.settings, Choice(compute_of(run)), evaluated_tokens=evaluated)._fuse(
+            torch.nn.Module(), Plan("4-bit", 0, tokens, 1, longest_row=longest)
+        )
+        assert (proof.MANY in checked) == many, (tokens, longest, evaluated)
 
 
-def _decided_as_on_a_gpu(run: Run) -> Any:
-    shape = Shape.of(read_json(run.paths.model_dir / "config.json"), run.settings)
-    return shape, Plan("4-bit", 0, 4096, 1)
+def chosen(run: Run) -> Choice:
+    config = read_json(run.paths.model_dir / "config.json")
+    return choose_steps(run.settings, compute_of(run), config, read_json(run.paths.data_report_file))
+
+
+def _chosen_as_on_a_gpu(settings: Any, compute: Any, config: Any, data_report: Any) -> Choice:
+    return Choice(compute, Shape.of(config, settings), Plan("4-bit", 0, 4096, 1))
 
 
 @pytest.mark.parametrize(
@@ -306,10 +314,10 @@ def test_parts_hold_whole_rows_and_no_more_tokens_than_allowed(lengths: list[int
     assert [row for begin, end in found for row in range(begin, end)] == list(range(len(lengths)))
 
 
-def test_what_this_process_holds_of_the_gpu_already_is_free_for_its_plan(
+def test_gpu_memory_that_this_process_already_holds_is_free_for_its_plan(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights may be there before the plan is made."""
+    """The weights may be loaded before the plan is made."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
     assert free_bytes(make_run().settings, torch.device("cuda")) == 57

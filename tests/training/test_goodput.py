@@ -46,20 +46,20 @@ def run_two_steps() -> dict[str, Any]:
 def test_every_second_is_counted_once() -> None:
     found = run_two_steps()
     assert found["seconds"] == {"start": 5, "data": 2, "first_step": 4, "compute": 2, "save": 3, "idle": 1}
-    # the first step is no measure, but what was waited for before the second is
+    # the first step does not count, but the wait before the second does
     assert found["tokens_per_second"] == pytest.approx(100 / 3, abs=0.1)
     assert found["useful_flops_per_second"] == 100 / 3 * 600
     assert found["part_of_matmul_rate"] == pytest.approx(1 / 6, abs=1e-4)
     assert speed_text(found) == (
-        "33 tokens/s a process, 2e-08 useful TFLOP/s (17% of what large products reach on this card)"
+        "33 tokens/s per process, 2e-08 useful TFLOP/s (17% of what large matrix products reach on this GPU)"
     )
     assert found["first_step_after_seconds"] == 5 + 1 + 4
-    assert first_step_text(found) == "done 10 s after the job began"
+    assert first_step_text(found) == "done 10 s after the job started"
     assert time_text(found) == "start 5 s, first step 4 s, saving 3 s, waiting for data 2 s, training 2 s, other 1 s"
 
 
 class Gpu:
-    """Takes up work behind what it has, and tells when it came to a mark, as CUDA's events do."""
+    """Queues work, and reports when it reached a mark, as CUDA events do."""
 
     def __init__(self, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock, self.free = clock, 0.0
@@ -80,7 +80,7 @@ class Gpu:
 
 
 def run_on_gpu(monkeypatch: pytest.MonkeyPatch, rows: float, *, logs: bool) -> dict[str, Any]:
-    """Five steps of 10 s for the GPU, which this process asks for in 1 s each; `rows` s until each one's rows are there."""
+    """Five steps of 10 s on the GPU, each launched in 1 s and after `rows` s of waiting for its rows."""
     clock, tokens = Clock(), [0.0]
     gpu, found = Gpu(clock, monkeypatch), Goodput(lambda: tokens[0], clock)
     arguments: Any = SimpleNamespace(device=torch.device("cuda"))
@@ -103,20 +103,20 @@ def run_on_gpu(monkeypatch: pytest.MonkeyPatch, rows: float, *, logs: bool) -> d
     return found.report(None)
 
 
-def test_rows_that_come_while_the_gpu_works_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_arrive_while_the_gpu_works_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_on_gpu(monkeypatch, rows=2, logs=False)
-    # the first step is awaited, so that the second waits for its rows
+    # the first step is awaited, so the second waits for its rows
     assert found["seconds"] == {"start": 0, "data": 4, "first_step": 11, "compute": 41, "save": 3, "idle": 0}
     assert found["tokens_per_second"] == pytest.approx(400 / 43, abs=0.1)
 
 
-def test_a_gpu_that_waits_for_rows_is_told_from_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_waits_for_rows_is_distinguished_from_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_on_gpu(monkeypatch, rows=12, logs=False)["seconds"]
-    # each but the first two are asked for, and their rows come, while the GPU works for 10 s of 12 and 1
+    # from the third step on, waiting for rows and launching take 12 s and 1 s, and the GPU works for 10 s of them
     assert (found["data"], found["compute"]) == (12 + 12 + 3 * 2, 4 * 10 + 4)
 
 
-def test_a_loss_that_is_read_is_training_and_the_rows_behind_it_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_the_loss_counts_as_training_and_the_next_rows_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_on_gpu(monkeypatch, rows=2, logs=True)["seconds"]
     assert (found["data"], found["first_step"], found["compute"], found["save"]) == (5 * 2, 11, 4 * 11, 3)
 

@@ -1,4 +1,4 @@
-"""What the end of a training process by a signal means for the job."""
+"""What it means for the job when a signal kills a training process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from job.training import launcher
     ("by_signal", "oom_kills", "others", "code", "said"),
     [
         ({1: signal.SIGKILL}, 0, False, 75, "SIGKILL (ranks: 1)"),
-        ({0: signal.SIGABRT, 1: signal.SIGKILL}, 0, False, 75, "SIGKILL (ranks: 1)"),  # NCCL aborts who is left
+        ({0: signal.SIGABRT, 1: signal.SIGKILL}, 0, False, 75, "SIGKILL (ranks: 1)"),  # NCCL aborts the remaining rank
         ({1: signal.SIGKILL}, 1, False, 69, "memory"),
         ({0: signal.SIGBUS}, 0, False, 69, "/dev/shm"),
         ({0: signal.SIGABRT, 1: signal.SIGABRT}, 0, True, 75, "SIGABRT (ranks: 0, 1)"),
-        ({0: signal.SIGABRT}, 0, False, 70, "SIGABRT"),  # nobody else is there to be lost
+        ({0: signal.SIGABRT}, 0, False, 70, "SIGABRT"),  # there is no other process that could have been lost
         ({0: signal.SIGSEGV}, 0, True, 70, "SIGSEGV"),
     ],
 )
-def test_a_killed_process_is_tried_again_one_without_memory_elsewhere_and_a_crash_is_a_bug(
+def test_a_killed_process_is_retried_one_out_of_memory_is_retried_elsewhere_and_a_crash_is_a_bug(
     monkeypatch: pytest.MonkeyPatch, by_signal: dict[int, int], oom_kills: int, others: bool, code: int, said: str
 ) -> None:
     monkeypatch.setattr(launcher, "_oom_kills", lambda: oom_kills)
@@ -31,7 +31,7 @@ def test_a_killed_process_is_tried_again_one_without_memory_elsewhere_and_a_cras
     assert said in error.message
 
 
-def test_processes_that_never_reach_each_other_are_not_tried_again_for_nothing() -> None:
+def test_processes_that_never_reach_each_other_are_not_retried() -> None:
     assert launcher.unreachable(ConnectionError("timed out\nand more")).exit_code == 69
 
 
@@ -45,7 +45,7 @@ def test_processes_that_never_reach_each_other_are_not_tried_again_for_nothing()
         (None, "proc/vmstat"),
     ],
 )
-def test_the_memory_that_ran_out_is_that_of_this_jobs_group_and_not_a_neighbours(
+def test_running_out_of_memory_is_read_from_this_jobs_cgroup_and_not_a_neighbours(
     tmp_path: Path, group: str | None, counter: str
 ) -> None:
     files = {"proc/vmstat": "oom_kill 7", counter: "low 0\noom_kill 2"}

@@ -1,4 +1,7 @@
-"""All parameters in one launch take the steps that bitsandbytes takes one by one. Without a GPU, Triton's interpreter runs the kernel."""
+"""One launch steps all parameters as bitsandbytes steps them one by one.
+
+Without a GPU, Triton's interpreter runs the kernel.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "opti
 
 @pytest.fixture(autouse=True)
 def decay_behind_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As bitsandbytes' kernels for CUDA have it, and its functions for the CPU have not."""
+    """Decay after the step, as bitsandbytes' CUDA kernels do. Its CPU functions decay before it."""
     update = bnb.functional.optimizer_update_32bit
     signature = inspect.signature(update)
 
@@ -41,7 +44,7 @@ def decay_behind_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many parameters each launch takes along, without those of the comparison."""
+    """How many parameters each launch steps."""
     counts: list[int] = []
     take = adamw_kernel.adamw_
 
@@ -54,7 +57,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Model:
-    """Some parameters, of which the last are not decayed, and their optimizer."""
+    """Some parameters and their optimizer. The last parameters are not decayed."""
 
     def __init__(self, kind: type, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -74,7 +77,7 @@ class Model:
 
     def assert_same(self, other: Model) -> None:
         for one, two in zip(self.parameters, other.parameters, strict=True):
-            units = 0 if one.dtype == torch.float32 else 2**-7  # the interpreter cuts what a GPU rounds
+            units = 0 if one.dtype == torch.float32 else 2**-7  # the interpreter truncates where a GPU rounds
             torch.testing.assert_close(one, two, rtol=1e-5 + units, atol=1e-6)
             for name in ("state1", "state2"):
                 mine, theirs = self.optimizer.state[one][name], other.optimizer.state[two][name]
@@ -83,22 +86,22 @@ class Model:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_are_those_of_bitsandbytes_in_one_launch_a_group(launches: list[int], dtype: torch.dtype) -> None:
+def test_steps_match_bitsandbytes_in_one_launch_per_group(launches: list[int], dtype: torch.dtype) -> None:
     ours, theirs = Model(AdamWAtOnce, dtype), Model(bnb.optim.AdamW, dtype)
     before = [parameter.detach().clone() for parameter in ours.parameters]
     for number in range(4):
         ours.step(number)
         theirs.step(number)
-        if dtype == torch.bfloat16:  # each step by itself: rounding adds up
+        if dtype == torch.bfloat16:  # compare each step alone, because rounding adds up
             ours.assert_same(theirs)
             for one, two in zip(ours.parameters, theirs.parameters, strict=True):
                 two.data.copy_(one.data)
     ours.assert_same(theirs)
     assert all(not torch.equal(one, two) for one, two in zip(ours.parameters, before, strict=True))
-    assert launches == [2, *[2, 1] * 4], "the comparison's two, and then a launch for each group"
+    assert launches == [2, *[2, 1] * 4], "the comparison's two, and then one launch per group"
 
 
-def test_a_checkpoint_goes_from_one_to_the_other() -> None:
+def test_a_checkpoint_can_move_from_one_to_the_other() -> None:
     ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)
     for number in range(2):
         ours.step(number)
@@ -113,7 +116,7 @@ def test_a_checkpoint_goes_from_one_to_the_other() -> None:
 
 
 @pytest.mark.parametrize("broken", ["does nothing", "twice as far", "backwards", "crashes"])
-def test_a_kernel_that_comes_out_wrong_on_this_machine_is_not_used(
+def test_a_kernel_with_wrong_results_on_this_machine_is_not_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
 ) -> None:
     take = adamw_kernel.adamw_
@@ -126,7 +129,7 @@ def test_a_kernel_that_comes_out_wrong_on_this_machine_is_not_used(
 
     monkeypatch.setattr(adamw_kernel, "adamw_", wrong)
     ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)
-    for model in (ours, theirs):  # as in the first step of a training: nothing shows there what is wrong
+    for model in (ours, theirs):  # as in the first step of a training, where nothing shows that it is wrong
         for group in model.optimizer.param_groups:
             group["lr"] = 0.0
         model.step(0)
@@ -144,14 +147,14 @@ def test_a_kernel_that_comes_out_wrong_on_this_machine_is_not_used(
 
 def test_parameters_that_are_not_alike_are_left_to_bitsandbytes(launches: list[int]) -> None:
     ours, theirs = Model(AdamWAtOnce, torch.float32), Model(bnb.optim.AdamW, torch.float32)
-    for number, without in enumerate([1, None, None]):  # the second has fewer steps behind it than the first
+    for number, without in enumerate([1, None, None]):  # the second parameter has taken fewer steps than the first
         ours.step(number, without)
         theirs.step(number, without)
     ours.assert_same(theirs)
     assert launches == [2, 1, 1], "the comparison's two, and the first step's groups"
 
 
-def test_the_default_optimizer_is_one_that_it_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_optimizer_is_supported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(optimizer, "can_compile_kernels", lambda: True)
     monkeypatch.setattr(steps, "at_once", lambda kind, named, device: at_once(kind, named, torch.device("cuda", 0)))
     arguments = SFTConfig(str(tmp_path), optim=Settings().optim, use_cpu=True, bf16=False)
@@ -178,7 +181,7 @@ def test_parameters_of_two_gpus_and_moments_in_8_bits_are_left_to_bitsandbytes(m
     assert model.optimizer._groups() is None
 
 
-def test_it_serves_adamw_with_moments_in_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_supports_adamw_with_moments_in_float32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer, "can_compile_kernels", lambda: True)
     gpu, moments = torch.device("cuda", 0), {"optim_bits": 32, "is_paged": True}
     assert at_once(bnb.optim.AdamW, moments, gpu) is AdamWAtOnce

@@ -1,4 +1,4 @@
-"""A training stopped and resumed, again and again, takes the very steps of one that was left alone: bit for bit."""
+"""A training stopped and resumed again and again is bit-identical to one that was left alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from job.training.data_order import DataOrder
 from job.training.state import load_tree, save_tree
 
 STEPS = 10
-_CLOCK = ("runtime", "per_second", "total_flos")  # of a log entry, what no two runs share
+_CLOCK = ("runtime", "per_second", "total_flos")  # log entries that differ between any two runs
 MAKE = Callable[..., Run]
 
 CASES = {
@@ -62,7 +62,7 @@ CASES = {
 
 
 def train_with_stops(run: Run, monkeypatch: pytest.MonkeyPatch, *stops: int) -> None:
-    """Train to the end in as many lives as it takes, each stopped behind one of the steps `stops`."""
+    """Train to the end in several starts, each but the last stopped after one of the steps `stops`."""
     real = DecideSaves.on_step_end
 
     def stop_there(self: DecideSaves, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,7 +87,7 @@ def keep_only(run: Run, step: int) -> None:
 
 
 def final_state(run: Run) -> dict[str, Any]:
-    """All that the training was at its end: adapter, optimizer, generators, row order, sums, loss history."""
+    """The training's state at its end: adapter, optimizer, generators, row order, sums and loss history."""
     folder = run.paths.checkpoints_dir / f"checkpoint-{STEPS}"
     state: dict[str, Any] = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")
@@ -117,7 +117,7 @@ def test_a_run_stopped_four_times_is_bit_identical_to_one_left_alone(
     assert final_state(stopped) == expected
 
 
-def test_the_control_that_drops_the_generators_is_found_out(prepared: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_that_drops_the_generators_is_detected(prepared: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared("alone", DATASET_SPLIT="train[:24]")
     train_with_stops(run, monkeypatch)
     control = prepared("control", DATASET_SPLIT="train[:24]")
@@ -128,8 +128,8 @@ def test_the_control_that_drops_the_generators_is_found_out(prepared: MAKE, monk
     assert final_state(control)["result"] != final_state(run)["result"]
 
 
-def test_the_control_that_drops_the_data_position_is_found_out(prepared: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First by the job itself, and, with its check taken out, by the same comparison as above."""
+def test_the_control_that_drops_the_data_position_is_detected(prepared: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job itself detects it first. With its check removed, the comparison above does."""
     run = prepared("alone", DATASET_SPLIT="train[:24]")
     train_with_stops(run, monkeypatch)
     control = prepared("control", DATASET_SPLIT="train[:24]")
@@ -149,7 +149,7 @@ def test_the_control_that_drops_the_data_position_is_found_out(prepared: MAKE, m
 
 
 @pytest.mark.parametrize("rows", [20, 24], ids=["at the end of an epoch", "within an epoch"])
-def test_a_training_that_was_killed_behind_its_last_step_takes_no_further_step(prepared: MAKE, rows: int) -> None:
+def test_a_training_killed_after_its_last_step_takes_no_further_step(prepared: MAKE, rows: int) -> None:
     run = prepared("alone", DATASET_SPLIT=f"train[:{rows}]")
     train(run)
     expected = final_state(run)
@@ -159,7 +159,7 @@ def test_a_training_that_was_killed_behind_its_last_step_takes_no_further_step(p
     assert final_state(run) == expected
 
 
-def test_another_number_of_processes_is_refused_before_a_step_is_taken(
+def test_a_different_number_of_processes_is_refused_before_a_step_is_taken(
     prepared: MAKE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared("alone", DATASET_SPLIT="train[:24]")
@@ -172,7 +172,7 @@ def test_another_number_of_processes_is_refused_before_a_step_is_taken(
     assert caught.value.exit_code == 69
 
 
-def test_a_checkpoint_holds_safetensors_and_json_alone(prepared: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_holds_only_safetensors_and_json(prepared: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepared("alone", DATASET_SPLIT="train[:24]")
     train(run)
     names = {path.name for path in (run.paths.checkpoints_dir / f"checkpoint-{STEPS}").iterdir()}
@@ -198,7 +198,7 @@ class _Bomb:
 
 
 def plant(path: Path, fired: Path, torch_format: bool) -> None:
-    """Code that leaves the file `fired` behind if anybody unpickles `path`."""
+    """Plant code that creates the file `fired` if anybody unpickles `path`."""
     import pickle
 
     import torch
@@ -219,17 +219,17 @@ def test_no_pickle_planted_in_a_checkpoint_is_ever_run(
     control = tmp_path / "control.pt"
     plant(control, fired, torch_format)
     torch.load(control, weights_only=False) if torch_format else __import__("pickle").loads(control.read_bytes())
-    assert fired.exists()  # the bomb is a bomb
+    assert fired.exists()  # the bomb does go off
     fired.unlink()
     run = prepared("alone", DATASET_SPLIT="train[:24]")
     train_with_stops(run, monkeypatch, 4)
     keep_only(run, STEPS)
     folder = run.paths.checkpoints_dir / f"checkpoint-{STEPS}"
-    for name in _PICKLES:  # beside the good files: none is looked at
+    for name in _PICKLES:  # next to the good files: none of these is read
         plant(folder / name, fired, torch_format)
     train(run)
     assert not fired.exists()
-    for path in sorted(folder.glob("*")):  # in the place of each file that is read
+    for path in sorted(folder.glob("*")):  # in place of each file that is read
         if path.name in _PICKLES:
             continue
         good = path.read_bytes()
@@ -237,7 +237,7 @@ def test_no_pickle_planted_in_a_checkpoint_is_ever_run(
         refused = False
         try:
             train(run)
-        except Exception:  # how it is refused depends on the file; that it is refused, and not run, counts
+        except Exception:  # what is raised depends on the file: all that counts is that nothing was run
             refused = True
         assert refused or path.name == "adapter_config.json", f"{path.name} was not read"
         assert not fired.exists(), path.name
@@ -268,7 +268,7 @@ def test_a_tree_comes_back_as_it_was_with_its_types(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW32bit"])
-def test_a_bitsandbytes_optimizer_goes_on_from_a_saved_tree_as_if_never_saved(tmp_path: Path, name: str) -> None:
+def test_a_bitsandbytes_optimizer_continues_from_a_saved_tree_as_if_never_saved(tmp_path: Path, name: str) -> None:
     import bitsandbytes
     import torch
 
@@ -292,7 +292,7 @@ def test_a_bitsandbytes_optimizer_goes_on_from_a_saved_tree_as_if_never_saved(tm
     assert not torch.equal(resumed, start)
 
 
-def test_early_stopping_ends_when_evaluations_get_no_better_and_keeps_the_best_adapter(prepared: MAKE) -> None:
+def test_early_stopping_ends_when_evaluations_stop_improving_and_keeps_the_best_adapter(prepared: MAKE) -> None:
     from safetensors.torch import load_file
 
     settings = {"DATASET_SPLIT": "train[:30]", "EVAL_SPLIT": "0.2", "EVAL_STEPS": "1", "LEARNING_RATE": "0.5"}
@@ -304,7 +304,7 @@ def test_early_stopping_ends_when_evaluations_get_no_better_and_keeps_the_best_a
     best = min(losses, key=lambda step: losses[step])
     assert metrics["kept_step"] == best
     assert metrics["eval_loss_last"] == losses[best]
-    assert metrics["steps"] == best + 2 < 40  # the rate is far too high, so it gets worse soon
+    assert metrics["steps"] == best + 2 < 40  # the learning rate is far too high, so the loss soon gets worse
     kept = load_file(run.paths.adapter_dir / "adapter_model.safetensors")
     there = load_file(run.paths.checkpoints_dir / f"checkpoint-{best}" / "adapter_model.safetensors")
     last = load_file(run.paths.checkpoints_dir / f"checkpoint-{best + 2}" / "adapter_model.safetensors")
@@ -312,5 +312,5 @@ def test_early_stopping_ends_when_evaluations_get_no_better_and_keeps_the_best_a
     assert not all((kept[name] == last[name]).all() for name in kept)
     shutil.rmtree(run.paths.stage_dir("train"))
     keep_only(run, best + 2)
-    train(run)  # killed behind its last step: it is over, and says the same
+    train(run)  # killed after its last step: it is over, and reports the same
     assert json.loads(run.paths.metrics_file.read_text(encoding="utf-8"))["steps"] == best + 2

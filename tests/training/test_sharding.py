@@ -1,5 +1,8 @@
-"""FT_SHARDING=full on two processes: 4-bit weights in slices, the same training with dropout and recomputation, and
-checkpoints of whole tensors."""
+"""FT_SHARDING=full on two processes.
+
+The 4-bit weights are sharded, the training is the same with dropout and gradient checkpointing, and checkpoints hold
+whole tensors.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import Job
 from tests.supervision.test_interruptions import resumed_step
-from tests.test_nodes import Node
+from tests.nodes.test_nodes import Node
 
 TRAIN = Path("runs/test-run/train")
 
@@ -57,8 +60,8 @@ def test_sharded_4_bit_training_learns_what_whole_copies_learn_in_half_the_memor
     assert all(torch.equal(stopped[name], values) for name, values in straight.items())
 
 
-def test_in_16_bits_the_loss_of_shards_is_that_of_whole_copies(job: Job, tmp_path: Path) -> None:
-    """accelerate would round what the model returns to bfloat16, and so the loss to three digits."""
+def test_in_16_bits_the_loss_of_shards_equals_that_of_whole_copies(job: Job, tmp_path: Path) -> None:
+    """Otherwise accelerate rounds what the model returns to bfloat16, and so the loss to three digits."""
     job.environment |= {
         "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_MAX_STEPS": "2", "FT_BNB_4BIT_COMPUTE_DTYPE": "bfloat16",
         "FT_LORA_DROPOUT": "0",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from job.model.fused import pointwise
 from job.model.fused.rounding import Rounded
+from job.model.fused.workspace import Workspace
+from job.model.patches import Patches
 
 _ALIGNED = 8  # columns, which 16 bytes are: products want their matrices to begin at such places
 
@@ -37,7 +38,8 @@ class Frozen:
     before = 0  # how many of an input's lie before it
     a: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
         self._copied: Any = None
 
     def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
@@ -60,7 +62,7 @@ class Frozen:
 
     def refresh(self, adapters: Sequence[Adapter]) -> None:
         """Copy the adapters if they have changed."""
-        state = (_Updates.count, *(part._version for adapter in adapters for part in (adapter.a, adapter.b)))
+        state = (self._workspace.updates, *(part._version for adapter in adapters for part in (adapter.a, adapter.b)))
         if state == self._copied:
             return
         if adapters:
@@ -78,19 +80,6 @@ class Frozen:
         raise NotImplementedError
 
 
-class _Updates:
-    """Counts optimizer steps: bitsandbytes' change parameters unseen by their version counters."""
-
-    count = 0
-
-    @classmethod
-    def another(cls, *_: Any) -> None:
-        cls.count += 1
-
-
-register_optimizer_step_post_hook(_Updates.another)
-
-
 class Bordered(Frozen):
     """16-bit weights W with the adapters around them in one matrix, (W, b; a, 0).
 
@@ -100,8 +89,8 @@ class Bordered(Frozen):
     adapters' part would be zeros.
     """
 
-    def __init__(self, outputs: Sequence[int], inputs: int, ranks: Sequence[int]) -> None:
-        super().__init__()
+    def __init__(self, outputs: Sequence[int], inputs: int, ranks: Sequence[int], workspace: Workspace) -> None:
+        super().__init__(workspace)
         self.border, self._widths, self._ranks = sum(ranks), outputs, ranks
         self._outputs, self._inputs = sum(outputs), inputs
         if len(ranks) == 2 and min(ranks) > 0 and ranks[0] % _ALIGNED == 0:
@@ -134,9 +123,9 @@ class Bordered(Frozen):
     def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
         return of_y[:, : self._outputs] @ self._inner if of_narrow is None else of_y @ self._left
 
-    def _empty(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        shape = (self._outputs + self.border, self._inputs + self.border)
-        return torch.zeros(shape, device=like.device, dtype=dtype)
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self._outputs + self.border, self._inputs + self.border
 
     def _look_at(self, matrix: torch.Tensor) -> None:
         """Take the parts of `matrix` that products need; each view takes the host a microsecond."""
@@ -160,27 +149,26 @@ class Bordered(Frozen):
 class Resident(Bordered):
     """Weights as they are multiplied with; each layer's own becomes a part of the matrix."""
 
-    def __init__(self, layers: Sequence[torch.nn.Linear], ranks: Sequence[int]) -> None:
-        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks)
-        self._look_at(self._empty(layers[0].weight, layers[0].weight.dtype))
+    def __init__(
+        self, layers: Sequence[torch.nn.Linear], ranks: Sequence[int], workspace: Workspace, patches: Patches
+    ) -> None:
+        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks, workspace)
+        weight = layers[0].weight
+        self._look_at(torch.zeros(self._shape, device=weight.device, dtype=weight.dtype))
         for layer, part in zip(layers, self._parts, strict=True):
             part.copy_(layer.weight.data)
-            layer.weight = torch.nn.Parameter(part, requires_grad=False)
+            patches.replace_weight(layer, part)
 
 
 class FourBit(Bordered):
     """4-bit weights, dequantised for each product into a matrix that all products of one shape share."""
 
-    _matrices: ClassVar[dict[Any, torch.Tensor]] = {}
-
-    def __init__(self, layers: Sequence[bnb.nn.Linear4bit], ranks: Sequence[int]) -> None:
-        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks)
+    def __init__(self, layers: Sequence[bnb.nn.Linear4bit], ranks: Sequence[int], workspace: Workspace) -> None:
+        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks, workspace)
         self._weights = [layer.weight for layer in layers]
         device, dtype = layers[0].weight.device, layers[0].compute_dtype
-        key = (device, dtype, self._inputs, *self._widths, *ranks)  # zeros lie where the ranks say
-        if key not in self._matrices:
-            self._matrices[key] = self._empty(layers[0].weight, dtype)
-        self._look_at(self._matrices[key])
+        key = (device, dtype, self._inputs, *self._widths, *ranks)  # the ranks say where the zeros are
+        self._look_at(workspace.matrix(key, self._shape, layers[0].weight, dtype))
 
     def refresh(self, adapters: Sequence[Adapter]) -> None:
         """Take the matrix over from whoever used it last."""
@@ -196,8 +184,8 @@ class EightBit(Frozen):
     the mathematics of the 16-bit products: it is for who asks for it. The adapters' part stays in 16 bits.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Linear], border: int) -> None:
-        super().__init__()
+    def __init__(self, layers: Sequence[torch.nn.Linear], border: int, workspace: Workspace, patches: Patches) -> None:
+        super().__init__(workspace)
         matrix = torch.cat([layer.weight.data for layer in layers])
         self._by_output, self._by_input = (
             pointwise.quantize_rows(matrix),
@@ -205,9 +193,7 @@ class EightBit(Frozen):
         )
         self.a, self._b = matrix.new_zeros(border, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], border)
         for layer in layers:
-            layer.weight = torch.nn.Parameter(
-                layer.weight.new_empty(0), requires_grad=False
-            )  # nobody multiplies with it
+            patches.replace_weight(layer, layer.weight.new_empty(0))  # nobody multiplies with it
 
     def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
         return Rounded.empty(like, columns)

@@ -6,8 +6,6 @@ known as soon as the logits are: it goes through the head while they are at hand
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from peft import PeftModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from job.model.fused import pointwise
+from job.model.patches import Patches, replaced
 
 _IGNORED = -100  # the label of what is not learned, as transformers has it
 _TOKENS = 4096  # whose logits exist at once
@@ -87,7 +86,7 @@ def can_fuse_head(model: PeftModel) -> bool:
     return bool(type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad)
 
 
-def fuse_head(model: PeftModel) -> None:
+def fuse_head(model: PeftModel, patches: Patches) -> None:
     """Answer trl's trainer, which asks a Llama for `fused_lm_head` outputs; every other call goes where it went."""
     base = model.get_base_model()
     forward, norm = base.forward, base.base_model.norm
@@ -97,7 +96,7 @@ def fuse_head(model: PeftModel) -> None:
             return forward(**inputs)
         labels = inputs.pop("labels")
         inputs.pop("num_items_in_batch", None)
-        with _skipped(norm):
+        with replaced(norm, "forward", _pass_on):  # the norm is part of the head here
             states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)  # each token's next
         found = _LabelLogProbs.apply(  # type: ignore[no-untyped-call]
@@ -111,17 +110,8 @@ def fuse_head(model: PeftModel) -> None:
             log_probs=log_probs, entropy=entropy, is_top1=first, label_mask=mask,
         )  # fmt: skip
 
-    base.forward = answer
+    patches.replace(base, "forward", answer)
 
 
-@contextlib.contextmanager
-def _skipped(norm: torch.nn.Module) -> Iterator[None]:
-    """Let a module pass on what it is given: the norm is part of what comes behind it here."""
-    before = norm.__dict__.get("forward")
-    norm.forward = lambda states: states
-    try:
-        yield
-    finally:
-        del norm.forward
-        if before is not None:
-            norm.forward = before
+def _pass_on(states: torch.Tensor) -> torch.Tensor:
+    return states

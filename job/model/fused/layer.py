@@ -9,7 +9,8 @@ needs, which the last product is not. Both give the same numbers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from job.model.fused import pointwise
 from job.model.fused.attention import Attended, Rows, attend
 from job.model.fused.products import Draw, Normed, Products, base_of
 from job.model.fused.rounding import Rounded
+from job.model.fused.workspace import Workspace
+from job.model.patches import Patches
 from job.model.quantization import make_resident
 
 Weights = Literal["4-bit", "resident", "fp8"]
@@ -50,22 +53,22 @@ class FusedLayer:
     """Computes what `layer` computes. `kept` may be changed between steps; the numbers stay the same. `dropout_seed` is
     the first of the `LINEAR_LAYERS` that it uses, `first_token` the place in the batch of what it is given next."""
 
-    def __init__(self, layer: LlamaDecoderLayer, weights: Weights, room: _Room) -> None:
+    def __init__(self, layer: LlamaDecoderLayer, weights: Weights, workspace: Workspace, patches: Patches) -> None:
         attention, gate = layer.self_attn, layer.mlp
         if weights != "4-bit":
-            make_resident(layer)
-        options = {"eight_bit": weights == "fp8"}
+            make_resident(layer, patches)
+        products = functools.partial(Products, workspace=workspace, patches=patches, eight_bit=weights == "fp8")
         self.kept, self.dropout_seed, self.first_token = True, 0, 0
-        self._room = room
+        self._workspace = workspace
         self._dim, self._scaling = attention.head_dim, attention.scaling
         self._heads = attention.config.num_attention_heads
         self._shared_heads = attention.config.num_key_value_heads
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.inputs = Products([attention.q_proj, attention.k_proj, attention.v_proj], **options)
-        self.output = Products([attention.o_proj], **options)
-        self.gates = Products([gate.gate_proj, gate.up_proj], **options)
+        self.inputs = products([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.output = products([attention.o_proj])
+        self.gates = products([gate.gate_proj, gate.up_proj])
         self._gate_width = 2 * attention.config.intermediate_size
-        self.down = Products([gate.down_proj], **options)
+        self.down = products([gate.down_proj])
         self._trained = [p for products in self._products() for p in products.parameters]
 
     def __call__(
@@ -93,7 +96,7 @@ class FusedLayer:
         self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]
     ) -> tuple[torch.Tensor, _Kept, torch.Tensor | None]:
         """The result, what the backward pass needs, and what it needs even of a layer that is recomputed."""
-        self._room.last = None  # of a backward pass that did not come to its end
+        self._workspace.forget_gradient()
         kept = self.middle(x, rows, seeds)
         y, narrow_down = self.down.forward_gated(kept.gate_up, seeds[_DOWN])
         return y.add_(kept.second_normed.x), kept, narrow_down
@@ -149,17 +152,16 @@ class FusedLayer:
         )
         gradient = None
         if of_x:  # with room for the border of the layer before this one
-            self._room.last = self.down.new_output(of_normed)
-            gradient = self._norm_backward(of_normed, kept.first_normed, of_middle, self._room.last)[
-                :, : of_normed.shape[1]
-            ]
+            wide = self.down.new_output(of_normed)
+            gradient = self._norm_backward(of_normed, kept.first_normed, of_middle, wide)[:, : of_normed.shape[1]]
+            self._workspace.leave_gradient(wide)
         return gradient, [*of_inputs, *of_output, *of_gates, *of_down]
 
     def _gate_backward(
         self, of_out: torch.Tensor, seeds: Sequence[Draw], kept: _Kept, narrow_down: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, Rounded | None], list[torch.Tensor], list[torch.Tensor]]:
         """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
-        of_down_out = self._room.holding(of_out, self.down)
+        of_down_out = self._with_border(of_out)
         of_act, of_narrow = self.down.input_gradient(of_down_out, seeds[_DOWN])
         rounded = self.gates.rounded_output(of_out)
         of_down_a, of_gates_b = self._gated_backward(of_act, of_narrow, rounded, seeds, kept)
@@ -208,30 +210,22 @@ class FusedLayer:
         kept.attended.gradients_into(of_attended, packed)
         return packed, of_output
 
+    def _with_border(self, of_y: torch.Tensor) -> torch.Tensor:
+        """The gradient of the layer's output, with room for `down`'s border: the tensor it is in already, or a copy."""
+        wide = self._workspace.take_gradient(of_y, self.down.border)
+        if wide is not None:
+            return wide
+        if not self.down.border:
+            return of_y
+        wide = self.down.new_output(of_y)
+        pointwise.place(of_y, wide[:, : of_y.shape[1]])
+        return wide
+
     @staticmethod
     def _norm_backward(
         gradient: torch.Tensor, of: Normed, residual: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None
     ) -> torch.Tensor:
         return pointwise.rms_norm_backward(gradient, of.x, of.weight, of.epsilon, residual, out, rounded)
-
-
-class _Room:
-    """Where the layer behind has written the gradient that this one is given, with room for a border; for one gradient at a
-    time, shared by all layers of a model."""
-
-    def __init__(self) -> None:
-        self.last: torch.Tensor | None = None
-
-    def holding(self, of_y: torch.Tensor, products: Products) -> torch.Tensor:
-        """`of_y` with room for the border of `products`: the tensor that it lies in, if that is the last one, or a new one."""
-        last, self.last = self.last, None
-        if last is not None and last.data_ptr() == of_y.data_ptr() and last.shape[1] == of_y.shape[1] + products.border:
-            return last
-        if not products.border:
-            return of_y
-        room = products.new_output(of_y)
-        pointwise.place(of_y, room[:, : of_y.shape[1]])
-        return room
 
 
 class _Layer(torch.autograd.Function):
@@ -293,11 +287,10 @@ def _has_known_weights(layer: LlamaDecoderLayer) -> bool:
     return plain or all(isinstance(base, bnb.nn.Linear4bit) for base in bases)
 
 
-def fuse_layers(model: PeftModel, weights: Weights) -> list[FusedLayer]:
-    """Let each decoder layer of a model that `can_fuse` be computed by its fused form; returns them, first to last."""
-    fused, room = [], _Room()
+def fuse_layers(model: PeftModel, weights: Weights, patches: Patches) -> Iterator[FusedLayer]:
+    """Let each decoder layer of a model that `can_fuse` be computed by its fused form, one layer per iteration."""
+    workspace = Workspace(patches)
     for layer in model.get_base_model().base_model.layers:
-        one = FusedLayer(layer, weights, room)
-        layer.forward = one
-        fused.append(one)
-    return fused
+        fused = FusedLayer(layer, weights, workspace, patches)
+        patches.replace(layer, "forward", fused)
+        yield fused

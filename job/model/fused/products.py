@@ -18,7 +18,9 @@ from peft.tuners.lora import LoraLayer
 from job.model.fused import pointwise
 from job.model.fused.frozen import Adapter, EightBit, FourBit, Frozen, Resident
 from job.model.fused.rounding import Rounded
+from job.model.fused.workspace import Workspace
 from job.model.merge import ADAPTER
+from job.model.patches import Patches
 
 Draw = tuple[int, int]  # what dropout draws from: a seed, and where in the batch the tokens begin
 
@@ -54,7 +56,9 @@ class Products:
     them an input lies in the columns of `inner`, and a gradient in the first.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], *, eight_bit: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[torch.nn.Module], workspace: Workspace, patches: Patches, *, eight_bit: bool = False
+    ) -> None:
         bases = [base_of(layer) for layer in layers]
         self._module = layers[0]
         self._inputs, self._outputs = int(bases[0].in_features), sum(int(base.out_features) for base in bases)
@@ -64,9 +68,13 @@ class Products:
         ranks = [found.get(place, 0) for place in range(len(bases))]
         self._frozen: Frozen
         if all(isinstance(base, bnb.nn.Linear4bit) for base in bases):
-            self._frozen = FourBit(bases, ranks)
+            self._frozen = FourBit(bases, ranks, workspace)
         else:
-            self._frozen = EightBit(bases, self._border) if eight_bit else Resident(bases, ranks)
+            self._frozen = (
+                EightBit(bases, self._border, workspace, patches)
+                if eight_bit
+                else Resident(bases, ranks, workspace, patches)
+            )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:

@@ -2,7 +2,7 @@
 
 A plan changes where numbers are kept and how many tokens are computed at once, never what a step computes: the batch, the
 loss and the gradients are those of the settings. The predictions are for the fused layers of `model/fused`, and count
-what those keep; what they leave out (fragments, libraries) is in `_RESERVE`. It imports no torch, so that `entrypoint.py plan`
+what those keep. It imports no torch, so that `entrypoint.py plan`
 answers at once and without a GPU.
 """
 
@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from job.settings import Settings
-from job.training.plan.cards import GIB, Card
+from job.training.plan.cards import Card
 from job.training.plan.load import Load, Shape
 
 Weights = Literal["4-bit", "resident", "fp8"]
 
-_RESERVE = 0.75 * GIB  # CUDA's own context, and blocks of the allocator that no tensor fits
-_FRAGMENTS = 1.03
 _HEAD_TOKENS = 4096  # whose logits exist at once
 _ELEMENT = 2  # bytes of a 16-bit number
 
@@ -61,31 +59,6 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
                     memory_bytes=round(predicted_bytes(shape, plan, settings)),
                     seconds=predicted_seconds(shape, plan, load, card),
                 )
-
-
-def choose(candidates: list[Plan], free_bytes: float) -> Plan:
-    """The fastest that fits into `free_bytes`; if none does, the one that needs least."""
-    fitting = [plan for plan in candidates if fits(plan, free_bytes)]
-    if not fitting:
-        return min(candidates, key=lambda plan: (plan.memory_bytes, plan.seconds))
-    return min(fitting, key=lambda plan: (plan.seconds, plan.memory_bytes))
-
-
-def fits(plan: Plan, free_bytes: float) -> bool:
-    return plan.memory_bytes * _FRAGMENTS + _RESERVE <= free_bytes
-
-
-def smaller_plan(plan: Plan, shape: Shape, settings: Settings) -> Plan | None:
-    """The next plan that needs less memory and can be taken up at once; None if there is none."""
-    if plan.recomputed < shape.layers:
-        more = max(1, shape.layers // 4)
-        smaller = replace(plan, recomputed=min(shape.layers, plan.recomputed + more))
-    elif plan.micro_batch_tokens > plan.longest_row:  # rows are never cut
-        tokens = max(plan.longest_row, plan.micro_batch_tokens // 2)
-        smaller = replace(plan, micro_batch_tokens=tokens, parts=2 * plan.parts)
-    else:
-        return None
-    return replace(smaller, memory_bytes=round(predicted_bytes(shape, smaller, settings)), seconds=0.0)
 
 
 def _weights(settings: Settings) -> tuple[Weights, ...]:

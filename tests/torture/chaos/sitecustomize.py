@@ -1,8 +1,8 @@
-"""Kills this process and its supervisor, by SIGKILL, in the middle of a chosen file operation.
+"""Kill this process and its supervisor, by SIGKILL, in the middle of a chosen file operation.
 
-Python imports a module of this name at its start if it finds one on PYTHONPATH. TORTURE_POINT is a JSON object: the
+Python imports a module of this name at startup if it finds one on PYTHONPATH. TORTURE_POINT is a JSON object: the
 `process` (`supervisor` or a stage), the audit `event` (https://docs.python.org/3/library/audit_events.html), a regular
-expression that its arguments must `match`, and how many such events to `skip`. The job knows nothing of it.
+expression that its arguments must `match`, and how many such events to `skip`. The job does not know about it.
 """
 
 import json
@@ -21,7 +21,7 @@ def _process() -> str:
 
 
 def _supervisor() -> int | None:
-    """The process above this one that runs the entrypoint."""
+    """The ancestor process that runs the entrypoint."""
     pid = os.getppid()
     while pid > 1:
         folder = Path(f"/proc/{pid}")

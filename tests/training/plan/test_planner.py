@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from job.settings import Settings
-from job.training.plan.candidates import Plan, choose, fits, plans, predicted_bytes, predicted_seconds, smaller_plan
+from job.training.plan.candidates import Plan, plans, predicted_bytes, predicted_seconds
 from job.training.plan.cards import CARDS, GIB, card_named
+from job.training.plan.choose import choose, fits, smaller_plan
 from job.training.plan.load import Load, Shape, obstacle
 from tests.conftest import Job
 
@@ -20,9 +21,10 @@ LLAMA_7B: dict[str, Any] = {
 LOAD = Load(rows=8, batches=(16000.0,), largest_batch=16384, longest_row=2048, mean_context=900)
 H200 = card_named("NVIDIA H200")
 
-# Measured (BENCHMARKS.md, for the H100 in its history): weights, layers recomputed, tokens at once; milliseconds of a forward and backward pass, and GiB that
-# torch had allocated at most. The last two of the H200's are steps of the job, the first of them the mean of two cards; its others
-# were measured before the adapters' sums moved into the gate's kernels, which takes some 4% off
+# Measured (docs/log.md, and for the H100 the git history of BENCHMARKS.md): weights, layers recomputed, tokens at once,
+# milliseconds of a forward and backward pass, and torch's peak allocation in GiB. The last two rows of the H200 are steps
+# of the job, and the first of those is the mean of two cards. The H200's other rows were measured before the adapters'
+# sums moved into the gate's kernels, which saves some 4%.
 MEASURED_ON_H200 = [
     ("resident", 0, 1536, 101.0, 18.00), ("resident", 0, 2048, 106.1, 19.49), ("resident", 16, 2048, 132.1, 16.85),
     ("resident", 32, 2048, 143.7, 14.30), ("resident", 0, 4096, 214.1, 25.49), ("resident", 0, 8192, 414.8, 37.34),
@@ -56,7 +58,7 @@ def shape(**named: Any) -> Shape:
 
 
 @pytest.mark.parametrize(("card", "weights", "recomputed", "tokens", "milliseconds", "gib"), MEASURED)
-def test_predictions_are_near_what_was_measured(
+def test_predictions_are_close_to_the_measurements(
     card: str, weights: Any, recomputed: int, tokens: int, milliseconds: float, gib: float
 ) -> None:
     named = card_named(card)
@@ -82,18 +84,18 @@ def test_the_choice_is_the_fastest_that_fits_and_less_memory_never_makes_it_fast
 
 
 def test_shared_heads_are_counted_with_the_copies_that_the_attention_makes_of_them() -> None:
-    """Four times fewer keys and values in the products, as many in the attention."""
+    """The products compute a quarter of the keys and values, but the attention holds as many as before."""
     plan = Plan("resident", 0, 8192, 1)
     shared, whole = shape(num_key_value_heads=8), shape()
     difference = predicted_bytes(whole, plan, settings()) - predicted_bytes(shared, plan, settings())
-    packed = 2 * 24 * 128  # of keys and values that are not made
+    packed = 2 * 24 * 128  # keys and values that are not computed
     copies = 2 * 32 * 128
     weights = 32 * packed * 4096 * 2 + 32 * packed * 192 * 2 + 32 * 64 * packed * 4
     activations = 8192 * 2 * 32 * (packed - copies)
     assert difference == pytest.approx(weights + activations, rel=0.2)
 
 
-def test_where_nothing_fits_the_smallest_is_tried() -> None:
+def test_the_smallest_plan_is_tried_when_nothing_fits() -> None:
     assert H200 is not None
     candidates = list(plans(shape(), LOAD, H200, settings()))
     smallest = choose(candidates, 1 * GIB)
@@ -113,7 +115,7 @@ def test_where_nothing_fits_the_smallest_is_tried() -> None:
         ({"micro_batch_tokens": 4096}, lambda plan: plan.micro_batch_tokens == 4096),
     ],
 )
-def test_what_the_settings_say_is_in_every_plan(named: dict[str, Any], check: Any) -> None:
+def test_every_plan_follows_the_settings(named: dict[str, Any], check: Any) -> None:
     assert H200 is not None
     found = list(plans(shape(), LOAD, H200, settings(**named)))
     assert found
@@ -126,7 +128,7 @@ def test_a_step_down_needs_less_memory_until_nothing_is_left() -> None:
     while plan is not None:
         steps.append(plan)
         plan = smaller_plan(plan, shape(), settings())
-    assert (steps[-1].recomputed, steps[-1].micro_batch_tokens) == (32, 700)  # rows are never cut
+    assert (steps[-1].recomputed, steps[-1].micro_batch_tokens) == (32, 700)  # rows are never split
     needs = [step.memory_bytes for step in steps[1:]]
     assert needs == [round(predicted_bytes(shape(), step, settings())) for step in steps[1:]]
     assert len(needs) > 4
@@ -143,7 +145,7 @@ def test_batches_are_measured_by_their_longest_rows() -> None:
     assert (packed.largest_batch, packed.mean_batch) == (512, 4 * 280 / 3)
 
 
-def test_batches_of_rows_of_like_length_differ_more_than_others() -> None:
+def test_batches_grouped_by_length_differ_more_than_others() -> None:
     lengths = dict.fromkeys(range(1, 1001), 2)
     grouped, mixed = (Load.of(lengths, 4, None, 1000, grouped=grouped) for grouped in (True, False))
     assert (min(grouped.batches), max(grouped.batches)) == pytest.approx((4 * 16, 4 * 984), rel=0.1)
@@ -160,7 +162,7 @@ def test_rows_that_do_not_fit_into_a_part_together_take_one_each() -> None:
     assert per_part == pytest.approx(predicted_seconds(shape(), four, Load.one(1100, 1100), H200))
 
 
-def test_rows_of_one_length_are_one_part_where_all_may_come_at_once() -> None:
+def test_rows_of_equal_length_are_one_part_if_they_all_fit_at_once() -> None:
     assert H200 is not None
     for rows in (1, 3, 7, 512):
         load = Load.of({333: 1000}, rows, None, 333, grouped=True)
@@ -169,8 +171,8 @@ def test_rows_of_one_length_are_one_part_where_all_may_come_at_once() -> None:
         assert predicted_seconds(shape(), plan, load, H200) == pytest.approx(whole)
 
 
-def test_packed_rows_of_short_documents_are_not_cut_smaller_than_need_be() -> None:
-    """They may be, since a part holds whole documents and not whole rows; each part costs its launches."""
+def test_packed_rows_of_short_documents_are_not_cut_smaller_than_necessary() -> None:
+    """They could be, since a part holds whole documents rather than whole rows, but each part costs its launches."""
     assert H200 is not None
     load = Load.of(dict.fromkeys(range(50, 301), 10), 8, 220, 2048)
     assert load.rows == round(8 * 2510 / 220)
@@ -184,13 +186,13 @@ def test_packed_rows_of_short_documents_are_not_cut_smaller_than_need_be() -> No
     assert alone[512] > 3 * alone[4096]
 
 
-def test_fewer_rows_than_a_batch_has_are_no_more_tokens() -> None:
+def test_a_batch_never_counts_more_rows_than_the_dataset_has() -> None:
     load = Load.of({50: 1}, 4, None, 128)
     assert set(load.batches) == {50.0}
 
 
-def test_the_notebooks_batches_are_not_cut_where_memory_suffices() -> None:
-    """Most of them are small, so that their mean would not tell; the largest hold most tokens."""
+def test_the_notebooks_batches_are_not_cut_when_memory_suffices() -> None:
+    """Most batches are small, so their mean would mislead: the largest hold most of the tokens."""
     assert H200 is not None
     notebook = Settings(gradient_checkpointing="auto")
     found = Shape.of(LLAMA_7B, notebook)
@@ -204,7 +206,7 @@ def test_the_notebooks_batches_are_not_cut_where_memory_suffices() -> None:
 
 
 @pytest.mark.parametrize("extra", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
-def test_the_fused_layers_know_one_loss(extra: dict[str, Any]) -> None:
+def test_the_fused_layers_support_only_one_loss(extra: dict[str, Any]) -> None:
     assert "one loss" in str(obstacle(settings(extra_training_args=extra), shape()))
     assert obstacle(settings(extra_training_args={"loss_type": "nll", "adam_beta2": 0.99}), shape()) is None
 

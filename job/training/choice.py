@@ -1,0 +1,110 @@
+"""How this process computes its training steps: chosen once, from the settings, the model, the data and the GPU."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from job.errors import InputError
+from job.model.compute import Compute
+from job.model.device import can_compile_kernels, require_fp8, without_kernels
+from job.settings import Settings
+from job.training.plan.candidates import Plan, plans
+from job.training.plan.cards import GIB, Card, card_named
+from job.training.plan.choose import choose, smaller_plan
+from job.training.plan.load import Shape, load_of, obstacle
+
+_UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # the faster of two plans is the same on most cards
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What steps are computed on, and by which plan. Without a plan, transformers and peft compute the layers.
+
+    `reason` is a sentence for the user where there is something to say, `slower` whether it is a warning.
+    """
+
+    compute: Compute
+    shape: Shape | None = None
+    plan: Plan | None = None
+    reason: str | None = None
+    slower: bool = False
+
+
+def choose_steps(
+    settings: Settings, compute: Compute, config: Mapping[str, Any], data_report: Mapping[str, Any]
+) -> Choice:
+    """The fastest plan that fits this process's GPU, for a model with this config.json and the prepared data.
+
+    InputError for what the settings ask for and this run cannot have.
+    """
+    asked = is_asked_for(settings)
+    if settings.decoder_layers in ("plain", "compiled") or (not compute.on_gpu and not asked):
+        return Choice(compute)
+    shape = Shape.of(config, settings)
+    reason = _obstacle(settings, compute.device, shape)
+    if reason is not None:
+        if asked:
+            named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
+            raise InputError(f"{named} is not possible: {reason}.", "Leave it at its default.")
+        return Choice(compute, reason=f"{SLOWER}: {reason}.", slower=True)
+    assert shape is not None
+    if settings.frozen_precision == "fp8":
+        require_fp8(compute.device)
+    card, free = _UNKNOWN_CARD, float("inf")
+    if compute.on_gpu:
+        card = card_named(torch.cuda.get_device_name(compute.device)) or card
+        free = free_bytes(settings, compute.device)
+    load = load_of(data_report, settings)
+    plan = choose(list(plans(shape, load, card, settings)), free)
+    for _ in range(int(os.environ.get("JOB_PLAN_STEPS_DOWN", "0"))):
+        plan = smaller_plan(plan, shape, settings) or plan
+    told = f"Plan: {plan.described(shape.layers)}"
+    if compute.on_gpu:
+        told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB"
+        if card is not _UNKNOWN_CARD:
+            told += f", {load.mean_batch / plan.seconds:,.0f} tokens/s per GPU"
+    return Choice(compute, shape, plan, f"{told}.")
+
+
+SLOWER = "The layers are computed by transformers and peft, which is slower"
+
+
+def is_asked_for(settings: Settings) -> bool:
+    """Whether the settings ask for the fused layers, so that plain ones would not be what the user wanted."""
+    return settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
+
+
+def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> str | None:
+    """Why the fused layers cannot compute this run here: the settings, the model or this machine."""
+    if without_kernels():
+        return "one of the job's own kernels crashed on this GPU"
+    reason = obstacle(settings, shape)
+    if reason is not None:
+        return reason
+    if device.type == "cpu":
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "their attention needs an Ampere GPU or newer"
+    if not can_compile_kernels():
+        return "Triton, which compiles their kernels, is not installed, or gcc or Python's headers (python3-dev) are missing"
+    return None
+
+
+def limit_memory(settings: Settings, device: torch.device) -> None:
+    """Let this process take no more of the GPU than FT_GPU_MEMORY_GIB."""
+    if device.type == "cuda" and settings.gpu_memory_gib is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * GIB / total), device)
+
+
+def free_bytes(settings: Settings, device: torch.device) -> float:
+    """How much of the GPU this process may use, including the weights that it holds already."""
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device)
+    return min(float(free), math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB)
