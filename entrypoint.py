@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import json
 import os
@@ -16,12 +17,12 @@ from types import FrameType
 from typing import NoReturn
 
 from job import __version__
-from job.cluster import node_name
+from job.cluster import node_name, scheduler_run_id
 from job.environment import load_settings, settings_table
-from job.errors import ExitCode, JobError, from_os_error
+from job.errors import ExitCode, JobError, SettingsError, from_os_error
 from job.report.console import open_console
-from job.run import Run
-from job.settings import Settings, masked, secret_values
+from job.run import Run, now
+from job.settings import STAGE_NAMES, Settings, masked, secret_values
 
 _VERSIONS_OF = (
     "torch",
@@ -36,25 +37,22 @@ _VERSIONS_OF = (
 )
 
 
+COMMANDS = {
+    "run": "run the job (the default): every requested stage that is not complete",
+    "plan": "show what a run would do: sources, sizes, steps, disk, GPU memory and speed; changes nothing",
+    "status": "show which stages of the run are complete and which checkpoints are stored",
+    "settings": "list every environment variable",
+}
+
+
 def main(arguments: list[str]) -> int:
-    """Parse, hand over, and turn what went wrong into a sentence and an exit code."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune a language model with QLoRA, from download to published model."
-    )
-    parser.add_argument("command", nargs="?", default="run", choices=("run", "plan", "settings", "status"))
-    parser.add_argument("--version", action="store_true", help="versions of the job, of CUDA and of the packages")
-    parsed = parser.parse_args(arguments)
-    if parsed.version:
-        print(_versions())
-        return ExitCode.OK
-    command = parsed.command
+    """Parse the command, hand over, and turn what went wrong into a sentence and an exit code."""
     signal.signal(signal.SIGTERM, _leave)  # until the supervisor listens; PID 1 of a container would ignore it
     try:
-        if command == "settings":
-            _print_settings()
-            return ExitCode.OK
-        settings = load_settings()
-        return {"run": _run, "plan": _plan, "status": _status}[command](settings)
+        return _dispatch(_parse(arguments))
+    except BrokenPipeError:  # `entrypoint.py settings | head`: nobody wants the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.OK
     except JobError as error:
         return _report(error)
     except Exception as error:  # the outermost boundary
@@ -64,33 +62,75 @@ def main(arguments: list[str]) -> int:
         return _report(JobError(f"{type(error).__name__}: {error}", f"This is a bug.\n{masked_trace}"))
 
 
+def _parse(arguments: list[str]) -> str:
+    """The command; SettingsError for one that does not exist."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {does}" for name, does in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="entrypoint.py",
+        usage="entrypoint.py [COMMAND]",
+        description=f"Fine-tune a language model with QLoRA, from download to published model.\n\ncommands:\n{listing}",
+        epilog="Everything else is an environment variable: see `entrypoint.py settings`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("command", nargs="?", default="run", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="store_true", help="show the versions of the job, CUDA and the packages")
+    parsed, unknown = parser.parse_known_args(arguments)
+    if parsed.version:
+        return "--version"
+    wrong = unknown or ([] if parsed.command in COMMANDS else [parsed.command])
+    if wrong:
+        near = difflib.get_close_matches(wrong[0].lstrip("-"), [*COMMANDS, *STAGE_NAMES], n=1, cutoff=0.5)
+        hint = ""
+        if near:
+            meant = near[0] if near[0] in COMMANDS else f"FT_STAGES={near[0]} python entrypoint.py"
+            hint = f"Did you mean `{meant}`? "
+        raise SettingsError(f"{wrong[0]!r} is not a command.", f"{hint}The commands are {', '.join(COMMANDS)}.")
+    return str(parsed.command)
+
+
+def _dispatch(command: str) -> int:
+    if command == "--version":
+        print(_versions())
+        return ExitCode.OK
+    if command == "settings":
+        _print_settings()
+        return ExitCode.OK
+    run = Run.of(load_settings())
+    try:
+        {"run": _run, "plan": _plan, "status": _status}[command](run)
+        sys.stdout.flush()
+    except JobError as error:
+        error.run_id = run.id
+        raise
+    return ExitCode.OK
+
+
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(ExitCode.TRY_AGAIN)
 
 
-def _run(settings: Settings) -> int:
+def _run(run: Run) -> None:
     from job.supervision.follower import Follower
     from job.supervision.supervisor import Supervisor
 
-    run = Run.of(settings)
+    settings = run.settings
     console = open_console(settings.log_format, settings.log_level, run.id)
     console.say(f"Run {run.id}: {settings.model_name} on {settings.dataset_name}.", store=run.store.url)
     (Supervisor if run.node.leads else Follower)(run, console).supervise()
-    return ExitCode.OK
 
 
-def _plan(settings: Settings) -> int:
+def _plan(run: Run) -> None:
     from job.commands.plan import print_plan
 
-    print_plan(Run.of(settings))
-    return ExitCode.OK
+    print_plan(run)
 
 
-def _status(settings: Settings) -> int:
+def _status(run: Run) -> None:
     from job.commands.status import print_status
 
-    print_status(Run.of(settings))
-    return ExitCode.OK
+    print_status(run)
 
 
 def _print_settings() -> None:
@@ -124,8 +164,10 @@ def _report(error: JobError) -> int:
     """The last word: on standard error, as JSON where logs are JSON, and in Kubernetes' termination message."""
     secrets = secret_values()
     record = {
-        "event": "error",
+        "time": now(),
         "level": "error",
+        "run_id": error.run_id or os.environ.get("FT_RUN_ID") or scheduler_run_id(),
+        "event": "error",
         "exit_code": int(error.exit_code),
         "message": error.message,
         "hint": error.hint,

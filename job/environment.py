@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import importlib.util
 import json
 import os
 import re
@@ -14,27 +12,26 @@ from typing import Any
 from dotenv import load_dotenv
 from pydantic import ValidationError
 
+from job import trainer_arguments
 from job.cluster import this_node
-from job.errors import SettingsError
+from job.errors import InputError, SettingsError
+from job.local_files import missing_paths, unusable_files
 from job.settings import PREFIX, Settings, allowed_text, default_text, masked, secret_values, variable
-
-# SFTConfig arguments that the job sets itself. Overriding them would break resume, the store or the merge verification.
-_OWNED_ARGUMENTS = {
-    "output_dir", "run_name", "resume_from_checkpoint", "report_to", "save_strategy", "save_total_limit", "save_only_model",
-    "load_best_model_at_end", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "use_cpu", "deepspeed", "fsdp",
-    "fsdp_config", "model_init_kwargs", "trust_remote_code", "dataset_kwargs", "dataset_text_field", "max_length",
-    "remove_unused_columns", "ignore_data_skip", "data_seed", "disable_tqdm", "logging_dir", "eval_strategy", "do_train",
-    "chat_template_path", "eos_token", "pad_token", "padding_free", "packing_strategy", "eval_packing", "eval_on_start",
-}  # fmt: skip
 
 
 def load_settings() -> Settings:
-    """Read the environment and FT_ENV_FILE (the environment wins). Raises one SettingsError with every mistake."""
+    """Read the environment and FT_ENV_FILE (the environment wins). Raises one SettingsError with every mistake.
+
+    InputError if the settings are right, and a local file that they name cannot be used.
+    """
     named = os.environ.get("FT_ENV_FILE")
     env_file = Path(named or str(Settings.model_fields["env_file"].default)).expanduser()
-    readable = env_file.exists() and not env_file.is_dir()
-    problems = [] if readable or not named else [f"FT_ENV_FILE={named!r}: there is no such file."]
-    if env_file.is_file():
+    problems = []
+    if named and (not env_file.exists() or env_file.is_dir()):
+        problems.append(f"FT_ENV_FILE={named!r}: there is no such file.")
+    elif env_file.is_file() and not os.access(env_file, os.R_OK):
+        problems.append(f"FT_ENV_FILE={str(env_file)!r}: this user may not read it.")
+    if env_file.is_file() and not problems:
         load_dotenv(env_file, override=False)
     problems += _unknown_names()
     try:
@@ -44,7 +41,7 @@ def load_settings() -> Settings:
         problems += malformed.values()
         # report the other mistakes too, so continue as if the malformed variables were unset
         settings = Settings(**{name: Settings.model_fields[name].default for name in malformed})
-    problems += _contradictions(settings) + _unknown_choices(settings) + _bad_extra_arguments(settings)
+    problems += _contradictions(settings) + trainer_arguments.problems_of(settings) + missing_paths(settings)
     if problems:
         count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
         listing = "\n".join(f"  - {problem}" for problem in problems)
@@ -52,6 +49,8 @@ def load_settings() -> Settings:
             masked(f"{count} wrong:\n{listing}", secret_values()),
             "Nothing was downloaded. `python entrypoint.py settings` lists every variable.",
         )
+    if unusable := unusable_files(settings):
+        raise InputError("\n".join(unusable), "Nothing was downloaded. Check the files, or name others.")
     return settings
 
 
@@ -188,78 +187,12 @@ def _contradictory_plans(settings: Settings) -> list[str]:
     return problems
 
 
-def _bad_extra_arguments(settings: Settings) -> list[str]:
-    if not settings.extra_training_args:
-        return []
-    known = _training_argument_names()
-    covered = {name: variable(name) for name in Settings.model_fields}
-    covered |= {
-        "max_seq_length": "FT_MAX_SEQ_LENGTH",
-        "max_length": "FT_MAX_SEQ_LENGTH",
-        "warmup_steps": "FT_WARMUP_RATIO",
-    }
-    problems = []
-    for name in settings.extra_training_args:
-        where = f"FT_EXTRA_TRAINING_ARGS: {name!r}"
-        if name in covered:
-            problems.append(f"{where} has its own variable: set {covered[name]}.")
-        elif name in _OWNED_ARGUMENTS:
-            problems.append(f"{where} is decided by the job and cannot be set.")
-        elif name not in known:
-            near = difflib.get_close_matches(name, sorted(known - _OWNED_ARGUMENTS), n=1, cutoff=0.5)
-            problems.append(
-                f"{where} is not an argument of SFTConfig" + (f". Did you mean {near[0]!r}?" if near else ".")
-            )
-    return problems
-
-
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
     except ValueError:
         return False
     return True
-
-
-def _unknown_choices(settings: Settings) -> list[str]:
-    """Unknown optimizer and schedule names. transformers would reject them only after the model download."""
-    problems = []
-    for field_name, module, class_name in (
-        ("optim", "training_args.py", "OptimizerNames"),
-        ("lr_scheduler_type", "trainer_utils.py", "SchedulerType"),
-    ):
-        value = getattr(settings, field_name)
-        if value == Settings.model_fields[field_name].default:
-            continue
-        body = _class_bodies("transformers", module, class_name)
-        known = [ast.literal_eval(item.value) for item in body if isinstance(item, ast.Assign)]
-        if value not in known:
-            near = difflib.get_close_matches(value, known, n=1, cutoff=0.3)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            problems.append(f"{variable(field_name)}={value!r}: must be one of {', '.join(known)}.{hint}")
-    return problems
-
-
-def _training_argument_names() -> set[str]:
-    """The field names of trl's SFTConfig."""
-    body = [
-        *_class_bodies("transformers", "training_args.py", "TrainingArguments"),
-        *_class_bodies("trl", "trainer/base_config.py", "_BaseConfig"),
-        *_class_bodies("trl", "trainer/sft_config.py", "SFTConfig"),
-    ]
-    targets = [item.target for item in body if isinstance(item, ast.AnnAssign)]
-    return {target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith("_")}
-
-
-def _class_bodies(package: str, module: str, class_name: str) -> list[ast.stmt]:
-    """The statements of one class, parsed from the package's source. Importing it would take seconds and load torch."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        raise SettingsError(f"The package {package!r} is not installed.", "Install it: pip install -r requirements.txt")
-    tree = ast.parse((Path(spec.submodule_search_locations[0]) / module).read_text(encoding="utf-8"))
-    return [
-        item for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name for item in node.body
-    ]
 
 
 def settings_table() -> list[dict[str, Any]]:

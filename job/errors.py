@@ -40,6 +40,7 @@ class JobError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
+        self.run_id: str | None = None  # of the run that met it, once that is known
         self.hint = hint
 
     def __str__(self) -> str:

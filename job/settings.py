@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "FT_"
@@ -59,7 +60,7 @@ CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Stages = Annotated[
     tuple[Literal["preflight", "download", "prepare", "train", "sample", "merge", "publish"], ...],
     NoDecode,
-    BeforeValidator(_split),
+    BeforeValidator(lambda value: _split(value.lower() if isinstance(value, str) else value)),
     AfterValidator(_in_stage_order),
 ]
 Prompts = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], NoDecode, BeforeValidator(_json)]
@@ -74,12 +75,30 @@ def _setting(default: Any, meaning: str, *, since: str | None, **bounds: Any) ->
     return Field(default, description=meaning, json_schema_extra={"since": since}, **bounds)
 
 
+def _choices(annotation: Any) -> dict[str, str]:
+    """The words that a setting's type allows, by their lower-case form."""
+    if typing.get_origin(annotation) is Literal:
+        return {word.lower(): word for word in typing.get_args(annotation) if isinstance(word, str)}
+    return {word: meant for part in typing.get_args(annotation) for word, meant in _choices(part).items()}
+
+
 class Settings(BaseSettings):
     """The parsed environment. Build it with `job.environment.load_settings`, which explains every mistake."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_any_case(cls, values: Any) -> Any:
+        """`BF16` means `bf16`: a choice from a list may be written in any case."""
+        if isinstance(values, dict):
+            for name, value in values.items():
+                field = cls.model_fields.get(name)
+                if field is not None and isinstance(value, str):
+                    values[name] = _choices(field.annotation).get(value.strip().lower(), value)
+        return values
 
     # -- what to train, on what ---------------------------------------------------------------------------------
     model_name: NonEmpty = _setting(
@@ -112,7 +131,11 @@ class Settings(BaseSettings):
         "Evaluation data: a split such as `test` or `train[:100]`, or a fraction of the training data to hold out, such as `0.05`.",
         since="prepare",
     )
-    new_model: NonEmpty = _setting("llama-2-7b-miniguanaco", "Name of the fine-tuned model.", since="publish")
+    new_model: NonEmpty = _setting(
+        "auto",
+        "Name of the fine-tuned model. `auto` joins the names of the base model and the dataset.",
+        since="publish",
+    )
     chat_template: NonEmpty = _setting(
         "auto",
         "Chat template: `auto` (the tokenizer's own, else `llama-2`), `llama-2`, `chatml`, or a Jinja file.",
@@ -346,6 +369,18 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Lowest level of messages to show.", since=None
     )
+
+    @property
+    def new_model_name(self) -> str:
+        """What the trained model is called: FT_NEW_MODEL, else the names of the base model and the dataset."""
+        if self.new_model != "auto":
+            return self.new_model
+        parts = (text.partition("@")[0].rstrip("/").rsplit("/", 1)[-1] for text in (self.model_name, self.dataset_name))
+        stems = (
+            re.sub(r"\.(jsonl?|csv|parquet|arrow)(\.(gz|bz2|zst))?$", "", part, flags=re.IGNORECASE) for part in parts
+        )
+        name = re.sub(r"[^A-Za-z0-9._-]+|(?<=[.-])[.-]+", "-", "-".join(stems)).strip("-.")
+        return name[:96].rstrip("-.") or "model"
 
     @property
     def evaluates(self) -> bool:

@@ -181,6 +181,7 @@ def test_an_adapter_in_bfloat16_is_resumed_in_bfloat16_bit_for_bit(job: Job, tmp
 
 
 def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:
+    job.forks = False
     process = job.start()
     read_until(process, event="stage_started", stage="prepare")
     listing, children = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []

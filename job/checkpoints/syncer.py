@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from job.errors import JobError, TransientError, from_os_error
 from job.run import Run
 
 _PAUSES_SECONDS = (0.5, 2, 8, 30)  # between tries, then 30 s, until it works or a newer checkpoint replaces this one
+_SLOW_SECONDS = 25.0  # before a user hears that a checkpoint is still not stored
 _NICENESS = 10  # so that hashing does not slow down training on few cores
 
 
@@ -103,7 +104,8 @@ class Syncer:
     def _commit_patiently(self, checkpoint: _Checkpoint) -> None:
         started, tries = time.monotonic(), 0
         while True:
-            failure = self._try(checkpoint)
+            with self._told_when_slow(checkpoint):
+                failure = self._try(checkpoint)
             with self._changed:
                 self.failure = failure
                 self._changed.notify_all()
@@ -122,6 +124,25 @@ class Syncer:
             if isinstance(failure, Superseded):
                 break
         shutil.rmtree(checkpoint.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _told_when_slow(self, checkpoint: _Checkpoint) -> Iterator[None]:
+        """A store that fails is retried for minutes. Say within half a minute that a checkpoint is not stored yet."""
+        began = time.monotonic()
+
+        def tell() -> None:
+            trouble = self._run.store.trouble(began)
+            why = f": {trouble}. Retrying" if trouble else ""
+            what = f"Checkpoint of step {checkpoint.step} is not stored yet, after {_SLOW_SECONDS:.0f} s{why}."
+            _tell(self._on_failure, what)
+
+        timer = threading.Timer(_SLOW_SECONDS, tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _try(self, checkpoint: _Checkpoint) -> JobError | None:
         place = checkpoint_at(checkpoint.step, self._lease.record.attempt)

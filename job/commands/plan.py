@@ -1,4 +1,4 @@
-"""What a run would do, told without doing any of it."""
+"""Shows what a run would do, without doing any of it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ from job.training.plan.load import Load, Shape, load_of, obstacle
 
 
 def print_plan(run: Run) -> None:
-    """Print sources and sizes, stages, steps and disk; nothing is written below FT_OUTPUT_DIR, and of a Hub model only its config.json is fetched."""
+    """Print sources and sizes, stages, steps, disk and the plans for the GPU.
+
+    Nothing is written below FT_OUTPUT_DIR. Only the config.json of a Hub model is fetched. After the table, raises the
+    first error that a run would meet at its sources.
+    """
     settings = run.settings
     lines = [("run", run.id), ("store", run.store.url)]
     if run.node.count > 1:
         lines.append(("node", f"{run.node.index} of {run.node.count}; they meet in the store"))
     listings: dict[Source, Listing] = {}
+    failures: list[JobError] = []
     for name in ("model_name", "dataset_name", "eval_dataset_name"):
         text = getattr(settings, name)
         if text is not None:
             source = Source.parse(f"FT_{name.upper()}", "model" if name == "model_name" else "dataset", text)
-            lines.append((name.removesuffix("_name").replace("_", " "), _describe(source, listings)))
+            lines.append((name.removesuffix("_name").replace("_", " "), _describe(source, listings, failures)))
     gpus = visible_gpus()
     devices = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus) or "no GPU here"
     lines.append(("device", f"cpu × {run.processes_per_node}" if settings.device == "cpu" else f"cuda: {devices}"))
@@ -46,10 +51,12 @@ def print_plan(run: Run) -> None:
         print(f"{label:<14}{text}")
     for line in _computation(run):
         print(line)
+    if failures:
+        raise failures[0]
 
 
 def _computation(run: Run) -> list[str]:
-    """How a batch would be computed on this machine's GPU or the named one, and what else it could be."""
+    """How a batch would be computed on this machine's GPU or on FT_PLAN_GPU, and which other plans there are."""
     settings = run.settings
     if settings.plan_gpu is None and settings.device == "cpu":
         return []
@@ -57,8 +64,8 @@ def _computation(run: Run) -> list[str]:
     if card is None:
         gpus = visible_gpus()
         if not gpus:
-            return ["\nSet FT_PLAN_GPU to a card, such as H100 or L4, to see how fast it would be and what would fit."]
-        return [f"\nNo plan: the planner does not know the {gpus[0].name}; the job goes by its free memory."]
+            return ["\nSet FT_PLAN_GPU to a card, such as H100 or L4, to see what fits on it and how fast it is."]
+        return [f"\nNo plan: the planner does not know the {gpus[0].name}. The job goes by its free memory."]
     try:
         shape = Shape.of(_config(run), settings)
     except (JobError, OSError, ValueError) as error:
@@ -67,8 +74,8 @@ def _computation(run: Run) -> list[str]:
         ]
     reason = obstacle(settings, shape) or _lacks(card, settings)
     if shape is None or reason is not None:
-        slower = "It would be trained by transformers and peft: slower, and their memory is not predicted."
-        return [f"\nNo plan for {card.name}: only the job's own layers are planned, and {reason}. {slower}"]
+        slower = "transformers and peft would train it: slower, and without a prediction of memory."
+        return [f"\nNo plan for {card.name}: only the job's fused layers are planned, and {reason}. {slower}"]
     load, known = _load(run)
     limit = math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB
     free = min(card.memory_bytes, limit)
@@ -77,24 +84,24 @@ def _computation(run: Run) -> list[str]:
     what = (
         f"a batch of {load.mean_batch:,.0f} tokens"
         if known
-        else f"a batch of {load.mean_batch:,.0f} tokens, the most there can be,"
+        else f"a batch of {load.mean_batch:,.0f} tokens, the most possible,"
     )
     lines = [f"\n{card.name}, {free / GIB:.0f} GiB: how {what} would be computed"]
-    lines.append(f"  {'weights':<10}{'recomputed':>12}{'tokens at once':>16}{'memory':>11}{'tokens/s a GPU':>16}")
+    lines.append(f"  {'weights':<10}{'recomputed':>12}{'tokens at once':>16}{'memory':>11}{'tokens/s per GPU':>18}")
     for plan in _worth_showing(candidates, chosen, free):
         mark = "→" if plan == chosen and fits(plan, free) else " "
         at_once = max(plan.micro_batch_tokens, min(load.longest_row, load.largest_batch))
         rate = f"{load.mean_batch / plan.seconds:.3g}"
         lines.append(
             f"{mark} {plan.weights:<10}{f'{plan.recomputed} of {shape.layers}':>12}{at_once:>16,}"
-            f"{plan.memory_bytes / GIB:>7.1f} GiB{float(rate):>16,.0f}{'' if fits(plan, free) else '  does not fit'}"
+            f"{plan.memory_bytes / GIB:>7.1f} GiB{float(rate):>18,.0f}{'' if fits(plan, free) else '  does not fit'}"
         )
     return [*lines, *_legend(settings, fits(chosen, free), known)]
 
 
 def _legend(settings: Settings, found: bool, known: bool) -> list[str]:
     if found:
-        lines = ["The arrow is the fastest that fits."]
+        lines = ["The arrow marks the fastest plan that fits."]
     else:
         names = (
             "resident_weights",
@@ -105,29 +112,29 @@ def _legend(settings: Settings, found: bool, known: bool) -> list[str]:
         )
         chosen = [variable(name) for name in names if getattr(settings, name) not in ("auto", None)]
         lines = [
-            f"None fits: unset {', '.join(chosen)}."
+            f"None of them fits: unset {', '.join(chosen)}."
             if chosen
-            else "None fits: rent a larger card, or shorten the rows."
+            else "None of them fits: rent a larger card, or lower FT_MAX_SEQ_LENGTH."
         ]
-    lines.append("resident: 4-bit values held in 16 bits; recomputed: layers that compute their activations twice.")
+    lines.append("resident: 4-bit weights dequantized to 16 bits. recomputed: layers with gradient checkpointing.")
     lines.append("Predicted from measurements on an H200 and the cards' data sheets, for adapters without dropout.")
     if not known:
         lines.append(
-            "Shorter rows are fewer tokens a batch, and slower: once the data is prepared, this table knows them."
+            "Shorter rows mean fewer tokens per batch, which is slower. Once the data is prepared, this table uses its lengths."
         )
     return lines
 
 
 def _lacks(card: Card, settings: Settings) -> str | None:
     if not card.bfloat16:
-        return "their attention needs a GPU from Ampere on"
+        return "their attention needs an Ampere GPU or newer"
     if settings.frozen_precision == "fp8" and not card.fp8:
         return "this card has no 8-bit floats (FT_FROZEN_PRECISION)"
     return None
 
 
 def _worth_showing(candidates: list[Plan], chosen: Plan, free: float) -> list[Plan]:
-    """The choice, and of each way to hold the weights the fastest that fits, the fastest of all, and the smallest."""
+    """The chosen plan and, for each form of the weights, the fastest that fits, the fastest of all and the smallest."""
     shown = {chosen}
     for weights in {plan.weights for plan in candidates}:
         own = [plan for plan in candidates if plan.weights == weights]
@@ -140,15 +147,17 @@ def _card(settings: Settings) -> Card | None:
         card = card_named(settings.plan_gpu)
         if card is None:
             raise SettingsError(
-                f"FT_PLAN_GPU={settings.plan_gpu!r} is no card that the planner knows.",
-                f"Known are {', '.join(card.name for card in CARDS)}.",
+                f"FT_PLAN_GPU={settings.plan_gpu!r} is not a card that the planner knows.",
+                f"It knows {', '.join(card.name for card in CARDS)}.",
             )
         return card
     gpus = visible_gpus()
     if not gpus:
         return None
     found = card_named(gpus[0].name)
-    return replace(found, memory_bytes=gpus[0].memory_bytes) if found is not None else None  # it may be a slice of one
+    return (
+        replace(found, memory_bytes=gpus[0].memory_bytes) if found is not None else None
+    )  # it may be a slice of a card
 
 
 def _config(run: Run) -> dict[str, Any]:
@@ -165,10 +174,11 @@ def _load(run: Run) -> tuple[Load, bool]:
     return Load.of({longest: 1}, run.settings.per_device_train_batch_size, 1, longest), False
 
 
-def _describe(source: Source, listings: dict[Source, Listing]) -> str:
+def _describe(source: Source, listings: dict[Source, Listing], failures: list[JobError]) -> str:
     try:
         listing = look_up(source)
     except JobError as error:
+        failures.append(error)
         return f"{source}: {error.message}"
     listings[source] = listing
     commit = f" at {listing.commit[:12]}" if listing.commit else ""
@@ -188,11 +198,11 @@ def _steps(run: Run) -> str:
         * run.node.count
         * settings.gradient_accumulation_steps
     )
-    return f"{math.ceil(math.ceil(rows / per_step) * settings.num_train_epochs):,} ({rows:,} rows, {per_step} a step, {settings.num_train_epochs:g} epochs)"
+    return f"{math.ceil(math.ceil(rows / per_step) * settings.num_train_epochs):,} ({rows:,} rows, {per_step} per step, {settings.num_train_epochs:g} epochs)"
 
 
 def _rows(run: Run) -> int | None:
-    """Training rows: exactly if they are prepared, by counting lines of a local JSONL file, else unknown."""
+    """The number of training rows, once they are prepared or if they are lines of a local JSONL file; None if unknown."""
     if run.paths.data_report_file.is_file():
         report = read_json(run.paths.data_report_file)["train"]
         return int(report.get("packed_rows", report["rows"]))

@@ -1,4 +1,4 @@
-"""What the store knows of a run."""
+"""Shows what the store has of a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from job.supervision.ledger import Ledger
 
 
 def print_status(run: Run) -> None:
-    """Print when the run began, which stages are complete, and which checkpoints are committed."""
+    """Print when the run started, which stages are complete, and which checkpoints are committed."""
     try:
         record = json.loads(run.store.get(f"{run.id}/run.json"))
     except FileNotFoundError:
         raise SettingsError(
-            f"The store {run.store.url} knows no run {run.id!r}.",
-            "Set FT_RUN_ID and FT_STORE_URL as the run had them; without FT_RUN_ID the other settings must be the same too.",
+            f"The store {run.store.url} has no run {run.id!r}.",
+            "Set FT_RUN_ID and FT_STORE_URL as they were for the run. Without FT_RUN_ID, all other settings must be the same too.",
         ) from None
     ledger = Ledger(run)
-    print(f"run {run.id}, begun {record['created']}, store {run.store.url}")
+    print(f"run {run.id}, started {record['created']}, store {run.store.url}")
     for stage in STAGES:
         if stage.name == "preflight":
             continue
@@ -38,6 +38,6 @@ def print_status(run: Run) -> None:
     print("  checkpoints committed: " + (", ".join(f"step {step}" for step in steps) or "none"))
     if lease.attempt:
         at_work = (
-            "ended" if lease.released else f"on {lease.host}, last heard of {time.time() - lease.renewed:.0f} s ago"
+            "ended" if lease.released else f"on {lease.host}, last heard from {time.time() - lease.renewed:.0f} s ago"
         )
         print(f"  attempt {lease.attempt}: {at_work}")

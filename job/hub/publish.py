@@ -29,7 +29,7 @@ class Destination:
     def of(cls, run: Run) -> Destination:
         target = run.settings.publish_to
         if target is None:
-            return cls(None, run.paths.output_dir / "published" / run.settings.new_model)
+            return cls(None, run.paths.output_dir / "published" / run.settings.new_model_name)
         if target.startswith("hf://"):
             return cls(target.removeprefix("hf://").strip("/"), None)
         return cls(None, Path(target).expanduser().absolute())

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from job.errors import InputError, SettingsError
 from job.hub import hub_errors
+from job.local_files import DATA_SUFFIXES, local_path
 from job.storage import Store, open_store
 
 # The files fetched from a model's top-level folder: weights that cannot run code when loaded, and their description.
@@ -24,10 +25,9 @@ MODEL_FILES = (
     "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "LICENSE*", "USE_POLICY*",
 )  # fmt: skip
-_DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
 DATA_FILES = (
     "README.md",
-    *(f"*{suffix}{packed}" for suffix in _DATA_SUFFIXES for packed in ("", ".gz", ".zst", ".bz2")),
+    *(f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", ".gz", ".zst", ".bz2")),
 )
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -49,10 +49,10 @@ class Source:
         """Parse `id`, `id@revision`, a path or `s3://…`. An existing path takes precedence over a Hub id."""
         if text.startswith("s3://"):
             return cls(variable, kind, "s3", text.rstrip("/"))
-        path = Path(text).expanduser()
-        if path.exists():
-            return cls(variable, kind, "local", str(path.absolute()))
-        if text.startswith(("/", "./", "../", "~")) or path.suffix in _DATA_SUFFIXES:
+        path = local_path(text)
+        if path is not None:
+            if path.exists():
+                return cls(variable, kind, "local", str(path))
             raise SettingsError(
                 f"{variable}={text!r}: no such file or folder.",
                 "Check the path. In a container, it must be mounted.",
@@ -216,7 +216,7 @@ def _require_usable(source: Source, names: list[str]) -> None:
         if not any(name.rsplit("/", 1)[-1] != "README.md" for name in names):
             raise InputError(
                 f"{source.described} has no data files.",
-                f"Provide {', '.join(_DATA_SUFFIXES)} files, optionally compressed (.gz, .zst, .bz2).",
+                f"Provide {', '.join(DATA_SUFFIXES)} files, optionally compressed (.gz, .zst, .bz2).",
             )
         return
     if "config.json" not in names:

@@ -25,7 +25,7 @@ def write_model_card(run: Run, *, curve_file: str, published_name: str) -> str:
     samples = read_json(run.paths.samples_file)
     parts = [
         f"---\n{_metadata(settings, sources).to_yaml()}\n---\n",
-        f"# {settings.new_model.rsplit('/', 1)[-1]}\n",
+        f"# {settings.new_model_name.rsplit('/', 1)[-1]}\n",
         f"{_link(sources['FT_MODEL_NAME'], '')} fine-tuned on {_link(sources['FT_DATASET_NAME'], 'datasets/')} with "
         f"{'QLoRA (4-bit ' + settings.bnb_4bit_quant_type.upper() + ')' if settings.use_4bit else 'LoRA'}, then merged. "
         "The adapter alone is in `adapter/`.\n",

@@ -15,7 +15,8 @@ def draw_loss_curve(history: Sequence[Mapping[str, Any]], title: str, file: Path
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o--")):
+    # evaluations are points: a line between them would suggest values that were not measured
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             steps, values = zip(*points, strict=True)

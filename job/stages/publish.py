@@ -21,7 +21,7 @@ _CURVE = "loss_curve.png"
 def publish(run: Run) -> None:
     """Lay out the repository, put it where FT_PUBLISH_TO says, and note where that was."""
     destination = Destination.of(run)
-    repository = _lay_out(run, destination.hub_id or run.settings.new_model.rsplit("/", 1)[-1])
+    repository = _lay_out(run, destination.hub_id or run.settings.new_model_name.rsplit("/", 1)[-1])
     run.check_stop()
     record = {"published": now(), "destination": str(destination)}
     if destination.hub_id is not None:
@@ -49,7 +49,7 @@ def _lay_out(run: Run, published_name: str) -> Path:
     for file in (paths.samples_file, paths.merge_proof_file):
         shutil.copy(file, repository / file.name)
     history = read_json(paths.trainer_state_file)["log_history"]
-    draw_loss_curve(history, run.settings.new_model.rsplit("/", 1)[-1], repository / _CURVE)
+    draw_loss_curve(history, run.settings.new_model_name.rsplit("/", 1)[-1], repository / _CURVE)
     (repository / "README.md").write_text(
         write_model_card(run, curve_file=_CURVE, published_name=published_name), encoding="utf-8"
     )

@@ -28,7 +28,7 @@ from job.run import Run, read_json, write_json
 from job.stages.turn import await_turn
 from job.training.arguments import training_arguments
 from job.training.best import KeepBest
-from job.training.callbacks import DecideSaves, OfferCheckpoints, RefuseNonsense, ReportProgress
+from job.training.callbacks import DecideSaves, LogShortRuns, OfferCheckpoints, RefuseNonsense, ReportProgress
 from job.training.choice import Choice, choose_steps, limit_memory
 from job.training.execution import Execution
 from job.training.launcher import unreachable
@@ -113,7 +113,7 @@ def _build_trainer(
             eval_dataset=eval_rows,
             processing_class=load_tokenizer(run.paths.tokenizer_dir),
             peft_config=lora_config(settings),
-            callbacks=[ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
+            callbacks=[LogShortRuns(), ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
             pace=pace,
             best=KeepBest(settings.early_stopping_patience) if settings.early_stopping_patience else None,
         )

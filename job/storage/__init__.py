@@ -55,6 +55,9 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove a key. A missing key is not an error."""
 
+    def trouble(self, since: float) -> str | None:
+        """Why the latest failed request failed, if one has since then (`time.monotonic()`) and is being retried."""
+
     def sweep(self, prefix: str) -> int:
         """Remove leftovers of killed uploads below `prefix/`, which no listing shows. Returns their number."""
 

@@ -91,6 +91,9 @@ class LocalStore:
                 for folder in itertools.takewhile(lambda folder: folder != self.root, path.parents):
                     folder.rmdir()  # stops at the first that is not empty
 
+    def trouble(self, since: float) -> str | None:
+        return None
+
     def sweep(self, prefix: str) -> int:
         with self._errors(prefix):
             leftovers = [path for path in self._path(prefix).rglob(f"*{_PARTIAL}*") if not path.name.endswith("-lock")]

@@ -57,6 +57,7 @@ class S3Store:
         parts = urlsplit(url)
         self.bucket, self._prefix = parts.netloc, parts.path.strip("/")
         self._client: Any = None
+        self._trouble: tuple[float, str] = (0.0, "")
 
     @property
     def url(self) -> str:
@@ -153,7 +154,20 @@ class S3Store:
                 self._client = boto3.session.Session().client(
                     "s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60)
                 )
+                self._client.meta.events.register("needs-retry.s3", self._note_trouble)
         return self._client
+
+    def trouble(self, since: float) -> str | None:
+        when, why = self._trouble
+        return why if when > since else None
+
+    def _note_trouble(self, response: Any = None, caught_exception: Exception | None = None, **_: Any) -> None:
+        """botocore asks after every response whether to retry; this only listens."""
+        if caught_exception is not None:
+            self._trouble = time.monotonic(), f"{type(caught_exception).__name__}: {caught_exception}"
+        elif response is not None and response[0].status_code >= 500:
+            code = response[1].get("Error", {}).get("Code", "") if isinstance(response[1], dict) else ""
+            self._trouble = time.monotonic(), f"S3 answers {response[0].status_code} {code}".rstrip()
 
     def _key(self, key: str) -> str:
         return f"{self._prefix}/{key}".strip("/")

@@ -121,6 +121,17 @@ class Ledger:
         manifest.commit(self._run.store, f"{self._run.id}/{commit.folder}", folder, fingerprint, self._lease.renew)
         keep_newest_attempt(self._run, self._lease, commit.artefact)
 
+    def published_at(self) -> str | None:
+        """The destination that the publish stage recorded; None if nothing was published."""
+        commits = self.committed(_BY_NAME["publish"])
+        if not commits:
+            return None
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            name = self._run.paths.published_file.name
+            record = json.loads(self._run.store.get(f"{self._run.id}/{commits[0].folder}/{name}"))
+            return str(record.get("page") or record["destination"])
+        return None
+
     def is_complete(self, stage: Stage) -> bool:
         """A kept stage counts where the store has it, the others where this disk has them."""
         found = self.found(stage)

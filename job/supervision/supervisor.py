@@ -101,7 +101,12 @@ class Supervisor:
         finally:
             prestarted.kill()
             self._hashing.abandon()
-        return "complete" if missing else "complete already; nothing to do"
+        return "complete" if missing else f"complete already; nothing to do{self._whereabouts()}"
+
+    def _whereabouts(self) -> str:
+        """Where a complete run's model is, for the closing line."""
+        where = self._ledger.published_at()
+        return f". The model is at {where}" if where is not None else ""
 
     # -- one stage --------------------------------------------------------------------------------------------------
 

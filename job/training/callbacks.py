@@ -59,6 +59,12 @@ class ReportProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._report_at_times(state)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_local_process_zero:
+            self._report(state)  # the last step too, whenever the one before was reported
+
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -74,6 +80,14 @@ class ReportProgress(TrainerCallback):
         self._last_event = time.monotonic()
         figures = self._figures | ({"evaluated": self._evaluated} if self._evaluated else {})
         progress(state.global_step, state.max_steps, "steps", **figures)
+
+
+class LogShortRuns(TrainerCallback):
+    """Logs the first and the last step of a run that FT_LOGGING_STEPS would give fewer than two points."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.max_steps < 2 * args.logging_steps and state.global_step in (1, state.max_steps):
+            control.should_log = True
 
 
 class OfferCheckpoints(TrainerCallback):

@@ -56,6 +56,7 @@ def main():
         os.kill(os.getpid(), signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # as a stage does
+    os.environ["JOB_TEST_CLIENT_PID"] = str(os.getpid())
     request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "cwd": os.getcwd()}).encode()
     server = socket.socket(socket.AF_UNIX)
     server.connect(file)

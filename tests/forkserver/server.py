@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -75,6 +76,7 @@ def serve(file: str, client: str, owner: int) -> dict[str, Any] | None:
     for pid in clients:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+    shutil.rmtree(Path(file).parent, ignore_errors=True)
     return None
 
 

@@ -94,7 +94,7 @@ class Case:
         query, key, value = self.heads()
         with torch.no_grad():
             found = way(query, key, value, self.rows, SCALING, out)
-            found.gradients_into(self.of_out, place)
+            found.gradients_into_(self.of_out, place)
         assert not found.out.requires_grad
         for one, other in ((found.out, self.out), (out, self.out), (place, self.gradients)):
             torch.testing.assert_close(one[:, : other.shape[1]], other, rtol=1e-5, atol=1e-5)

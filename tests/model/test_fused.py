@@ -190,7 +190,7 @@ class _Seeded(torch.nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
-        return (flat * (pointwise.dropout(torch.ones_like(flat), self.p, self.seed))).view_as(x)
+        return (flat * (pointwise.dropout_(torch.ones_like(flat), self.p, self.seed))).view_as(x)
 
 
 @pytest.mark.parametrize("weights", ["resident", "4-bit", "fp8"])
@@ -287,7 +287,7 @@ def test_what_a_small_adapter_adds_in_16_bits_is_not_rounded_away_as_in_peft() -
         products = Products([one], Workspace(Patches()), Patches())
         wide = products.new_input(x)
         products.inner(wide).copy_(x)
-        return products.forward(wide, [(0, 0)])[0]
+        return products.forward_(wide, [(0, 0)])[0]
 
     def part_left(y: torch.Tensor, without: torch.Tensor) -> float:
         return float(((y.double() - without.double()) * wanted).sum() / wanted.square().sum())

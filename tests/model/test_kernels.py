@@ -72,7 +72,7 @@ def close_sums(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_norms_write_only_their_own_columns(kernels: Kernels, dtype: torch.dtype) -> None:
     x, weight = some(ROWS, WIDTH, dtype=dtype), some(WIDTH, dtype=dtype, seed=1)
     outs = [torch.full((ROWS, WIDTH + 8), 7.0, dtype=dtype) for _ in range(2)]
-    inverses = [norm.rms_norm(x, weight, 1e-5, out) for norm, out in zip((pointwise, kernels), outs, strict=True)]
+    inverses = [norm.rms_norm_(x, weight, 1e-5, out) for norm, out in zip((pointwise, kernels), outs, strict=True)]
     close(outs[1], outs[0])
     close(inverses[1], inverses[0])
     close(inverses[0], x.float().square().mean(-1, keepdim=True).add(1e-5).rsqrt())
@@ -87,10 +87,10 @@ def test_norms_write_only_their_own_columns(kernels: Kernels, dtype: torch.dtype
 def test_the_sum_before_a_norm_is_kept_and_rounded(kernels: Kernels, dtype: torch.dtype) -> None:
     x, add, weight = some(ROWS, WIDTH, dtype=dtype), some(ROWS, WIDTH, dtype=dtype, seed=1), some(WIDTH, dtype=dtype)
     both, wanted = x + add, torch.empty_like(x)
-    pointwise.rms_norm(both, weight, 1e-5, wanted)
+    pointwise.rms_norm_(both, weight, 1e-5, wanted)
     for norm in (pointwise, kernels):
         found, out = x.clone(), torch.empty_like(x)
-        norm.rms_norm(found, weight, 1e-5, out, None, add)
+        norm.rms_norm_(found, weight, 1e-5, out, None, add)
         close(found, both)
         close(out, wanted)
 
@@ -236,7 +236,7 @@ def test_the_plain_gradients_are_those_of_autograd() -> None:
 def test_dropout_drops_the_same_values_again_and_scales_the_others(kernels: Kernels, strided: bool) -> None:
     wide = some(40, 80)
     x = wide[:, :70] if strided else wide[:, :70].contiguous()
-    for dropout in (kernels.dropout, pointwise.dropout):
+    for dropout in (kernels.dropout_, pointwise.dropout_):
         found = dropout(x, 0.25, 3)
         kept = found != 0
         close(found[kept], (x / 0.75)[kept])
@@ -247,7 +247,7 @@ def test_dropout_drops_the_same_values_again_and_scales_the_others(kernels: Kern
 
 
 def test_dropout_draws_independently_for_each_value(kernels: Kernels) -> None:
-    kept = (kernels.dropout(torch.ones(3, 2 * 4096 + 100), 0.5, 3) != 0).double()
+    kept = (kernels.dropout_(torch.ones(3, 2 * 4096 + 100), 0.5, 3) != 0).double()
     drawn = [row[begin : begin + 100] for row in kept for begin in range(0, kept.shape[1], 1024)]
     assert len(drawn) == 27
     alike = [float((one == other).double().mean()) for one, other in itertools.combinations(drawn, 2)]
@@ -287,7 +287,7 @@ def test_many_values_are_placed_and_scaled_in_one_launch() -> None:
 
 def test_dropout_can_be_added_to_existing_values(kernels: Kernels) -> None:
     x, sums = some(20, 70), some(20, 70, seed=1)
-    for dropout in (kernels.dropout, pointwise.dropout):
+    for dropout in (kernels.dropout_, pointwise.dropout_):
         added = sums.clone()
         dropout(x, 0.25, 3, 0, added)
         close(added, sums + dropout(x, 0.25, 3))
@@ -316,10 +316,10 @@ def test_results_in_8_bits_alongside_those_in_16(kernel: bool) -> None:
     device = _device() if kernel else "cpu"
     x, weight, gradient = (some(ROWS, WIDTH, dtype=torch.bfloat16, seed=seed).to(device) for seed in range(3))
     normed, rounded = torch.empty_like(x), Rounded.empty(x, WIDTH)
-    functions.rms_norm(x, weight[0], 1e-5, normed, rounded)
+    functions.rms_norm_(x, weight[0], 1e-5, normed, rounded)
     _rounds(normed, rounded)
     alone = torch.empty_like(x)
-    functions.rms_norm(x, weight[0], 1e-5, alone)
+    functions.rms_norm_(x, weight[0], 1e-5, alone)
     assert torch.equal(normed, alone)
     _rounds(functions.rms_norm_backward(gradient, x, weight[0], 1e-5, x, normed, rounded), rounded)
 

@@ -77,6 +77,7 @@ def test_a_signal_to_every_process_during_training_loses_no_finished_step(
     job: Job, tmp_path: Path, processes: str
 ) -> None:
     """As with `scancel` or a terminal, torchrun, its ranks and their data workers get the signal too."""
+    job.forks = False
     job.environment |= {
         "FT_NPROC_PER_NODE": processes, "FT_STAGES": "train", "FT_EXTRA_TRAINING_ARGS": WORKERS, "FT_SAVE_STEPS": "1000",
         "FT_STOP_GRACE_SECONDS": str(GRACE_SECONDS), "FT_MAX_STEPS": "30",
@@ -106,6 +107,7 @@ def test_exactly_one_of_a_suspended_job_and_its_replacement_can_commit(
     tmp_path: Path,
 ) -> None:
     """A node is thought dead, its job is started elsewhere, and the node comes back."""
+    job.forks = False
     job.environment |= {"FT_STORE_URL": str(tmp_path / "store"), "FT_SAVE_STEPS": "1"}
     old = job.start(FT_OUTPUT_DIR=str(tmp_path / "old machine"))
     read_until(old, event="progress", stage="train", done=3)

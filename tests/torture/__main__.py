@@ -35,7 +35,7 @@ from typing import Any
 from job.checkpoints.lease import LeaseRecord
 from job.checkpoints.manifest import MANIFEST, Manifest, Rejected, restore
 from job.storage import Store, open_store
-from tests.conftest import LIGHTHOUSE, ROOT, make_tiny_model, serve_s3
+from tests.conftest import LIGHTHOUSE, OFFLINE, ROOT, forking, make_tiny_model, serve_s3, session_folder
 from tests.fault_proxy import FaultProxy
 
 STAGES = ("preflight", "download", "prepare", "train", "sample", "merge", "publish")
@@ -129,7 +129,7 @@ class TorturedRun:
             "FT_DEVICE": "cpu", "FT_LORA_R": "4", "FT_MAX_STEPS": str(MAX_STEPS), "FT_SAVE_STEPS": str(SAVE_STEPS), "FT_LOGGING_STEPS": "1",
             "FT_LEARNING_RATE": "1e-2", "FT_GRADIENT_ACCUMULATION_STEPS": "8", "FT_SAMPLE_MAX_NEW_TOKENS": "4", "FT_NEW_MODEL": "tortured",
             "FT_OUTPUT_DIR": str(folder / "results"), "FT_STORE_URL": self.store_url, "FT_RUN_ID": RUN_ID, "FT_LOG_FORMAT": "json",
-            "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"), "OMP_NUM_THREADS": "1",
+            **OFFLINE, "HF_HOME": str(session_folder() / "hf-home"), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent / "chaos"), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         if proxy:
@@ -147,7 +147,7 @@ class TorturedRun:
             )
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "entrypoint.py")],
-            env=environment,
+            env=forking(environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -130,7 +130,7 @@ def test_running_out_of_memory_in_the_middle_of_a_step_costs_nothing_but_time(
     straight = prepared("straight", **FUSED, RECOMPUTED_LAYERS="2", GRADIENT_ACCUMULATION_STEPS=accumulated)
     train(straight)
     run = prepared("full", **FUSED, RECOMPUTED_LAYERS="0", GRADIENT_ACCUMULATION_STEPS=accumulated)
-    backward, passes = FusedLayer.backward, [0]
+    backward, passes = FusedLayer.backward_, [0]
 
     def full(self: FusedLayer, *arguments: Any, **named: Any) -> Any:
         passes[0] += 1
@@ -138,7 +138,7 @@ def test_running_out_of_memory_in_the_middle_of_a_step_costs_nothing_but_time(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return backward(self, *arguments, **named)
 
-    monkeypatch.setattr(FusedLayer, "backward", full)
+    monkeypatch.setattr(FusedLayer, "backward_", full)
     train(run)
     assert_equal(adapter(run), adapter(straight))
     assert read_json(run.paths.metrics_file)["plan"]["recomputed"] == 2
@@ -150,7 +150,7 @@ def test_too_little_memory_for_any_plan_ends_the_training(prepared: Prepared, mo
     def full(self: FusedLayer, *_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(FusedLayer, "backward", full)
+    monkeypatch.setattr(FusedLayer, "backward_", full)
     with pytest.raises(torch.OutOfMemoryError):
         train(prepared("full", **FUSED))
 
@@ -179,9 +179,9 @@ def test_a_layer_with_wrong_results_on_this_machine_is_computed_the_plain_way(
         result = gated(gate_up, out, rounded)
         return result if broken == "many tokens" and len(gate_up) < 4096 else result.mul_(1.3)
 
-    def wrong_gradient(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Any = None) -> torch.Tensor:
-        act = backward(gradient, gate_up, rounded)
-        gate_up *= 1.5
+    def wrong_gradient(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Any = None) -> torch.Tensor:
+        act = backward(gradient, gate_up_, rounded)
+        gate_up_ *= 1.5
         return act
 
     if broken == "gradient":

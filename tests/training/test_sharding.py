@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Job
-from tests.supervision.test_interruptions import resumed_step
 from tests.nodes.test_nodes import Node
+from tests.supervision.test_interruptions import resumed_step
 
 TRAIN = Path("runs/test-run/train")
 

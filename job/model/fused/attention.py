@@ -28,11 +28,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Attended:
-    """What attention gives, (tokens, heads x head_dim). `gradients_into(of_out, place)` writes for the gradient of `out` those
+    """What attention gives, (tokens, heads x head_dim). `gradients_into_(of_out, place)` writes for the gradient of `out` those
     of queries, keys and values before they were rotated side by side into the first columns of `place`."""
 
     out: torch.Tensor
-    gradients_into: Callable[[torch.Tensor, torch.Tensor], None]
+    gradients_into_: Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def attend(
@@ -60,13 +60,13 @@ def _by_own_kernels(
     attended = out[:, : query[0].numel()]
     normalisers = attention_kernels.forward(query, key, value, tiles, scaling, attended.view_as(query))
 
-    def gradients_into(of_out: torch.Tensor, place: torch.Tensor) -> None:
-        attention_kernels.backward(
+    def gradients_into_(of_out: torch.Tensor, place_: torch.Tensor) -> None:
+        attention_kernels.backward_(
             query, key, value, attended.view_as(query), of_out.view_as(query), normalisers, rows.cos, rows.sin, tiles, scaling,
-            place,
+            place_,
         )  # fmt: skip
 
-    return Attended(attended, gradients_into)
+    return Attended(attended, gradients_into_)
 
 
 @functools.lru_cache(maxsize=1)
@@ -89,15 +89,15 @@ def _by_torch_kernels(
     flat = attended.flatten(1)
     pointwise.place(flat, out[:, : flat.shape[1]])
 
-    def gradients_into(of_out: torch.Tensor, place: torch.Tensor) -> None:
+    def gradients_into_(of_out: torch.Tensor, place_: torch.Tensor) -> None:
         of_query, of_key, of_value = torch.ops.aten._flash_attention_backward(
             of_out.view_as(attended), query, key, value, attended, normalisers, *arguments, *seeds, scale=scaling
         )
         if shared != query.shape[1]:
             of_key, of_value = (part.unflatten(1, (shared, -1)).sum(2) for part in (of_key, of_value))
-        pointwise.rotate_back(of_query, of_key, of_value, rows.cos, rows.sin, place)
+        pointwise.rotate_back(of_query, of_key, of_value, rows.cos, rows.sin, place_)
 
-    return Attended(flat, gradients_into)
+    return Attended(flat, gradients_into_)
 
 
 def _row_by_row(
@@ -109,8 +109,8 @@ def _row_by_row(
     flat = attended.detach().flatten(1)
     pointwise.place(flat, out[:, : flat.shape[1]])
 
-    def gradients_into(of_out: torch.Tensor, place: torch.Tensor) -> None:
+    def gradients_into_(of_out: torch.Tensor, place_: torch.Tensor) -> None:
         of_query, of_key, of_value = torch.autograd.grad(attended, inputs, of_out.view_as(attended))
-        pointwise.rotate_back(of_query, of_key, of_value, rows.cos, rows.sin, place)
+        pointwise.rotate_back(of_query, of_key, of_value, rows.cos, rows.sin, place_)
 
-    return Attended(flat, gradients_into)
+    return Attended(flat, gradients_into_)

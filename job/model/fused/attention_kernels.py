@@ -206,10 +206,10 @@ def forward(
     return normalisers
 
 
-def backward(
+def backward_(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, of_out: torch.Tensor,
     normalisers: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tiles: torch.Tensor, scaling: float,
-    place: torch.Tensor,
+    place_: torch.Tensor,
 ) -> None:  # fmt: skip
     """For the gradient of `forward`'s `out`, those of query, key and value, side by side into the first columns of `place`,
     (tokens, ...), the first two rotated back by `cos` and `sin`, (tokens, head_dim)."""
@@ -218,14 +218,14 @@ def backward(
     length = products.shape[1]
     products[:, tokens:] = 0  # which the last tiles of keys see, times zero
     factors, group = (scaling * _LOG2_E, scaling), heads // shared
-    strides = query.stride(0), out.stride(0), of_out.stride(0), place.stride(0)
+    strides = query.stride(0), out.stride(0), of_out.stride(0), place_.stride(0)
     (keys, values), shape = _loaded(OF_QUERY, key, value)
     _of_query_kernel[(len(tiles), heads)](
-        query, keys, values, out, of_out, place, normalisers, products, cos, sin, tiles, *factors, length, *strides,
+        query, keys, values, out, of_out, place_, normalisers, products, cos, sin, tiles, *factors, length, *strides,
         GROUP=group, DIM=dim, **shape,
     )  # fmt: skip
     (queries, of_outs), shape = _loaded(OF_KEY, query, of_out)
-    of_key, of_value = place[:, heads * dim :], place[:, (heads + shared) * dim :]
+    of_key, of_value = place_[:, heads * dim :], place_[:, (heads + shared) * dim :]
     _of_key_kernel[(len(tiles), shared)](
         queries, key, value, of_outs, of_key, of_value, normalisers, products, cos, sin, tiles, *factors, length,
         strides[0], *strides[2:], GROUP=group, DIM=dim, **shape,

@@ -46,18 +46,18 @@ class Frozen:
         """Where `product` and `gradient` want what they are given in 8 bits as well; None if they do not."""
         return None
 
-    def product(
-        self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
+    def product_(
+        self, x_: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
     ) -> torch.Tensor:
         """x Wᵀ + `narrow` bᵀ: (tokens, all outputs)."""
         raise NotImplementedError
 
-    def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
+    def narrow_gradient_(self, of_y_: torch.Tensor) -> torch.Tensor:
         """`of_y` b: (tokens, all ranks)."""
         raise NotImplementedError
 
     def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
-        """`of_y` W, and if `of_narrow` is given, which `narrow_gradient` made of the same, + `of_narrow` a: (tokens, inputs)."""
+        """`of_y` W, and if `of_narrow` is given, which `narrow_gradient_` made of the same, + `of_narrow` a: (tokens, inputs)."""
         raise NotImplementedError
 
     def refresh(self, adapters: Sequence[Adapter]) -> None:
@@ -96,28 +96,28 @@ class Bordered(Frozen):
         if len(ranks) == 2 and min(ranks) > 0 and ranks[0] % _ALIGNED == 0:
             self.before = ranks[0]
 
-    def product(
-        self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
+    def product_(
+        self, x_: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
     ) -> torch.Tensor:
         end = self.before + self._inputs
         if narrow is not None:
-            pointwise.place(narrow[:, self.before :], x[:, end:])
+            pointwise.place(narrow[:, self.before :], x_[:, end:])
         if not self.before:
-            return torch.mm(x, self._above_turned, out=out)
+            return torch.mm(x_, self._above_turned, out=out)
         assert narrow is not None
-        pointwise.place(narrow[:, : self.before], x[:, : self.before])
-        first, out = self._widths[0], x.new_empty(len(x), self._outputs) if out is None else out
-        torch.mm(x[:, :end], self._first_turned, out=out[:, :first])
-        torch.mm(x[:, self.before :], self._second_turned, out=out[:, first:])
+        pointwise.place(narrow[:, : self.before], x_[:, : self.before])
+        first, out = self._widths[0], x_.new_empty(len(x_), self._outputs) if out is None else out
+        torch.mm(x_[:, :end], self._first_turned, out=out[:, :first])
+        torch.mm(x_[:, self.before :], self._second_turned, out=out[:, first:])
         return out
 
-    def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
-        of_narrow = of_y[:, self._outputs :]
+    def narrow_gradient_(self, of_y_: torch.Tensor) -> torch.Tensor:
+        of_narrow = of_y_[:, self._outputs :]
         if not self.before:
-            return torch.mm(of_y[:, : self._outputs], self._behind, out=of_narrow)
+            return torch.mm(of_y_[:, : self._outputs], self._behind, out=of_narrow)
         first = self._widths[0]
-        torch.mm(of_y[:, :first], self._first_b, out=of_narrow[:, : self.before])
-        torch.mm(of_y[:, first : self._outputs], self._second_b, out=of_narrow[:, self.before :])
+        torch.mm(of_y_[:, :first], self._first_b, out=of_narrow[:, : self.before])
+        torch.mm(of_y_[:, first : self._outputs], self._second_b, out=of_narrow[:, self.before :])
         return of_narrow
 
     def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
@@ -198,18 +198,18 @@ class EightBit(Frozen):
     def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
         return Rounded.empty(like, columns)
 
-    def product(
-        self, x: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
+    def product_(
+        self, x_: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
     ) -> torch.Tensor:
         assert out is None, "there is no border to leave room for"
-        y = pointwise.eight_bit_product(rounded or pointwise.quantize_rows(x), self._by_output, x.dtype, fast=True)
+        y = pointwise.eight_bit_product(rounded or pointwise.quantize_rows(x_), self._by_output, x_.dtype, fast=True)
         return y if narrow is None else y.addmm_(narrow, self._b.T)
 
     def _b_of(self, adapter: Adapter) -> torch.Tensor:
         return self._b[adapter.outputs, adapter.ranks]
 
-    def narrow_gradient(self, of_y: torch.Tensor) -> torch.Tensor:
-        return of_y @ self._b
+    def narrow_gradient_(self, of_y_: torch.Tensor) -> torch.Tensor:
+        return of_y_ @ self._b
 
     def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
         values = rounded or pointwise.quantize_rows(of_y)

@@ -240,16 +240,16 @@ def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = No
     return out
 
 
-def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
+def gated_backward_(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
     rows, columns = gradient.shape
     out = torch.empty_like(gradient)
     if rounded is not None:
         _gated_backward_rounded_kernel[(rows,)](
-            gradient, gate_up, out, *rounded, columns, gate_up.stride(0), BLOCK=_BLOCK
+            gradient, gate_up_, out, *rounded, columns, gate_up_.stride(0), BLOCK=_BLOCK
         )
         return out
     grid = (rows, cdiv(columns, _BLOCK))
-    _gated_backward_kernel[grid](gradient, gate_up, out, columns, gate_up.stride(0), BLOCK=_BLOCK)
+    _gated_backward_kernel[grid](gradient, gate_up_, out, columns, gate_up_.stride(0), BLOCK=_BLOCK)
     return out
 
 
@@ -283,7 +283,7 @@ def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> t
 
 def gated_backward_adapted_(
     gradient: torch.Tensor,
-    gate_up: torch.Tensor,
+    gate_up_: torch.Tensor,
     of_down: torch.Tensor | None,
     gate: torch.Tensor | None,
     up: torch.Tensor | None,
@@ -294,19 +294,19 @@ def gated_backward_adapted_(
     ranks = [0 if part is None else part.shape[1] for part in narrow]
     tuned, padded = GATED_ADAPTED, _padded(max(ranks))
     column_blocks = cdiv(columns, tuned.block)
-    part_tokens = _part(tokens, tuned.rows, column_blocks, tuned.programs, gate_up.device)
+    part_tokens = _part(tokens, tuned.rows, column_blocks, tuned.programs, gate_up_.device)
     parts = cdiv(tokens, part_tokens)
-    sums = torch.empty(parts, sum(ranks) * columns, device=gate_up.device, dtype=torch.float32)
-    values = described(gate_up, tuned.rows, tuned.block)
+    sums = torch.empty(parts, sum(ranks) * columns, device=gate_up_.device, dtype=torch.float32)
+    values = described(gate_up_, tuned.rows, tuned.block)
     _gated_adapted_kernel[(column_blocks, parts)](
         values, described(gradient, tuned.rows, tuned.block),
         *(values if part is None else described(part, tuned.rows, padded) for part in narrow),
-        gate_up, sums, tokens, columns, *ranks, *scales, gate_up.stride(0), part_tokens,
+        gate_up_, sums, tokens, columns, *ranks, *scales, gate_up_.stride(0), part_tokens,
         DOWN=of_down is not None, GATE=gate is not None, UP=up is not None,
         ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages,
         num_warps=tuned.warps * (padded // _RANKS),
     )  # fmt: skip
-    of_a, of_gate, of_up = torch.split(sums.sum(0).to(gate_up.dtype), [columns * rank for rank in ranks])
+    of_a, of_gate, of_up = torch.split(sums.sum(0).to(gate_up_.dtype), [columns * rank for rank in ranks])
     return (
         of_a.view(-1, columns) if ranks[0] else None,
         of_gate.view(columns, -1) if ranks[1] else None,

@@ -58,7 +58,7 @@ def _label_log_probs(
     (learned,) = torch.where(labels != _IGNORED)
     rows, labels = states.index_select(0, learned), labels.index_select(0, learned)
     normed = torch.empty_like(rows)
-    pointwise.rms_norm(rows, norm.weight, norm.epsilon, normed)
+    pointwise.rms_norm_(rows, norm.weight, norm.epsilon, normed)
     needed = ctx.needs_input_grad[0]
     gradient = torch.empty_like(rows) if needed else None
     results = []

@@ -104,26 +104,26 @@ class FusedLayer:
     def middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> _Kept:
         """The layer without its last product, whose result no gradient needs."""
         rounded = self.inputs.rounded_input(x)
-        normed, first = self._norm(0, x, self.inputs, rounded)
-        packed, narrow_inputs = self.inputs.forward(normed, seeds[_ATTENTION_INPUTS], rounded=rounded)
+        normed, first = self._norm_(0, x, self.inputs, rounded)
+        packed, narrow_inputs = self.inputs.forward_(normed, seeds[_ATTENTION_INPUTS], rounded=rounded)
         rotated = torch.unflatten(packed[:, : (self._heads + self._shared_heads) * self._dim], 1, (-1, self._dim))
         pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
         query, key, value = self._split_heads(packed)
         flat = self.output.new_input(x)
         attended = attend(query, key, value, rows, self._scaling, self.output.inner(flat))
-        middle, narrow_output = self.output.forward(flat, seeds[_ATTENTION_OUTPUT])
+        middle, narrow_output = self.output.forward_(flat, seeds[_ATTENTION_OUTPUT])
         rounded = self.gates.rounded_input(x)
-        normed, second = self._norm(1, middle, self.gates, rounded, add=x)
-        whole, narrow_gates = self.gates.forward(normed, seeds[_GATES], room=True, rounded=rounded)
+        normed, second = self._norm_(1, middle, self.gates, rounded, add=x)
+        whole, narrow_gates = self.gates.forward_(normed, seeds[_GATES], room=True, rounded=rounded)
         gate_up = whole[:, : self._gate_width]
         return _Kept(first, narrow_inputs, attended, narrow_output, second, whole, gate_up, narrow_gates)
 
-    def _norm(
-        self, which: int, x: torch.Tensor, then: Products, rounded: Rounded | None, add: torch.Tensor | None = None
+    def _norm_(
+        self, which: int, x_: torch.Tensor, then: Products, rounded: Rounded | None, add: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Normed]:
-        norm, out = self._norms[which], then.new_input(x)
-        inverse = pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, then.inner(out), rounded, add)
-        return out, Normed(x, inverse, norm.weight, norm.variance_epsilon)
+        norm, out = self._norms[which], then.new_input(x_)
+        inverse = pointwise.rms_norm_(x_, norm.weight, norm.variance_epsilon, then.inner(out), rounded, add)
+        return out, Normed(x_, inverse, norm.weight, norm.variance_epsilon)
 
     def _split_heads(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         counts = [self._heads, self._shared_heads, self._shared_heads]
@@ -132,82 +132,82 @@ class FusedLayer:
 
     # -- backward ---------------------------------------------------------------------------------------------------
 
-    def backward(
+    def backward_(
         self,
         of_out: torch.Tensor,
         seeds: Sequence[Draw],
-        kept: _Kept,
+        kept_: _Kept,
         narrow_down: torch.Tensor | None,
         *,
         of_x: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
-        (of_middle, rounded), of_gates, of_down = self._gate_backward(of_out, seeds, kept, narrow_down)
-        del kept.gate_up, kept.gate_up_whole, kept.second_normed
-        packed, of_output = self._attention_backward(of_middle, rounded, seeds, kept)
-        of_normed, of_narrow = self.inputs.input_gradient(packed, seeds[_ATTENTION_INPUTS], wanted=of_x)
+        (of_middle, rounded), of_gates, of_down = self._gate_backward_(of_out, seeds, kept_, narrow_down)
+        del kept_.gate_up, kept_.gate_up_whole, kept_.second_normed
+        packed, of_output = self._attention_backward_(of_middle, rounded, seeds, kept_)
+        of_normed, of_narrow = self.inputs.input_gradient_(packed, seeds[_ATTENTION_INPUTS], wanted=of_x)
         of_inputs = self.inputs.in_order(
-            self.inputs.of_a(of_narrow, kept.first_normed, seeds[_ATTENTION_INPUTS]),
-            self.inputs.of_b(packed, kept.narrow_inputs),
+            self.inputs.of_a(of_narrow, kept_.first_normed, seeds[_ATTENTION_INPUTS]),
+            self.inputs.of_b(packed, kept_.narrow_inputs),
         )
         gradient = None
         if of_x:  # with room for the border of the layer before this one
             wide = self.down.new_output(of_normed)
-            gradient = self._norm_backward(of_normed, kept.first_normed, of_middle, wide)[:, : of_normed.shape[1]]
+            gradient = self._norm_backward(of_normed, kept_.first_normed, of_middle, wide)[:, : of_normed.shape[1]]
             self._workspace.leave_gradient(wide)
         return gradient, [*of_inputs, *of_output, *of_gates, *of_down]
 
-    def _gate_backward(
-        self, of_out: torch.Tensor, seeds: Sequence[Draw], kept: _Kept, narrow_down: torch.Tensor | None
+    def _gate_backward_(
+        self, of_out: torch.Tensor, seeds: Sequence[Draw], kept_: _Kept, narrow_down: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, Rounded | None], list[torch.Tensor], list[torch.Tensor]]:
         """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
         of_down_out = self._with_border(of_out)
-        of_act, of_narrow = self.down.input_gradient(of_down_out, seeds[_DOWN])
+        of_act, of_narrow = self.down.input_gradient_(of_down_out, seeds[_DOWN])
         rounded = self.gates.rounded_output(of_out)
-        of_down_a, of_gates_b = self._gated_backward(of_act, of_narrow, rounded, seeds, kept)
+        of_down_a, of_gates_b = self._gated_backward_(of_act, of_narrow, rounded, seeds, kept_)
         of_down = self.down.in_order(of_down_a, self.down.of_b(of_out, narrow_down))
         del of_act, of_down_out
-        of_normed, of_narrow = self.gates.input_gradient(kept.gate_up_whole, seeds[_GATES], rounded=rounded)
+        of_normed, of_narrow = self.gates.input_gradient_(kept_.gate_up_whole, seeds[_GATES], rounded=rounded)
         del rounded
-        of_gates = self.gates.in_order(self.gates.of_a(of_narrow, kept.second_normed, seeds[_GATES]), of_gates_b)
+        of_gates = self.gates.in_order(self.gates.of_a(of_narrow, kept_.second_normed, seeds[_GATES]), of_gates_b)
         rounded = self.output.rounded_output(of_out)
         room = self.output.new_output(of_out)
-        of_middle = self._norm_backward(of_normed, kept.second_normed, of_out, room, rounded)
+        of_middle = self._norm_backward(of_normed, kept_.second_normed, of_out, room, rounded)
         return (of_middle, rounded), of_gates, of_down
 
-    def _gated_backward(
+    def _gated_backward_(
         self,
         of_act: torch.Tensor,
         of_narrow: torch.Tensor | None,
         rounded: Rounded | None,
         seeds: Sequence[Draw],
-        kept: _Kept,
+        kept_: _Kept,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Overwrite `gate_up` by its gradient; returns those of the adapters that multiply the gate's values: `down`'s A and
         `gates`' B."""
         if rounded is not None or self.down.drops:
-            act = pointwise.gated_backward_(of_act, kept.gate_up, rounded)
-            return self.down.of_a(of_narrow, act, seeds[_DOWN]), self.gates.of_b(kept.gate_up, kept.narrow_gates)
+            act = pointwise.gated_backward_(of_act, kept_.gate_up, rounded)
+            return self.down.of_a(of_narrow, act, seeds[_DOWN]), self.gates.of_b(kept_.gate_up, kept_.narrow_gates)
         parts: list[torch.Tensor | None] = [None, None]
         scales = [1.0, 1.0]
         for adapter in self.gates.adapters:
-            assert kept.narrow_gates is not None
-            parts[adapter.seed], scales[adapter.seed] = kept.narrow_gates[:, adapter.ranks], adapter.scale
+            assert kept_.narrow_gates is not None
+            parts[adapter.seed], scales[adapter.seed] = kept_.narrow_gates[:, adapter.ranks], adapter.scale
         beside = pointwise.Beside(of_narrow, parts[0], parts[1], (scales[0], scales[1]))
-        of_a, *of_b = pointwise.gated_backward_adapted_(of_act, kept.gate_up, beside)
+        of_a, *of_b = pointwise.gated_backward_adapted_(of_act, kept_.gate_up, beside)
         return [] if of_a is None else [of_a], [part for part in of_b if part is not None]
 
-    def _attention_backward(
-        self, of_middle: torch.Tensor, rounded: Rounded | None, seeds: Sequence[Draw], kept: _Kept
+    def _attention_backward_(
+        self, of_middle_: torch.Tensor, rounded: Rounded | None, seeds: Sequence[Draw], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
-        of_attended, of_narrow = self.output.input_gradient(of_middle, seeds[_ATTENTION_OUTPUT], rounded=rounded)
+        of_attended, of_narrow = self.output.input_gradient_(of_middle_, seeds[_ATTENTION_OUTPUT], rounded=rounded)
         of_output = self.output.in_order(
             self.output.of_a(of_narrow, kept.attended.out, seeds[_ATTENTION_OUTPUT]),
-            self.output.of_b(of_middle, kept.narrow_output),
+            self.output.of_b(of_middle_, kept.narrow_output),
         )
         packed = self.inputs.new_output(of_attended)
-        kept.attended.gradients_into(of_attended, packed)
+        kept.attended.gradients_into_(of_attended, packed)
         return packed, of_output
 
     def _with_border(self, of_y: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ class _Layer(torch.autograd.Function):
         with _without_autocast(x.device.type):
             if kept is None:
                 kept = ctx.layer.middle(x, ctx.rows, ctx.seeds)
-            of_x, of_trained = ctx.layer.backward(
+            of_x, of_trained = ctx.layer.backward_(
                 of_out if of_out.stride(1) == 1 else of_out.contiguous(),
                 ctx.seeds, kept, ctx.narrow_down, of_x=ctx.needs_input_grad[0],
             )  # fmt: skip

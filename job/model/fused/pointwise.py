@@ -16,8 +16,8 @@ import torch
 from job.model.fused.rounding import Rounded
 
 
-def rms_norm(
-    x: torch.Tensor,
+def rms_norm_(
+    x_: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
     out: torch.Tensor,
@@ -27,15 +27,15 @@ def rms_norm(
     """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) in float32, rounded before the weight as Llama has
     it, into the first columns of `out`. With `add`, that is first added to `x`, which is overwritten. Returns what each row
     was multiplied with, (tokens, 1) in float32."""
-    if x.is_cuda:
+    if x_.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.rms_norm(x, weight, epsilon, out, rounded, add)
+        return triton_kernels.rms_norm_(x_, weight, epsilon, out, rounded, add)
     if add is not None:
-        x += add
-    normalised, inverse = _normalised(x, epsilon)
-    out[:, : x.shape[1]] = normalised.to(x.dtype) * weight
-    _round(out[:, : x.shape[1]], rounded)
+        x_ += add
+    normalised, inverse = _normalised(x_, epsilon)
+    out[:, : x_.shape[1]] = normalised.to(x_.dtype) * weight
+    _round(out[:, : x_.shape[1]], rounded)
     return inverse
 
 
@@ -116,18 +116,18 @@ def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = No
     return out
 
 
-def gated_backward_(gradient: torch.Tensor, gate_up: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
+def gated_backward_(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
     """silu(gate) · up once more, (tokens, n); `gate_up` is overwritten by its gradient, which `rounded` gets as well."""
-    if gate_up.is_cuda:
+    if gate_up_.is_cuda:
         from job.model.fused import gate_kernels
 
-        return gate_kernels.gated_backward_(gradient, gate_up, rounded)
-    gate, up = gate_up.float().chunk(2, dim=-1)
+        return gate_kernels.gated_backward_(gradient, gate_up_, rounded)
+    gate, up = gate_up_.float().chunk(2, dim=-1)
     sigmoid, wide = torch.sigmoid(gate), gradient.float()
-    out = gated(gate_up, torch.empty_like(gradient))
+    out = gated(gate_up_, torch.empty_like(gradient))
     of_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
-    gate_up.copy_(torch.cat([of_gate, wide * gate * sigmoid], dim=-1))
-    _round(gate_up, rounded)
+    gate_up_.copy_(torch.cat([of_gate, wide * gate * sigmoid], dim=-1))
+    _round(gate_up_, rounded)
     return out
 
 
@@ -159,24 +159,24 @@ class Adapted(NamedTuple):
     of_up: torch.Tensor | None
 
 
-def gated_backward_adapted_(gradient: torch.Tensor, gate_up: torch.Tensor, beside: Beside) -> Adapted:
+def gated_backward_adapted_(gradient: torch.Tensor, gate_up_: torch.Tensor, beside: Beside) -> Adapted:
     """`gated_backward_`, whose result and gradients are multiplied here with what lies `beside` them, and not returned."""
-    if gate_up.is_cuda:
+    if gate_up_.is_cuda:
         from job.model.fused import gate_kernels
 
-        if gate_kernels.serves([gate_up, gradient], beside[:3]):
-            return Adapted(*gate_kernels.gated_backward_adapted_(gradient, gate_up, *beside))
-    act = gated_backward_(gradient, gate_up)
+        if gate_kernels.serves([gate_up_, gradient], beside[:3]):
+            return Adapted(*gate_kernels.gated_backward_adapted_(gradient, gate_up_, *beside))
+    act = gated_backward_(gradient, gate_up_)
     of_a = None if beside.of_down is None else beside.of_down.T @ act
     of_gate, of_up = (
         None if narrow is None else torch.addmm(act.new_empty(()), half.T, narrow, beta=0, alpha=scale)
-        for half, narrow, scale in zip(gate_up.chunk(2, dim=-1), beside[1:3], beside.scales, strict=True)
+        for half, narrow, scale in zip(gate_up_.chunk(2, dim=-1), beside[1:3], beside.scales, strict=True)
     )
     return Adapted(of_a, of_gate, of_up)
 
 
-def dropout(
-    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to: torch.Tensor | None = None
+def dropout_(
+    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to_: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`x` with each value dropped at `probability`, the others scaled up; the same ones again for the same `seed`, so that
     nothing has to be kept for the backward pass, which is this very function of the gradient. Rows are counted from
@@ -184,12 +184,12 @@ def dropout(
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.dropout(x, probability, seed, first_row, add_to)
+        return triton_kernels.dropout_(x, probability, seed, first_row, add_to_)
     if probability:
         generator = torch.Generator().manual_seed(seed)
         kept = torch.rand(first_row + len(x), x.shape[1], generator=generator)[first_row:] >= probability
         x = x * kept / (1 - probability)
-    return x if add_to is None else add_to.add_(x)
+    return x if add_to_ is None else add_to_.add_(x)
 
 
 def quantize_rows(x: torch.Tensor) -> Rounded:
@@ -203,17 +203,17 @@ def quantize_rows(x: torch.Tensor) -> Rounded:
     return Rounded((wide / scales).to(torch.float8_e4m3fn), scales)
 
 
-def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def label_log_probs_(logits_: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each row of `logits`, (tokens, vocabulary), the label's log-probability and the entropy, float32 in nats, and
     whether the label is the likeliest. The logits are overwritten by the log-probability's gradient, onehot - p."""
-    if logits.is_cuda:
+    if logits_.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.label_log_probs_(logits, labels)
-    log_p = torch.log_softmax(logits.float(), -1)
+        return triton_kernels.label_log_probs_(logits_, labels)
+    log_p = torch.log_softmax(logits_.float(), -1)
     chosen = log_p.gather(1, labels.unsqueeze(1))
     entropy, first = -(log_p.exp() * log_p).sum(-1), chosen.squeeze(1) >= log_p.amax(-1)
-    logits.copy_(-log_p.exp()).scatter_add_(1, labels.unsqueeze(1), torch.ones_like(chosen, dtype=logits.dtype))
+    logits_.copy_(-log_p.exp()).scatter_add_(1, labels.unsqueeze(1), torch.ones_like(chosen, dtype=logits_.dtype))
     return chosen.squeeze(1), entropy, first
 
 

@@ -37,7 +37,7 @@ class Normed:
     def values(self) -> torch.Tensor:
         """The result once more."""
         out = torch.empty_like(self.x)
-        pointwise.rms_norm(self.x, self.weight, self.epsilon, out)
+        pointwise.rms_norm_(self.x, self.weight, self.epsilon, out)
         return out
 
     def products(self, other: torch.Tensor) -> torch.Tensor:
@@ -99,35 +99,35 @@ class Products:
         return like.new_empty(like.shape[0], self._outputs + self._frozen.border)
 
     def rounded_input(self, like: torch.Tensor) -> Rounded | None:
-        """Where `forward` wants its input in 8 bits as well, if it does."""
+        """Where `forward_` wants its input in 8 bits as well, if it does."""
         return self._frozen.new_rounded(like, self._inputs)
 
     def rounded_output(self, like: torch.Tensor) -> Rounded | None:
-        """Where `input_gradient` wants the outputs' gradient in 8 bits as well, if it does."""
+        """Where `input_gradient_` wants the outputs' gradient in 8 bits as well, if it does."""
         return self._frozen.new_rounded(like, self._outputs)
 
-    def forward(
-        self, x: torch.Tensor, seeds: Sequence[Draw], *, room: bool = False, rounded: Rounded | None = None
+    def forward_(
+        self, x_: torch.Tensor, seeds: Sequence[Draw], *, room: bool = False, rounded: Rounded | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y (tokens, all outputs), with `room` for the border beside it; and for the gradients dropout(x) Aᵀ (tokens, all
         ranks), if anything is trained."""
         self._frozen.refresh(self.adapters)
-        narrow = self._narrow(x, seeds)
+        narrow = self._narrow(x_, seeds)
         if not (room and self._frozen.border):
-            return self._frozen.product(x, narrow, None, rounded), narrow
-        whole = self.new_output(x)
-        self._frozen.product(x, narrow, whole[:, : self._outputs], rounded)
+            return self._frozen.product_(x_, narrow, None, rounded), narrow
+        whole = self.new_output(x_)
+        self._frozen.product_(x_, narrow, whole[:, : self._outputs], rounded)
         return whole, narrow
 
     def forward_gated(self, gate_up: torch.Tensor, seeds: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`forward` of x = silu(gate) · up, of gates and values side by side."""
+        """`forward_` of x = silu(gate) · up, of gates and values side by side."""
         x, rounded = self.new_input(gate_up), self._frozen.new_rounded(gate_up, self._inputs)
         if rounded is not None or self.drops or not self.adapters:
             pointwise.gated(gate_up, self.inner(x), rounded)
-            return self.forward(x, seeds, rounded=rounded)
+            return self.forward_(x, seeds, rounded=rounded)
         self._frozen.refresh(self.adapters)
         narrow = pointwise.gated_narrow(gate_up, self._frozen.a, self.inner(x))
-        return self._frozen.product(x, narrow, None, None), narrow
+        return self._frozen.product_(x, narrow, None, None), narrow
 
     def _narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
         """dropout(x) Aᵀ."""
@@ -138,25 +138,25 @@ class Products:
             return x @ self._frozen.a.T
         narrow = x.new_empty(x.shape[0], self._border)
         for adapter in self.adapters:
-            dropped = pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
+            dropped = pointwise.dropout_(x, adapter.dropout, *seeds[adapter.seed])
             torch.mm(dropped, self._frozen.a[adapter.ranks].T, out=narrow[:, adapter.ranks])
         return narrow
 
-    def input_gradient(
-        self, of_y: torch.Tensor, seeds: Sequence[Draw], *, wanted: bool = True, rounded: Rounded | None = None
+    def input_gradient_(
+        self, of_y_: torch.Tensor, seeds: Sequence[Draw], *, wanted: bool = True, rounded: Rounded | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient of x, if it is `wanted`, else nothing of any use; and that of dropout(x) Aᵀ."""
         if isinstance(self._frozen, FourBit):
             self._frozen.refresh(self.adapters)
-        of_narrow = self._frozen.narrow_gradient(of_y) if self.adapters else None
+        of_narrow = self._frozen.narrow_gradient_(of_y_) if self.adapters else None
         if not wanted:
-            return of_y, of_narrow
+            return of_y_, of_narrow
         drops = self.drops
-        gradient = self._frozen.gradient(of_y, None if drops else of_narrow, rounded)
+        gradient = self._frozen.gradient(of_y_, None if drops else of_narrow, rounded)
         if of_narrow is not None and drops:
             for adapter in self.adapters:
                 of_dropped = of_narrow[:, adapter.ranks] @ self._frozen.a[adapter.ranks]
-                pointwise.dropout(of_dropped, adapter.dropout, *seeds[adapter.seed], add_to=gradient)
+                pointwise.dropout_(of_dropped, adapter.dropout, *seeds[adapter.seed], add_to_=gradient)
         return gradient, of_narrow
 
     def of_a(
@@ -170,7 +170,7 @@ class Products:
             return [together[adapter.ranks] for adapter in self.adapters]
         x = x.values() if isinstance(x, Normed) else x
         return [
-            of_narrow[:, adapter.ranks].T @ pointwise.dropout(x, adapter.dropout, *seeds[adapter.seed])
+            of_narrow[:, adapter.ranks].T @ pointwise.dropout_(x, adapter.dropout, *seeds[adapter.seed])
             for adapter in self.adapters
         ]
 

@@ -270,19 +270,19 @@ def _place_kernel(
     tl.store(out + row * out_stride + offsets, found.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(
-    x: torch.Tensor,
+def rms_norm_(
+    x_: torch.Tensor,
     weight: torch.Tensor,
     epsilon: float,
     out: torch.Tensor,
     rounded: Rounded | None = None,
     add: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    rows, columns = x.shape
-    inverses = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+    rows, columns = x_.shape
+    inverses = torch.empty(rows, 1, device=x_.device, dtype=torch.float32)
     if rows:
         _rms_norm_kernel[(rows,)](
-            x, x if add is None else add, weight, out, inverses, *(rounded or (x, x)), columns, out.stride(0), epsilon,
+            x_, x_ if add is None else add, weight, out, inverses, *(rounded or (x_, x_)), columns, out.stride(0), epsilon,
             **_one_row(columns), ADD=add is not None, ROUND=rounded is not None,
         )  # fmt: skip
     return inverses
@@ -326,15 +326,17 @@ def rotate_back(
     )
 
 
-def dropout(
-    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to: torch.Tensor | None = None
+def dropout_(
+    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to_: torch.Tensor | None = None
 ) -> torch.Tensor:
     rows, columns = x.shape
-    out = torch.empty(rows, columns, device=x.device, dtype=x.dtype) if add_to is None else add_to
+    out = torch.empty(rows, columns, device=x.device, dtype=x.dtype) if add_to_ is None else add_to_
     assert out.is_contiguous()
     part = min(1024, next_power_of_2(cdiv(columns, 4)))  # what is dropped follows from it
     grid = (rows, cdiv(columns, 4 * part))
-    _dropout_kernel[grid](x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to is not None, PART=part)
+    _dropout_kernel[grid](
+        x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to_ is not None, PART=part
+    )
     return out
 
 
@@ -346,12 +348,12 @@ def quantize_rows(x: torch.Tensor) -> Rounded:
     return found
 
 
-def label_log_probs_(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, columns = logits.shape
-    log_probs, entropies = (torch.empty(rows, device=logits.device, dtype=torch.float32) for _ in range(2))
-    first = torch.empty(rows, device=logits.device, dtype=torch.bool)
+def label_log_probs_(logits_: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, columns = logits_.shape
+    log_probs, entropies = (torch.empty(rows, device=logits_.device, dtype=torch.float32) for _ in range(2))
+    first = torch.empty(rows, device=logits_.device, dtype=torch.bool)
     if rows:
-        _label_log_probs_kernel[(rows,)](logits, labels, log_probs, entropies, first, columns, BLOCK=4096, num_warps=8)
+        _label_log_probs_kernel[(rows,)](logits_, labels, log_probs, entropies, first, columns, BLOCK=4096, num_warps=8)
     return log_probs, entropies, first
 
 
