@@ -48,7 +48,7 @@ WORKDIR /work
 ENTRYPOINT ["tini", "--", "python3", "/app/entrypoint.py"]
 CMD ["run"]
 
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-job" \
       org.opencontainers.image.description="QLoRA fine-tuning as a batch job: environment variables in, published model out" \

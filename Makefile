@@ -9,8 +9,8 @@ DEMO_MODEL := results/demo-model
 # for example, BENCH="--runs 1 --only 'job;unsloth'"
 BENCH :=
 
-.PHONY: help demo test torture bench-gpu check lock image image-test system-packages clean
-IMAGE := finetune-job:0.1.0
+.PHONY: help demo test test-slow test-real torture bench-gpu check docs picture lock image image-test system-packages clean
+IMAGE := finetune-job:0.2.0
 SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
 # where uv finds PyTorch's CPU build
 CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
@@ -19,13 +19,17 @@ SEED := 0
 
 help:
 	@echo "make demo   run the whole job on SmolLM2-135M, on the CPU, in under 10 minutes"
-	@echo "make test   run all tests that this machine can run"
+	@echo "make test   run the tests: under 15 minutes on 2 cores, without root"
+	@echo "make test-slow   run the slow tests: lost nodes, signals, torture"
+	@echo "make test-real   (root) run the tests on a real Slurm and in real containers"
 	@echo "make system-packages   (root, Debian) install Slurm, buildah and podman for the tests that need them"
 	@echo "make torture KILLS=20 SEED=0   kill the job KILLS times, then compare with an undisturbed run"
 	@echo "make bench-gpu   (needs a GPU) compare training speed with the other trainers installed"
 	@echo "make check  run ruff, mypy, shellcheck, hadolint and the manifest schemas"
 	@echo "make image  build the image with docker"
 	@echo "make image-test   build the CPU image with buildah and run its tests"
+	@echo "make docs   write the tables of the docs that the code decides"
+	@echo "make picture   run the demo and draw the picture of the README"
 	@echo "make lock   resolve requirements.in into the two lock files"
 	@echo "make clean  remove .venv and all results"
 
@@ -43,6 +47,12 @@ demo: $(INSTALLED) $(DEMO_MODEL)/config.json
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest
+
+test-slow: $(INSTALLED)
+	$(PYTHON) -m pytest -m slow
+
+test-real: $(INSTALLED)
+	$(PYTHON) -m pytest -m real tests/real
 
 torture: $(INSTALLED)
 	$(PYTHON) -m tests.torture --kills $(KILLS) --seed $(SEED)
@@ -62,8 +72,14 @@ check: $(INSTALLED)
 image:
 	docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag $(IMAGE) .
 
+docs: $(INSTALLED)
+	$(PYTHON) docs/generate.py
+
+picture: $(INSTALLED) $(DEMO_MODEL)/config.json
+	$(PYTHON) examples/record_demo.py
+
 image-test: $(INSTALLED)
-	ALL_TESTS_MUST_RUN=1 $(PYTHON) -m pytest -n 1 tests/real/test_image.py
+	ALL_TESTS_MUST_RUN=1 $(PYTHON) -m pytest -n 1 -m real tests/real/test_image.py
 
 lock: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet uv==0.13.9

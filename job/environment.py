@@ -41,7 +41,7 @@ def load_settings() -> Settings:
         problems += malformed.values()
         # report the other mistakes too, so continue as if the malformed variables were unset
         settings = Settings(**{name: Settings.model_fields[name].default for name in malformed})
-    problems += _contradictions(settings) + trainer_arguments.problems_of(settings) + missing_paths(settings)
+    problems += contradictions(settings) + trainer_arguments.problems_of(settings) + missing_paths(settings)
     if problems:
         count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
         listing = "\n".join(f"  - {problem}" for problem in problems)
@@ -84,7 +84,7 @@ def _malformed_values(error: ValidationError) -> dict[str, str]:
     return problems
 
 
-def _contradictions(settings: Settings) -> list[str]:
+def contradictions(settings: Settings) -> list[str]:
     problems = []
     if settings.fp16 is True and settings.bf16 is True:
         problems.append("FT_FP16 and FT_BF16 are both true: choose one, or leave both at auto.")

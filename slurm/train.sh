@@ -37,7 +37,7 @@ case "${FT_CONTAINER:-}" in
     launch=("$python" entrypoint.py)
     ;;
   *.sif)
-    [ -f "$FT_CONTAINER" ] || { echo "FT_CONTAINER=$FT_CONTAINER: there is no such file." >&2 && exit 78; }
+    [ -f "$FT_CONTAINER" ] || { echo "FT_CONTAINER=$FT_CONTAINER: no such file." >&2 && exit 78; }
     launch=(apptainer exec --nv --bind "$PWD,$PWD/results:/work" --pwd "$PWD" --env "FT_OUTPUT_DIR=$FT_OUTPUT_DIR" "$FT_CONTAINER" python3 /app/entrypoint.py)
     ;;
   *)

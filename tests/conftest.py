@@ -34,6 +34,13 @@ if not shutil.which("nvidia-smi"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' models are tiny, and several jobs share the cores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/real needs root."""
+    for item in items:
+        if Path(__file__).parent / "real" in item.path.parents:
+            item.add_marker("real")
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the developer's settings, secrets and caches out of the tests."""

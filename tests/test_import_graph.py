@@ -19,6 +19,7 @@ LEVELS = (
     {"job.model", "job.data", "job.checkpoints", "job.report"},
     {"job.run"},
     {"job.environment", "job.storage"},
+    {"job.local_files", "job.trainer_arguments"},
     {"job.settings", "job.paths", "job.cluster"},
     {"job.errors", "job"},
 )

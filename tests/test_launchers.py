@@ -112,7 +112,7 @@ def test_an_overlay_sets_image_namespace_name_and_settings_without_editing(tmp_p
     job = objects["Job"]
     container = job["spec"]["template"]["spec"]["containers"][0]
     assert job["metadata"] == {"name": "finetune-guanaco-2", "namespace": "training"}
-    assert container["image"] == "registry.example.com/me/finetune-job:0.1.0"
+    assert container["image"] == "registry.example.com/me/finetune-job:0.2.0"
     assert container["envFrom"][0]["configMapRef"]["name"] == "finetune-settings-guanaco-2"
     assert objects["ConfigMap"]["data"]["FT_STORE_URL"] == "s3://my-bucket/runs"
     claim = job["spec"]["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"]

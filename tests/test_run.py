@@ -99,7 +99,7 @@ def test_a_plan_for_a_run_that_does_not_exist_writes_nothing(job: Job) -> None:
     assert job.run("plan").code == 0
     status = job.run("status")
     assert status.code == 78
-    assert "knows no run 'test-run'" in status.error["message"]
+    assert "has no run 'test-run'" in status.error["message"]
     assert not Path(job.environment["FT_OUTPUT_DIR"]).exists()
 
 

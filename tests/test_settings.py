@@ -220,6 +220,6 @@ def test_a_run_started_by_a_version_without_a_setting_is_still_recognised(
     run.store.put(f"{run.id}/run.json", json.dumps({"created": "", "settings": older}).encode())
     Ledger(run).refuse_other_settings()
     newer = make_run(LORA_R="8", EVAL_SPLIT="0.2", EVAL_STEPS="1", EARLY_STOPPING_PATIENCE="3")
-    with pytest.raises(SettingsError, match="FT_EARLY_STOPPING_PATIENCE: was None, is 3"):
+    with pytest.raises(SettingsError, match="FT_EARLY_STOPPING_PATIENCE: was None, is now 3"):
         Ledger(newer).refuse_other_settings()
     assert run.settings.fingerprint("train") != newer.settings.fingerprint("train")

@@ -5,20 +5,22 @@ To add a format, add a `Format` to `FORMATS` and its name to the choices of FT_D
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetBuilder
+from datasets.data_files import DataFilesDict, DataFilesList
 
+from job.data.splits import Splits, find_splits, reader_of
 from job.errors import InputError, from_os_error
 from job.settings import Settings
 
 Message = dict[str, str]
 Row = Mapping[str, Any]
-_BUILDERS = {"parquet": "parquet", "jsonl": "json", "json": "json", "csv": "csv", "arrow": "arrow"}
 _TURN = re.compile(r"### (Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -117,33 +119,69 @@ def choose_format(wanted: str, text_field: str, columns: Sequence[str], sample: 
 
 
 def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) -> Dataset:
-    """Read one split of the files below `folder`. Raises InputError with the reason if it is unreadable or empty.
+    """Read one split of the files below `folder`, such as `train` or `train[:100]`.
 
-    A single data file is the split `train`, whatever its name.
+    Opens no other file, whatever the dataset's card says. InputError if the split cannot be read or is empty.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md"]
+    splits = find_splits(folder, config)
+    named = {part.partition("[")[0].strip() for part in split.split("+")} - {"all"}
+    if missing := named - splits.keys():
+        raise InputError(
+            f"The dataset has no split {min(missing)!r}. It has {', '.join(sorted(splits))}.",
+            "Check FT_DATASET_SPLIT and FT_EVAL_SPLIT.",
+        )
+    wanted = {name: files for name, files in splits.items() if not named or name in named}
     try:
-        if len(files) == 1:
-            suffix = next(part for part in reversed(files[0].name.split(".")) if part in _BUILDERS)
-            loaded = load_dataset(
-                _BUILDERS[suffix], data_files={"train": str(files[0])}, split=split, cache_dir=str(cache_dir)
-            )
-        else:
-            loaded = load_dataset(str(folder), name=config, split=split, cache_dir=str(cache_dir))
+        builder = _builder(wanted, cache_dir)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset(split=split)
     except Exception as error:  # datasets raises many exception types for files that do not match their suffix
-        if from_os_error(error) is not None:
+        if isinstance(error, InputError) or from_os_error(error) is not None:
             raise
         reason = str(error.__cause__ or error).splitlines()[0]
         if "corresponds to no data" in reason:
             raise _empty(split) from error
         raise InputError(
-            f"The dataset has no split {split!r}, or it cannot be read: {reason}",
+            f"The dataset's split {split!r} cannot be read: {reason}",
             "Check FT_DATASET_SPLIT, FT_DATASET_CONFIG, FT_EVAL_SPLIT and the data files.",
         ) from error
-    assert isinstance(loaded, Dataset) and not isinstance(loaded, DatasetDict)
+    assert isinstance(loaded, Dataset)
     if len(loaded) == 0:
         raise _empty(split)
     return loaded
+
+
+def _builder(splits: Splits, cache_dir: Path) -> DatasetBuilder:
+    """The library's reader for these files, given each by its path.
+
+    `load_dataset` would follow the card's patterns, take brackets in names for patterns, and count the load on a server.
+    """
+    kinds = {reader_of(path) for files in splits.values() for path in files}
+    if len(kinds) != 1:
+        raise InputError(
+            f"The dataset mixes files of several kinds: {', '.join(sorted(map(str, kinds)))}.",
+            "Name one file or folder, or choose a split or configuration whose files are alike.",
+        )
+    module = importlib.import_module(_READERS[str(kinds.pop())])
+    reader = next(
+        item for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, DatasetBuilder) and item.__module__ == module.__name__
+    )  # fmt: skip
+    listed = {
+        name: DataFilesList([str(path) for path in files], [_version(path) for path in files])
+        for name, files in splits.items()
+    }
+    found: DatasetBuilder = reader(cache_dir=str(cache_dir), data_files=DataFilesDict(listed))
+    return found
+
+
+_READERS = {kind: f"datasets.packaged_modules.{kind}.{kind}" for kind in ("json", "parquet", "csv", "arrow")}
+
+
+def _version(path: Path) -> tuple[str, ...]:
+    """What distinguishes a file from an earlier one of its name, for the library's cache."""
+    state = path.stat()
+    return str(state.st_size), str(state.st_mtime_ns)
 
 
 def _empty(split: str) -> InputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from job.errors import InputError, SettingsError
 from job.hub import hub_errors
 from job.local_files import DATA_SUFFIXES, local_path
+from job.names import UnsafeName, below, checked, refuse_conflicts
 from job.storage import Store, open_store
 
 # The files fetched from a model's top-level folder: weights that cannot run code when loaded, and their description.
@@ -30,6 +32,7 @@ DATA_FILES = (
     *(f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", ".gz", ".zst", ".bz2")),
 )
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 Kind = Literal["model", "dataset"]
 
@@ -58,7 +61,7 @@ class Source:
                 "Check the path. In a container, it must be mounted.",
             )
         name, _, revision = text.partition("@")
-        if not _HUB_ID.match(name):
+        if not _HUB_ID.match(name) or ".." in name or "--" in name or name.startswith((".", "-")):
             raise SettingsError(
                 f"{variable}={text!r} is not a Hub id, a path or s3://bucket/prefix.", "Write it as user/name."
             )
@@ -115,8 +118,10 @@ def disk_needed(listings: Mapping[Source, Listing]) -> int:
 def look_up(source: Source, commit: str | None = None) -> Listing:
     """List a source without fetching it. `commit` pins a Hub repository to the commit that an earlier start resolved.
 
-    Raises SettingsError if the source does not exist, and InputError if the job cannot use it.
+    Raises SettingsError if the source does not exist, and InputError if the job cannot use it. A source that names a full
+    commit gets that commit, whatever the store says.
     """
+    commit = _pinned(source, commit)
     if source.scheme == "hub":
         listing = _look_up_hub(source, commit)
     elif source.scheme == "s3":
@@ -124,8 +129,43 @@ def look_up(source: Source, commit: str | None = None) -> Listing:
         listing = Listing(None, tuple(sorted(entries)))
     else:
         listing = Listing(None, tuple(sorted(_local_files(source))))
-    _require_usable(source, [name for name, _ in listing.files])
+    names = [name for name, _ in listing.files]
+    if source.scheme != "local":
+        _refuse_unsafe(source, names)
+    _require_usable(source, names)
     return listing
+
+
+def _refuse_unsafe(source: Source, names: list[str]) -> None:
+    """The names become paths below the run's folder, and strangers may have chosen them."""
+    try:
+        for name in names:
+            checked(name)
+        refuse_conflicts(names)
+    except UnsafeName as error:
+        raise InputError(
+            f"{source.described} has a file whose name cannot be used: {error}.",
+            "Rename it there. Do not use this source if you do not trust it.",
+        ) from error
+
+
+def _pinned(source: Source, recorded: str | None) -> str | None:
+    """The commit to use: the user's, if the setting names a full one; else the one that the run's record has.
+
+    Whoever may write the store may write that record.
+    """
+    if recorded is not None and not _COMMIT.fullmatch(recorded):
+        raise SettingsError(
+            f"The store's record of this run has no commit for {source.variable}, but {recorded[:60]!r}.",
+            "Choose another FT_RUN_ID, and find out who wrote run.json in the store.",
+        )
+    asked = source.revision if source.revision is not None and _COMMIT.fullmatch(source.revision) else None
+    if asked is not None and recorded is not None and asked != recorded:
+        raise SettingsError(
+            f"{source.described} asks for a commit, and the store's record of this run names another, {recorded}.",
+            "Choose another FT_RUN_ID, and find out who wrote run.json in the store.",
+        )
+    return asked or recorded
 
 
 def fetch(source: Source, listing: Listing, folder: Path) -> None:
@@ -143,11 +183,11 @@ def fetch(source: Source, listing: Listing, folder: Path) -> None:
                     source.place,
                     repo_type=source.kind,
                     revision=listing.commit or source.revision,
-                    allow_patterns=names,
+                    allow_patterns=[glob.escape(name) for name in names],
                 )
             )
     for name, _ in listing.files:
-        link = folder / name
+        link = folder / name if source.scheme == "local" else below(folder, name)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(origin if origin.is_file() else origin / name)
 
@@ -184,6 +224,11 @@ def _look_up_hub(source: Source, commit: str | None) -> Listing:
         info = HfApi().repo_info(
             source.place, repo_type=source.kind, revision=commit or source.revision, files_metadata=True
         )
+    if commit is not None and info.sha != commit:
+        raise InputError(
+            f"{source.described} answers commit {commit} with {info.sha}.",
+            "Check HF_ENDPOINT, and who runs that server.",
+        )
     siblings = getattr(info, "siblings", None) or []
     return Listing(
         info.sha, tuple(sorted((item.rfilename, item.size or 0) for item in siblings if source.wants(item.rfilename)))
@@ -206,7 +251,7 @@ def _local_files(source: Source) -> list[tuple[str, int]]:
 
 def _fetch_s3(store: Store, listing: Listing, folder: Path) -> None:
     for name, size in listing.files:
-        target = folder / name
+        target = below(folder, name)
         if not (target.is_file() and target.stat().st_size == size):  # a file gets its name only when complete
             store.download(name, target)
 

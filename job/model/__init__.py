@@ -1,1 +1,1 @@
-"""The network: loading, quantisation, adapters, merging."""
+"""The model: loading, quantization, adapters, merging, and the fused layers."""

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) by peft."""
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685), built by peft."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from job.settings import Settings
 
 
 def lora_config(settings: Settings) -> LoraConfig:
-    """The FT_LORA_* settings as peft wants them."""
+    """The FT_LORA_* settings as peft's LoraConfig."""
     targets: str | list[str] | None
     if settings.lora_target_modules == "auto":
         targets = None
@@ -33,16 +33,19 @@ def lora_config(settings: Settings) -> LoraConfig:
 
 
 def hold_adapter_in(model: PeftModel, dtype: torch.dtype) -> None:
-    """Cast what is trained; peft and trl decide by whether the frozen layers look like 4-bit ones."""
+    """Cast the trained parameters to `dtype`. peft and trl choose theirs by whether frozen layers look 4-bit."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
 def with_adapter(folder: Path, base: PreTrainedModel) -> PeftModel:
-    """`base` with the adapter in `folder`, ready to answer; `disable_adapter()` gives the base's own answers."""
+    """`base` with the adapter in `folder`, in evaluation mode. `disable_adapter()` gives the base's own answers.
+
+    Raises InputError if the adapter does not fit the model.
+    """
     model = PeftModel.from_pretrained(base, folder, is_trainable=False)
-    # peft only warns of a file that fits no layer, and the base would pass for what was trained
+    # peft only warns about a file that fits no layer, and the base would then pass for the trained model
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
         differing = set(stored.keys()) ^ set(get_peft_model_state_dict(model))
     if differing:

@@ -1,7 +1,7 @@
-"""Attention over rows that lie one behind the other in one sequence, without padding between them.
+"""Attention over rows placed one after another in one sequence, without padding.
 
-`torch.nn.attention.varlen` is PyTorch's own FlashAttention-2 (Dao 2023, arXiv:2307.08691) for such sequences. It needs no
-further package and builds no mask, of which a dense one would take memory by the square of the batch's tokens.
+`torch.nn.attention.varlen` is PyTorch's own FlashAttention-2 (Dao 2023, arXiv:2307.08691) for such sequences. It needs
+no further package and no attention mask. A dense mask would take memory quadratic in the batch's tokens.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ VARLEN = "varlen"
 
 
 def is_padding_free(settings: Settings, device: torch.device, config: Mapping[str, Any]) -> bool:
-    """Whether batches are one sequence without padding, which changes the time a step takes and nothing else.
+    """Whether batches are one sequence without padding, which only changes how long a step takes.
 
-    InputError if FT_PADDING_FREE asks for it where the model's attention is not that of this module.
+    Raises InputError if FT_PADDING_FREE asks for it but the model needs another attention than this module's.
     """
     wanted = settings.padding_free
     if settings.packing:
         return True
     if wanted is True and not is_plain_attention(config):
         raise InputError(
-            "FT_PADDING_FREE=true: this model's attention is not known to work without padding.", "Leave it at auto."
+            "FT_PADDING_FREE=true: this model's attention is not known to work without padding.",
+            "Set FT_PADDING_FREE=auto.",
         )
     if wanted != "auto":
         return bool(wanted)
@@ -42,7 +43,7 @@ def is_padding_free(settings: Settings, device: torch.device, config: Mapping[st
 
 
 def is_plain_attention(config: Mapping[str, Any]) -> bool:
-    """Whether the model attends to everything before a token by softmax alone: no window, cap, sink, bias or dropout."""
+    """Whether tokens attend to everything before them by plain softmax, without window, cap, sink, bias or dropout."""
     return (
         config.get("model_type") in ("llama", "qwen2", "qwen3")
         and not config.get("use_sliding_window")
@@ -56,8 +57,11 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 def register_varlen() -> str:
-    """Make the attention known to transformers; returns the name to pass as `attn_implementation`. It has no mask, of which
-    transformers makes none for an attention that has not named one; else it would ask the GPU where rows begin, and wait."""
+    """Register the attention with transformers. Returns the name to pass as `attn_implementation`.
+
+    No mask function is registered with it, so transformers builds no mask. To build one it would ask the GPU where rows
+    start, and wait for the answer.
+    """
     AttentionInterface.register(VARLEN, varlen_attention)
     return VARLEN
 
@@ -74,12 +78,15 @@ def varlen_attention(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each row. `query` is (1, heads, tokens, head_dim), `key` and `value` may have fewer heads;
-    row i is the tokens from `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1]`. Returns (1, tokens, heads, head_dim)."""
+    """Causal attention within each row, with transformers' signature. Returns (1, tokens, heads, head_dim).
+
+    `query` is (1, heads, tokens, head_dim). `key` and `value` may have fewer heads. Row i is the tokens from
+    `cu_seq_lens_q[i]` to `cu_seq_lens_q[i + 1]`.
+    """
     assert cu_seq_lens_q is not None and max_length_q is not None, "varlen attention needs batches without padding"
-    assert dropout == 0.0, "this kernel has no dropout of attention weights"
+    assert dropout == 0.0, "this attention does not support dropout of its weights"
     unknown = [name for name in ("sliding_window", "softcap", "s_aux") if others.get(name) is not None]
-    assert not unknown, f"this attention knows no {unknown}"
+    assert not unknown, f"this attention does not support {unknown}"
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     return attend(q, k, v, cu_seq_lens_q, int(max_length_q), scaling).unsqueeze(0), None
 
@@ -92,8 +99,10 @@ def attend(
     longest: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Causal attention within each row: (tokens, heads, head_dim) each, `key` and `value` with fewer heads if they like.
-    Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and `longest` the most of them."""
+    """Causal attention within each row: (tokens, heads, head_dim) like `query`. `key` and `value` may have fewer heads.
+
+    Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and the longest row has `longest` tokens.
+    """
     if not is_served(query):
         return row_by_row(query, key, value, boundaries.tolist(), scaling)
     key, value = for_each_head(query, key), for_each_head(query, value)
@@ -103,12 +112,12 @@ def attend(
 
 
 def is_served(query: torch.Tensor) -> bool:
-    """Whether PyTorch's kernel is for this type and this card."""
+    """Whether PyTorch's kernel supports this type and this card."""
     return _has_kernel(query.device) and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def for_each_head(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Keys or values once for each head of `query`, as torch 2.11's kernel wants them."""
+    """Keys or values repeated for each head of `query`, as torch 2.11's kernel requires."""
     repeats = query.shape[1] // states.shape[1]
     return states.repeat_interleave(repeats, 1) if repeats > 1 else states
 
@@ -116,7 +125,7 @@ def for_each_head(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 def row_by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: list[int], scaling: float | None
 ) -> torch.Tensor:
-    """The same by PyTorch's plain attention, for machines and types that the kernel does not serve."""
+    """`attend` by PyTorch's plain attention, for cards and types that the kernel does not support."""
     grouped = query.shape[1] != key.shape[1]
     rows = []
     for begin, end in itertools.pairwise(boundaries):
@@ -126,7 +135,7 @@ def row_by_row(
 
 
 def _causal_argument() -> dict[str, Any]:
-    """torch 2.11 calls it `is_causal`; later versions say how far a token looks back and ahead."""
+    """torch 2.11 calls it `is_causal`. Later versions take a window: how far a token looks back and ahead."""
     return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
 
 

@@ -1,4 +1,4 @@
-"""Compiled decoder layers."""
+"""Decoder layers compiled by torch.compile."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from job.errors import InputError
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Compile each decoder layer in place: one program for all of them, for batches of any length."""
+    """Compile each decoder layer in place, with one program for all layers and batches of any length.
+
+    Raises InputError if the model has no list of layers.
+    """
     torch._dynamo.config.cache_size_limit = 64
     layers = getattr(model.get_base_model().base_model, "layers", None)
     if layers is None:
         raise InputError(
-            "FT_DECODER_LAYERS=compiled finds no layers in this model.",
-            "Leave it at auto: the model is trained as it is.",
+            "FT_DECODER_LAYERS=compiled, but this model has no decoder layers to compile.",
+            "Set FT_DECODER_LAYERS=auto, which trains the model as it is.",
         )
     for layer in layers:
         layer.compile(dynamic=True)

@@ -1,4 +1,4 @@
-"""What a model is computed on: the device, the types, the attention. Decided once per process, and handed on."""
+"""How a model is computed: on which device, in which types, with which attention. Decided once per process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from job.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """`dtype` is the type of matrix products, `adapter_dtype` the one in which the adapter is trained.
+    """The device, types and attention of this process.
 
-    `padding_free` says whether a batch is one sequence without padding. `attention` is the implementation to load the
-    model with for training; None is transformers' choice.
+    `dtype` is the type of matrix products, and `adapter_dtype` the type in which the adapter is trained. `padding_free`
+    says whether a batch is one sequence without padding. `attention` is the implementation with which to load the model
+    for training. None leaves the choice to transformers.
     """
 
     device: torch.device
@@ -29,9 +30,9 @@ class Compute:
 
     @classmethod
     def of(cls, settings: Settings, *, local_rank: int, config: Mapping[str, Any]) -> Compute:
-        """What this process computes on, given the settings and the model's config.json.
+        """Decide for this process, from the settings and the model's config.json.
 
-        NodeError if a GPU was asked for and there is none, InputError if FT_PADDING_FREE cannot be served.
+        Raises NodeError if a GPU was asked for and there is none, and InputError if FT_PADDING_FREE is not possible.
         """
         device = device_of(settings, local_rank)
         dtype = compute_dtype(settings, device)
@@ -51,10 +52,11 @@ class Compute:
 
 
 def _adapter_dtype(settings: Settings, products: torch.dtype) -> torch.dtype:
-    """bfloat16 for 4-bit models, as trl has it; else float32.
+    """bfloat16 for 4-bit models, as in trl, and float32 otherwise.
 
-    Products in float32 (the CPU) would only lose digits with a bfloat16 adapter. Scaled float16 gradients need float32. So
-    do shards: they are cast when they are gathered, and torch's AdamW keeps its moments in the type of its parameters.
+    With products in float32 (on the CPU), a bfloat16 adapter would only lose digits. Scaled float16 gradients need
+    float32. Shards need it too: they are cast when they are gathered, and torch's AdamW keeps moments in the type of
+    the parameters.
     """
     whole_bfloat16 = products == torch.bfloat16 and settings.use_4bit and settings.sharding == "none"
     return torch.bfloat16 if whole_bfloat16 else torch.float32

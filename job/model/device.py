@@ -1,4 +1,4 @@
-"""The device of this process, what it can do, and the types that follow from it."""
+"""The device of this process, what it supports, and the types that follow from that."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from job.settings import Settings
 
 
 def device_of(settings: Settings, local_rank: int) -> torch.device:
-    """The device of this process; NodeError if a GPU was asked for and there is none."""
+    """The device of this process. Raises NodeError if a GPU was asked for and there is none."""
     if settings.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise NodeError(
             "FT_DEVICE=cuda, but torch sees no GPU on this machine.",
             "Start the container with GPUs (docker run --gpus all, nvidia.com/gpu in the pod), check the driver with nvidia-smi, "
-            "or set FT_DEVICE=cpu to compute on the CPU, which is slow.",
+            "or set FT_DEVICE=cpu to train on the CPU, which is slow.",
         )
     return torch.device("cuda", local_rank)
 
 
 def require_fp8(device: torch.device) -> None:
-    """NodeError unless the GPU multiplies 8-bit floats, as FT_FROZEN_PRECISION=fp8 asks."""
+    """Raise NodeError unless the GPU multiplies 8-bit floats, which FT_FROZEN_PRECISION=fp8 needs."""
     if torch.cuda.get_device_capability(device) < (8, 9):
         raise NodeError(
-            f"FT_FROZEN_PRECISION=fp8, but the {torch.cuda.get_device_name(device)} has no 8-bit floats.",
-            "Rent an L4, L40S, H100, H200 or B200, or unset it.",
+            f"FT_FROZEN_PRECISION=fp8, but the {torch.cuda.get_device_name(device)} does not support 8-bit floats.",
+            "Rent an L4, L40S, H100, H200 or B200, or unset FT_FROZEN_PRECISION.",
         )
 
 
 def can_compile_kernels() -> bool:
-    """Whether Triton is there, and what it needs to build its launchers; and no kernel has lost a process of this start."""
+    """Whether Triton and what its launchers need are installed, and no kernel has crashed a process of this start."""
     if without_kernels():
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -47,12 +47,12 @@ def can_compile_kernels() -> bool:
 
 
 def without_kernels() -> bool:
-    """Whether a kernel of our own ended in a fault before, in another process of this start."""
+    """Whether one of our own kernels crashed an earlier process of this start."""
     return os.environ.get("JOB_WITHOUT_KERNELS") == "1"
 
 
 def is_alive(device: torch.device) -> bool:
-    """Whether a GPU still answers: behind a kernel's fault it answers nothing in this process."""
+    """Whether the GPU still answers. After a kernel crashed, it answers nothing in this process."""
     if device.type != "cuda":
         return True
     try:
@@ -64,22 +64,22 @@ def is_alive(device: torch.device) -> bool:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether it is the kind of card that the kernels of our own were measured on: an H100, H200 or GH200."""
+    """Whether the card is an H100, H200 or GH200, the kind on which our own kernels were measured."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The type of the products, as FT_BNB_4BIT_COMPUTE_DTYPE says."""
+    """The type of matrix products, from FT_BNB_4BIT_COMPUTE_DTYPE and the device."""
     if settings.bnb_4bit_compute_dtype != "auto":
         dtype: torch.dtype = getattr(torch, settings.bnb_4bit_compute_dtype)
         return dtype
     if device.type == "cpu":
-        return torch.float32  # CPUs without bfloat16 instructions emulate it at a tenth of the speed
+        return torch.float32  # a CPU without bfloat16 instructions emulates them at a tenth of the speed
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def mixed_precision(settings: Settings, dtype: torch.dtype) -> dict[str, bool]:
-    """The trainer's `fp16` and `bf16`."""
+    """The trainer's arguments `fp16` and `bf16`."""
     fp16 = dtype == torch.float16 if settings.fp16 == "auto" else settings.fp16
     bf16 = dtype == torch.bfloat16 if settings.bf16 == "auto" else settings.bf16
     return {"fp16": bool(fp16), "bf16": bool(bf16) and not fp16}

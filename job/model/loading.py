@@ -19,10 +19,10 @@ from job.settings import Settings
 def load_base(
     folder: Path, settings: Settings, compute: Compute, *, quantized: bool, attention: str | None = None
 ) -> PreTrainedModel:
-    """The base model on this process's device, its frozen layers in 4 bits if `quantized`, with transformers' choice of
-    attention unless one is named.
+    """Load the base model onto this process's device, with its frozen layers in 4 bits if `quantized`.
 
-    Only safetensors are read, only classes that transformers ships are built. InputError for a folder that is no model.
+    The attention is transformers' choice unless `attention` names one. Only safetensors are read, and only classes that
+    ship with transformers are built. Raises InputError if the folder does not hold a model.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -36,10 +36,10 @@ def load_base(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
-            raise  # the machine's fault, not the model's
+            raise  # the machine is at fault, not the model
         raise InputError(
             f"FT_MODEL_NAME={settings.model_name} cannot be loaded: {error}",
-            "It must be a causal language model that transformers knows.",
+            "It must be a causal language model that transformers supports.",
         ) from error
     if not compute.on_gpu:
         keep_plain_layout(model)
@@ -47,7 +47,7 @@ def load_base(
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type that a model folder's weights are written in, by its config.json; bfloat16 where it does not say."""
+    """The type of a model folder's weights according to its config.json, or bfloat16 if that does not say."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     dtype: torch.dtype = getattr(torch, name)

@@ -1,7 +1,7 @@
-"""Folding an adapter into the weights that it was trained on, and proving that nothing else changed.
+"""Merging an adapter into the weights that it was trained on, and verifying that nothing else changed.
 
-A QLoRA adapter learned to correct the *4-bit* base. Merging it into the original 16-bit weights, as is common, gives a
-model that nobody trained. Here W' = dequantised(W) + (alpha / r) · B·A, computed in float32 and rounded once.
+A QLoRA adapter has learned to correct the *4-bit* base. Merging it into the original 16-bit weights, as is common,
+gives a model that nobody trained. Here W' = dequantized(W) + (alpha / r) · B·A, computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted linear layer: its weight's name in the merged model, the layer, and its LoRA scale."""
+    """One adapted linear layer: the name of its weight in the merged model, the layer itself, and its LoRA scale."""
 
     weight_name: str
     module: LoraLayer
@@ -49,11 +49,11 @@ def merged_weight(layer: Layer) -> torch.Tensor:
 
 
 def write_merged(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
-    """Save base and adapter as one plain model of `dtype`, safetensors, loadable by transformers alone."""
+    """Save base and adapter as one plain model in `dtype`: safetensors that transformers loads without peft."""
     base = model.get_base_model()
     config = AutoConfig.from_pretrained(base.config.name_or_path)
     config.dtype = dtype
-    with torch.device("meta"):  # names and shapes without memory
+    with torch.device("meta"):  # only names and shapes, no memory
         plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     plain.load_state_dict(
         {name: value.to(dtype).cpu() for name, value in _merged_state(model)}, strict=False, assign=True
@@ -66,11 +66,11 @@ def write_merged(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
         plain.generation_config = base.generation_config
     plain.save_pretrained(folder, max_shard_size="4GB")
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes files that only their owner may read
+        file.chmod(0o644)  # safetensors writes files that only the owner can read
 
 
 def _merged_state(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of the plain model under its plain name; peft's own parts are left out."""
+    """Every weight of the plain model under its plain name, without peft's own parts."""
     adapted = {layer.weight_name: layer for layer in adapted_layers(model)}
     for name, module in model.get_base_model().named_modules():
         if ".lora_" in name or ".base_layer" in name:
@@ -88,9 +88,9 @@ def _merged_state(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def largest_difference(model: PeftModel, folder: Path) -> tuple[str, float]:
-    """Read the merged weights back from disk and compare each adapted layer with what was trained.
+    """Read the merged weights back from disk and compare each adapted layer with the trained one.
 
-    Returns the layer that differs most and its ‖W'_disk − W'‖ / ‖W'‖, which rounding alone keeps under 2^-8 for bfloat16.
+    Returns the layer that differs most and its ‖W'_disk − W'‖ / ‖W'‖. Rounding to bfloat16 alone stays below 2^-8.
     """
     differences: dict[str, float] = {}
     for layer in adapted_layers(model):
@@ -102,7 +102,7 @@ def largest_difference(model: PeftModel, folder: Path) -> tuple[str, float]:
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
-    """One tensor of a sharded safetensors model."""
+    """Read one tensor of a safetensors model, sharded or not."""
     index = folder / "model.safetensors.index.json"
     file = json.loads(index.read_text(encoding="utf-8"))["weight_map"][name] if index.is_file() else "model.safetensors"
     with safe_open(str(folder / file), framework="pt") as tensors:
@@ -112,14 +112,14 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor:
 
 @torch.inference_mode()
 def next_token_distributions(model: Any, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Log-probabilities of the next token behind every token of each row: float32 on the CPU, (len(row), vocabulary)."""
+    """Log-probabilities of the next token after every token of each row: (len(row), vocabulary), float32 on the CPU."""
     device = model.get_input_embeddings().weight.device
     logits = (model(input_ids=torch.tensor([list(row)], device=device)).logits[0] for row in rows)
     return [torch.log_softmax(row.float(), -1).cpu() for row in logits]
 
 
 def compare_distributions(trained: Sequence[torch.Tensor], merged: Sequence[torch.Tensor]) -> dict[str, float]:
-    """How far the merged model speaks differently: mean KL(trained ‖ merged) in nats per token, and equal first choices."""
+    """How far the merged model differs: mean and largest KL(trained ‖ merged) in nats/token, and top-1 agreement."""
     p, q = torch.cat(list(trained)), torch.cat(list(merged))
     divergence = (p.exp() * (p - q)).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).float()

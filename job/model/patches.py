@@ -1,4 +1,4 @@
-"""Everything that was changed in a model so that it computes in another way, in one object that can undo it."""
+"""Changes to how a model computes, recorded in one object that can undo them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 
 
 class Patches:
-    """Records each change as it makes it; `undo` takes them back, the last one first.
+    """Makes changes and records them. `undo` reverts them, the last one first.
 
-    Replaced weights are kept only until `settle_weights`: a model cannot hold all of its weights twice.
+    Replaced weights are kept only until `settle_weights`, since memory cannot hold a model's weights twice.
     """
 
     def __init__(self) -> None:
-        self._undo: list[tuple[bool, Callable[[], None]]] = []  # whether it holds weights, and how to undo it
+        self._undo: list[tuple[bool, Callable[[], None]]] = []  # whether the change keeps weights, and how to undo it
         self._settled = False
 
     def replace(self, owner: torch.nn.Module, name: str, value: Any) -> None:
-        """Give a module a method or attribute of its own, instead of its class's."""
+        """Give a module its own method or attribute, in place of its class's."""
         self._undo.append((False, _restorer(owner, name)))
         owner.__dict__[name] = value
 
     def replace_module(self, parent: torch.nn.Module, name: str, child: torch.nn.Module) -> None:
-        """Put another module in the place of `parent`'s child."""
+        """Replace a child of `parent` by another module."""
         self._exchange(parent, name, child)
 
     def replace_weight(self, layer: torch.nn.Module, weight: torch.Tensor) -> None:
@@ -33,16 +33,16 @@ class Patches:
         self._exchange(layer, "weight", torch.nn.Parameter(weight, requires_grad=False))
 
     def on_undo(self, act: Callable[[], None]) -> None:
-        """Call `act` when the changes are undone."""
+        """Call `act` when changes are undone."""
         self._undo.append((False, act))
 
     def settle_weights(self) -> None:
-        """The weights stay as they are now: forget those that were replaced, and record no more of them."""
+        """Make the replaced weights final: free the old ones, and record no more weights."""
         self._settled = True
         self._undo = [(holds, act) for holds, act in self._undo if not holds]
 
     def undo(self) -> None:
-        """Take every recorded change back."""
+        """Revert every recorded change."""
         while self._undo:
             self._undo.pop()[1]()
 
@@ -55,7 +55,7 @@ class Patches:
 
 @contextlib.contextmanager
 def replaced(owner: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Within this block, a module has a method of its own."""
+    """Within this block, a module has its own method or attribute."""
     restore = _restorer(owner, name)
     owner.__dict__[name] = value
     try:

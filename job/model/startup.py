@@ -1,4 +1,4 @@
-"""What makes the libraries' import shorter; to be called before any of them is imported."""
+"""Faster imports of the libraries. Call this before any of them is imported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 
 
 def import_bitsandbytes_uncompiled() -> None:
-    """Import bitsandbytes without torch's compiler, which it loads for functions of its own that are used where it has neither GPU
-    kernels nor its library for CPUs: there they work uncompiled. Of a process's start that is a tenth."""
+    """Import bitsandbytes without torch's compiler, which saves a tenth of a process's start.
+
+    bitsandbytes compiles functions that are only used where it has neither GPU kernels nor its CPU library. They work
+    uncompiled too.
+    """
     compiler = torch.compile
     torch.compile = _as_it_is  # type: ignore[assignment]
     try:
@@ -20,5 +23,5 @@ def import_bitsandbytes_uncompiled() -> None:
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """`torch.compile` as a decorator, with arguments or without."""
+    """Stand-in for the decorator `torch.compile`, with or without arguments, that compiles nothing."""
     return _as_it_is if function is None else function

@@ -1,1 +1,1 @@
-"""Several machines that train together: who is there, when to start, and who has gone."""
+"""Several machines that train together: who is there, when to start, and who is gone."""

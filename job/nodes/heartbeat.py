@@ -1,8 +1,8 @@
 """A node's heartbeat: the record it keeps in the store for the others, and what their records say of them.
 
 Each node rewrites one small record, `nodes/attempt-0003/node-0001.json`, every few seconds. So no node needs another's
-address before the first announces it, and a replaced node needs no introduction. A machine that lost power, which no
-socket reports, is missed all the same.
+address before the first announces it, and a replaced node needs no introduction. A machine that lost power is
+noticed too, although no socket reports it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LAST_WORDS_SECONDS = 3 * BEAT_SECONDS
 
 
 class Heartbeat:
-    """This node's record and those it listens to: the first node listens to all others, each of them to the first.
+    """This node's record, and those of the nodes it listens to. The first node listens to all others, and they to it.
 
-    The beat runs in a thread of its own. While `watched`, it reports a node that exited or fell silent.
+    The beat runs in its own thread. While `watched`, it reports a node that exited or fell silent.
     """
 
     def __init__(self, run: Run) -> None:
@@ -76,7 +76,7 @@ class Heartbeat:
         self._moved_at = time.monotonic()
 
     def join(self, attempt: int) -> None:
-        """Keep the record in this attempt from now on, and forget what was heard in an earlier one."""
+        """Keep the record in this attempt from now on, and forget what was heard in earlier ones."""
         with self._lock:
             self.attempt = attempt
             self.record = replace(self.record, state="preparing" if self._run.node.leads else self.record.state)
@@ -99,7 +99,7 @@ class Heartbeat:
             raise other.ending()
 
     def why(self, own: JobError) -> JobError:
-        """What ended training on this node: its `own` error, or that of the node which caused it.
+        """What ended training on this node: its `own` error, or that of the node that caused it.
 
         Another node's exit is first seen as a lost connection. Its record follows a moment later.
         """
@@ -128,7 +128,7 @@ class Heartbeat:
             self.tell(state="ended", exit_code=code, message=message, hint=hint)
 
     def _await_hearing(self) -> None:
-        """Wait for a first node that has not started yet: it must hear why this one is not coming, or it waits long."""
+        """Wait for a first node that has not started yet. Unless it hears why this one is not coming, it waits long."""
         deadline = time.monotonic() + DEAD_SECONDS
         while not (self.attempt and self.others[0].alive) and time.monotonic() < deadline:
             self._follow_lease()
@@ -143,7 +143,7 @@ class Heartbeat:
 
     def _beat_until_over(self) -> None:
         while True:
-            with contextlib.suppress(Exception):  # a dead thread would be taken for a dead node
+            with contextlib.suppress(Exception):  # if this thread died, the others would take the node for dead
                 self._beat()
             if self._over.wait(BEAT_SECONDS):
                 return
@@ -163,7 +163,7 @@ class Heartbeat:
             self._judge()
 
     def _follow_lease(self) -> None:
-        """Join the attempt that holds the lease. During training that means the end of ours."""
+        """Join the attempt that holds the lease. During training, a new attempt ends ours."""
         with contextlib.suppress(JobError, OSError):
             lease = LeaseRecord.read(self._run)
             attempt = lease.attempt
@@ -188,7 +188,7 @@ class Heartbeat:
         return True
 
     def _judge(self) -> None:
-        """Report the first node that training can no longer count on."""
+        """Report a node that training can no longer count on."""
         if self.record.state != "training":
             return
         moves = time.monotonic() - self._moved_at < DEAD_SECONDS / 2

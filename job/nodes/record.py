@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from job.errors import ExitCode, JobError, from_code
 
-DEAD_SECONDS = 30.0  # without a beat, while the store can be read
+DEAD_SECONDS = 30.0  # without a beat, while the store can be read, until a node counts as dead
 CONTAGIOUS = (ExitCode.BAD_INPUT, ExitCode.BUG, ExitCode.PERMISSION, ExitCode.SETTINGS)
 
 
@@ -71,7 +71,7 @@ class OtherNode:
         return f"Node {self._index} ({self.record.name})" if self.record is not None else f"Node {self._index}"
 
     def ending(self) -> JobError:
-        """Its error, as this node raises it: one that every node would meet keeps its code, any other is worth a retry."""
+        """Its error, to raise on this node. One that every node would meet keeps its code. Others are worth a retry."""
         assert self.record is not None and self.record.exit_code is not None
         code = self.record.exit_code if self.record.exit_code in CONTAGIOUS else ExitCode.TRY_AGAIN
         message = f"{self.described} ended with exit code {self.record.exit_code}: {self.record.message}"

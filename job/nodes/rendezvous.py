@@ -1,7 +1,7 @@
 """How the nodes of one run agree to train together: the first gathers the others and announces where they meet.
 
-They meet in the store, through their heartbeats. Nodes of one attempt stand and fall together: when one leaves, all end
-with exit code 75, and the next attempt gathers them again.
+They meet in the store, through their heartbeats. Nodes of one attempt stand and fall together: when one leaves, all
+exit with code 75, and the next attempt gathers them again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from job.nodes.heartbeat import Heartbeat
 from job.nodes.record import DEAD_SECONDS, OtherNode
 from job.run import Run
 
-_ABSENT_SECONDS = 900.0  # before a node that never came is given up
+_ABSENT_SECONDS = 900.0  # before giving up on a node that never started
 _REMINDER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the nodes' processes meet, and under which name, so that no process of another attempt joins."""
+    """Where the nodes' processes meet, and an id that keeps processes of other attempts out."""
 
     endpoint: str  # host:port
     id: str
@@ -33,7 +33,7 @@ class Rendezvous:
 class Member:
     """This node among the nodes that train together: its heartbeat, and what ends training for all of them.
 
-    `wait` is called while something is waited for. It raises if the start is to end.
+    `wait` is called repeatedly while this node waits. It raises if the start must end.
     """
 
     def __init__(self, run: Run, wait: Callable[[], None], say: Callable[[str], None]) -> None:
@@ -41,7 +41,7 @@ class Member:
         self.heartbeat = Heartbeat(run)
 
     def watched(self, on_lost: Callable[[JobError], None]) -> contextlib.AbstractContextManager[None]:
-        """Within this, call `on_lost` from another thread when a node exits or falls silent."""
+        """Within this block, call `on_lost` from another thread when a node exits or falls silent."""
         return self.heartbeat.watched(on_lost)
 
     def moved(self) -> None:
@@ -49,7 +49,7 @@ class Member:
         self.heartbeat.moved()
 
     def why(self, own: JobError) -> JobError:
-        """What ended training on this node: its `own` error, or that of the node which caused it."""
+        """What ended training on this node: its `own` error, or that of the node that caused it."""
         return self.heartbeat.why(own)
 
     def _give_up_if_absent(self, other: OtherNode, since: float, message: str) -> None:
@@ -69,13 +69,13 @@ class FirstNode(Member):
 
     @contextlib.contextmanager
     def leading(self, attempt: int) -> Iterator[None]:
-        """Beat as the first node of an attempt within this block; the others learn how it ended."""
+        """Beat as the first node of an attempt within this block. The others learn how it ended."""
         self.heartbeat.join(attempt)
         with self.heartbeat.beating():
             yield
 
     def gather(self) -> None:
-        """Wait until every other node is ready. Raises what ended one that is not coming."""
+        """Wait until every other node is ready. If one is not coming, raises what ended it."""
         started, reminder = time.monotonic(), _Reminder(self._say)
         count = self._run.node.count
         while missing := [index for index, other in self.heartbeat.others.items() if not other.is_ready]:
@@ -84,7 +84,7 @@ class FirstNode(Member):
                 self._give_up_if_absent(
                     self.heartbeat.others[index],
                     started,
-                    f"Node {index} of {count} did not come within {_ABSENT_SECONDS / 60:.0f} minutes.",
+                    f"Node {index} of {count} did not start within {_ABSENT_SECONDS / 60:.0f} minutes.",
                 )
             reminder.say(f"Waiting for {_nodes(missing)} of {count} to be ready.")
             self._wait()
@@ -102,11 +102,11 @@ class FirstNode(Member):
 
 
 class OtherMember(Member):
-    """Any other node: it says that it is ready, and waits for the first node's word."""
+    """Any other node. It says that it is ready, and waits for the first node's announcement."""
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        """Beat within this block, in whichever attempt the store's lease names; the first node learns how it ended."""
+        """Beat within this block, in the attempt that the store's lease names. The first node learns how it ended."""
         with self.heartbeat.beating():
             yield
 
@@ -135,7 +135,7 @@ class OtherMember(Member):
             self._wait()
 
     def await_commit(self, trained: Callable[[], bool]) -> None:
-        """Wait until the first node has stored the adapter. Raises if it exited without."""
+        """Wait until the first node has stored the adapter. Raises if it exited without doing so."""
         while not trained():
             first = self.heartbeat.others[0]
             if first.has_ended and not trained():
@@ -148,7 +148,7 @@ class OtherMember(Member):
 
 
 class _Reminder:
-    """Says a sentence at once and then every minute."""
+    """Says a sentence immediately, and then at most once a minute."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say, self._said_at = say, -_REMINDER_SECONDS

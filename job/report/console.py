@@ -117,7 +117,8 @@ class TextConsole:
         if not self._rich.is_terminal:
             if time.monotonic() - self._last_line > 10 or event["done"] >= event["total"]:
                 self._last_line = time.monotonic()
-                self._print(f"  {event['done']:g}/{event['total']:g} {event['unit']}  {figures}", "")
+                count = f"{_short(event['done'])}/{_short(event['total'])} {event['unit']}"
+                self._print(f"  {count}  {figures}".rstrip(), "")
             return
         if self._bar is None:
             columns = (

@@ -1,4 +1,4 @@
-"""The job, top to bottom. Each stage is the function of its own name in the file of its own name."""
+"""The job, top to bottom. Each stage is the function NAME in the file NAME.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What the supervisor knows of a stage without importing it.
+    """What the supervisor knows about a stage without importing it.
 
-    `needs` are the stages whose files it reads. Its process is started when the stage `starts_with` begins, so that its imports
-    cost no time of their own, and waits for its turn. A `kept` stage's folder is committed to the store, so that its result
-    outlives this machine. Files that are `hashed_behind` count only some time after their stage has ended, and the next one begins
-    meanwhile. A `resumable` stage finds what an interrupted start of it left. `secrets` are the variables that its process may see.
+    `needs` are the stages whose files it reads. Its process starts together with the stage `starts_with` and waits for
+    its turn, so that its imports take no extra time. A `kept` stage's folder is committed to the store, so that its
+    result outlives this machine. A `per_gpu` stage runs one process per GPU. An `online` stage may use the network. The
+    files of a `hashed_behind` stage are hashed while the next stage runs, and count only after that. A `resumable` stage
+    finds what an interrupted start left. `secrets` are the variables that its process may see.
     """
 
     name: str
@@ -32,7 +33,7 @@ _AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 STAGES = (
     # Checks the machine, the sources, the store and the destination, so that what can fail fails now.
     Stage(name="preflight", online=True, secrets=_HUB + _AWS),
-    # Model and datasets from the Hub, a folder or S3, each at a recorded commit.
+    # Fetches model and datasets from the Hub, a folder or S3, each at a recorded commit.
     Stage(
         name="download",
         starts_with="preflight",
@@ -41,9 +42,9 @@ STAGES = (
         resumable=True,
         secrets=_HUB + _AWS,
     ),
-    # Rows to tokens and labels, once, as Arrow.
+    # Turns rows into tokens and labels, once, as Arrow.
     Stage(name="prepare", starts_with="preflight", needs=("download",), hashed_behind=True),
-    # QLoRA with TRL's SFTTrainer; one process per GPU.
+    # Trains with QLoRA and TRL's SFTTrainer, one process per GPU.
     Stage(
         name="train",
         starts_with="preflight",
@@ -52,11 +53,11 @@ STAGES = (
         per_gpu=True,
         secrets=("WANDB_API_KEY",),
     ),
-    # The prompts, answered before and after.
+    # Answers the prompts with the base model and with the tuned one.
     Stage(name="sample", needs=("download", "prepare", "train"), kept=True),
-    # Adapter into base, read back and compared with what was trained.
+    # Merges the adapter into the base model, reads the result back and compares it with the trained model.
     Stage(name="merge", starts_with="sample", needs=("download", "prepare", "train")),
-    # Merged model, adapter and model card to the Hub or a folder.
+    # Publishes merged model, adapter and model card to the Hub or a folder.
     Stage(
         name="publish", needs=("download", "prepare", "train", "sample", "merge"), kept=True, online=True, secrets=_HUB
     ),

@@ -1,4 +1,4 @@
-"""The child's side of a stage: `python -m job.stages NAME`, started by the supervisor (or, for training, by torchrun)."""
+"""A stage's own process: `python -m job.stages NAME`, started by the supervisor or, for training, by torchrun."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _WITH_MODEL = ("train", "sample", "merge")
 
 
 def main(name: str) -> int:
-    """Run one stage to its end; the exit code is that of DESIGN's table, and the reason lies in the error file."""
+    """Run one stage to its end. Returns an exit code of `job.errors.ExitCode`. The reason is in the error file."""
     _die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # stop requests come through the stop file, at a moment that we choose
-    settings = Settings()  # the supervisor has checked it; here some secrets are missing on purpose
+    settings = Settings()  # the supervisor has checked them; some secrets are missing here on purpose
     stage = next(stage for stage in STAGES if stage.name == name)
     run = Run.of(settings)
     processes = run.processes_per_node if stage.per_gpu else 1
@@ -43,7 +43,7 @@ def main(name: str) -> int:
     try:
         if "download" in stage.needs:
             _read_ahead(run)
-        if stage.per_gpu:  # batches differ in length, and what is left between blocks of fixed size would be lost
+        if stage.per_gpu:  # batches differ in length, and gaps between blocks of fixed size would be lost
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         if launches:
             from job.training.launcher import launch
@@ -61,7 +61,7 @@ def main(name: str) -> int:
 
 
 def _read_ahead(run: Run) -> None:
-    """Let the kernel fetch the weights from the disk while Python imports libraries for seconds."""
+    """Let the kernel read the weights from disk while Python spends seconds on imports."""
     if sys.platform != "linux":
         return
     for file in run.paths.model_dir.glob("*.safetensors"):
@@ -70,12 +70,12 @@ def _read_ahead(run: Run) -> None:
 
 
 def _die_with_parent() -> None:
-    """A process whose supervisor or torchrun was killed must not go on writing: the kernel kills it too (prctl(2), Linux)."""
+    """Have the kernel kill this process when its supervisor or torchrun dies, so that it stops writing (prctl(2))."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = os.environ.get("JOB_PARENT_PID")
         if parent is not None and int(parent) != os.getppid():
-            os._exit(ExitCode.TRY_AGAIN)  # it was killed before the line above
+            os._exit(ExitCode.TRY_AGAIN)  # the parent died before the call above
 
 
 def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int:
@@ -84,7 +84,7 @@ def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int
         traceback.print_exc()
         known = JobError(
             f"{type(error).__name__}: {error}",
-            f"This is a bug, or a case nobody met before; see {run.paths.log_file(name)}.",
+            f"This is a bug, or a case that nobody has met before. See {run.paths.log_file(name)}.",
         )
     secrets = secret_values()
     record = {
@@ -95,7 +95,7 @@ def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int
     }
     print(record["message"], flush=True)
     emit("failed", launcher=launcher, **record)  # on a full disk the file below cannot be written
-    if not launcher:  # that file is its first process's
+    if not launcher:  # this file would be its first process's
         with contextlib.suppress(OSError):
             write_json(run.paths.error_file(name, run.node.rank), record)
     return int(known.exit_code)
@@ -106,7 +106,7 @@ def _as_job_error(error: Exception) -> JobError | None:
         return error
     if (refusal := from_os_error(error)) is not None:
         return refusal
-    in_rust = re.search(r"os error (\d+)", str(error))  # what safetensors makes of it
+    in_rust = re.search(r"os error (\d+)", str(error))  # as safetensors words an OSError
     if in_rust and (refusal := from_os_error(OSError(int(in_rust[1]), str(error)))) is not None:
         return refusal
     if type(error).__module__.startswith("wandb"):
@@ -117,11 +117,11 @@ def _as_job_error(error: Exception) -> JobError | None:
     if is_lost_contact(error):
         return TransientError(
             f"Lost contact with the other training processes: {str(error).splitlines()[0]}",
-            "Start the job again: it goes on from the last checkpoint.",
+            "Start the job again: it resumes from the last checkpoint.",
         )
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which only the stages that use it may import
+    if type(error).__name__ == "OutOfMemoryError":  # torch's class, and only stages that use torch may import it
         return NodeError(
-            f"The GPU's memory is full: {str(error).splitlines()[0]}",
+            f"The GPU ran out of memory: {str(error).splitlines()[0]}",
             "Set FT_GRADIENT_CHECKPOINTING=true, halve FT_PER_DEVICE_TRAIN_BATCH_SIZE and double FT_GRADIENT_ACCUMULATION_STEPS "
             "(the same mathematics), lower FT_MAX_SEQ_LENGTH, or rent a larger card.",
         )

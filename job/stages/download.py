@@ -15,7 +15,7 @@ from job.stages.turn import await_turn
 
 
 def wanted_sources(run: Run) -> list[tuple[Source, Path]]:
-    """The run's sources and where each belongs; the small ones first, so that a mistake in the data costs little."""
+    """The run's sources and the folder of each. Small ones come first, so that a mistake in the data costs little."""
     settings, paths = run.settings, run.paths
     sources = [(Source.parse("FT_DATASET_NAME", "dataset", settings.dataset_name), paths.dataset_dir)]
     if settings.eval_dataset_name is not None:
@@ -26,7 +26,7 @@ def wanted_sources(run: Run) -> list[tuple[Source, Path]]:
 
 
 def recorded_commits(run: Run) -> dict[str, str]:
-    """The commits that the first start of this run resolved; a branch may have moved since."""
+    """The commits that the first start of this run resolved. A branch may have moved since."""
     try:
         record = json.loads(run.store.get(f"{run.id}/run.json"))
     except FileNotFoundError:
@@ -35,7 +35,7 @@ def recorded_commits(run: Run) -> dict[str, str]:
 
 
 def download(run: Run) -> None:
-    """Fetch what is not here yet, at the commits that the run began with."""
+    """Fetch what is not here yet, at the commits that the run started with."""
     await_turn(run, "download")
     commits, report = recorded_commits(run), {}
     sources = wanted_sources(run)

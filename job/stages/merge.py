@@ -19,12 +19,12 @@ from job.run import Run, read_json, write_json
 from job.stages.turn import await_turn
 
 _PROOF_ROWS, _PROOF_TOKENS = 8, 256
-_MOST_DIFFERENCE = 2**-7  # of a weight's norm; rounding to bfloat16 stays under 2^-8
-_MOST_KL = 0.02  # nats per token; rounding gives less than a thousandth, a wrong scale or a lost layer far more
+_MOST_DIFFERENCE = 2**-7  # relative to a weight's norm; rounding to bfloat16 stays under 2^-8
+_MOST_KL = 0.02  # nats/token; rounding gives less than 0.001, a wrong scale or a lost layer far more
 
 
 def merge(run: Run) -> None:
-    """Write the merged model, read it back as a user would, and refuse to go on if it is not the one that was trained."""
+    """Write the merged model, read it back as a user would, and fail if it differs from the trained one."""
     await_turn(run, "merge")
     config = read_json(run.paths.model_dir / "config.json")
     compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
@@ -57,10 +57,10 @@ def merge(run: Run) -> None:
     write_json(run.paths.merge_proof_file, proof)
     if not (difference <= _MOST_DIFFERENCE and distance["mean_kl_nats"] <= _MOST_KL):
         raise InputError(
-            f"The merged model is not the trained one: weights differ by {difference:.2g} (in {layer}), answers by {distance['mean_kl_nats']:.2g} nats a token.",
-            f"Nothing was published. The adapter is intact; the figures are in {run.paths.merge_proof_file}.",
+            f"The merged model differs from the trained one: weights by {difference:.2g} of their norm (in {layer}), predictions by KL {distance['mean_kl_nats']:.2g} nats/token.",
+            f"Nothing was published, and the adapter is intact. The figures are in {run.paths.merge_proof_file}.",
         )
     message(
-        f"Merge proved: {distance['mean_kl_nats']:.1e} nats a token from what was trained, {distance['same_first_choice']:.1%} equal first choices."
+        f"Merge verified: KL {distance['mean_kl_nats']:.1e} nats/token, top-1 agreement {distance['same_first_choice']:.1%}."
     )
     output("merged model", str(run.paths.merged_dir))

@@ -1,4 +1,4 @@
-"""Stage preflight: settings, machine, sources, store, destination → nothing but the certainty that the run can succeed."""
+"""Stage preflight: settings, machine, sources, store, destination → no files, but the certainty of success."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from job.storage import Conflict
 
 
 def preflight(run: Run) -> None:
-    """Raise now whatever would otherwise be raised after hours."""
+    """Raise now what would otherwise be raised after hours."""
     _check_device(run)
     _check_store(run)
     commits = recorded_commits(run)
@@ -44,8 +44,8 @@ def _check_device(run: Run) -> None:
         _acceptance_test(device)
     except RuntimeError as error:
         raise NodeError(
-            f"The GPU fails its acceptance test: {error}",
-            "Another machine may do; this one's driver or card is broken.",
+            f"The GPU failed its acceptance test: {error}",
+            "Use another machine: this one's driver or card is broken.",
         ) from error
     if run.settings.nproc_per_node != "auto" and run.settings.nproc_per_node > torch.cuda.device_count():
         raise NodeError(
@@ -61,12 +61,12 @@ def _check_device(run: Run) -> None:
     write_json(run.paths.card_file, {"name": properties.name, "matmul_flops": rate})
     message(
         f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB each, computing in {dtype}: "
-        f"{rate / 1e12:.0f} TFLOP/s in large products."
+        f"{rate / 1e12:.0f} TFLOP/s in large matrix products."
     )
 
 
 def _acceptance_test(device: torch.device) -> None:
-    """One product of known result; a card with a broken unit or a half-installed driver fails here."""
+    """Compute one product whose result is known. A card with a broken unit or a half-installed driver fails here."""
     ones = torch.ones(1024, 1024, device=device)
     total = float((ones @ ones).double().sum())
     if total != 1024.0**3:
@@ -74,7 +74,7 @@ def _acceptance_test(device: torch.device) -> None:
 
 
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of 8192³ products of random values, over a second: what the card sustains, not what its data sheet says."""
+    """FLOP/s of 8192³ products of random values over a second: what the card sustains, not what its data sheet says."""
     a = torch.randn(8192, 8192, device=device, dtype=dtype)
     out, products = a @ a, 0
     torch.cuda.synchronize(device)
@@ -88,9 +88,11 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _check_store(run: Run) -> None:
-    """Write, read and remove, as the checkpoints will: a store that cannot would lose every one of them."""
+    """Write, read and delete, as checkpoints will need. A store that cannot do this would lose every one of them."""
     key, data = f"{run.id}/preflight-{uuid.uuid4().hex[:8]}", b"The store works."
-    with contextlib.suppress(Conflict):  # the name is ours alone: a write that was repeated after its answer was lost
+    with contextlib.suppress(
+        Conflict
+    ):  # the name is ours alone, so our own write was retried after its answer was lost
         run.store.put_if_absent(key, data)
     try:
         run.store.put_if_absent(key, data)
@@ -98,11 +100,13 @@ def _check_store(run: Run) -> None:
         pass
     else:
         raise PermissionRefused(
-            f"The store {run.store.url} overwrites what a conditional put must not.",
+            f"The store {run.store.url} overwrote an object despite a conditional put.",
             "Use a store with conditional writes (AWS S3, MinIO, Ceph, a local folder) as FT_STORE_URL.",
         )
     if run.store.get(key) != data:
-        raise PermissionRefused(f"The store {run.store.url} gives back other bytes.", "Choose another FT_STORE_URL.")
+        raise PermissionRefused(
+            f"The store {run.store.url} returned other bytes than were written.", "Choose another FT_STORE_URL."
+        )
     run.store.delete(key)
 
 

@@ -28,11 +28,11 @@ from job.settings import Settings
 from job.stages.turn import await_turn
 
 _DEFAULT_LENGTH = 1024
-_MALFORMED_LIMIT = 0.1  # beyond this the format was probably guessed wrong, and dropping rows would hide it
+_MALFORMED_LIMIT = 0.1  # above this share the format was probably guessed wrong, and dropping rows would hide it
 
 
 def prepare(run: Run) -> None:
-    """Tokenise the training and evaluation rows once, with labels, and save them as Arrow."""
+    """Tokenize the training and evaluation rows once, with labels, and save them as Arrow."""
     _import_the_rest(run.settings)
     await_turn(run, "prepare")
     disable_progress_bars()
@@ -49,14 +49,14 @@ def prepare(run: Run) -> None:
 
 
 def _import_the_rest(settings: Settings) -> None:
-    """What takes seconds to import and would be asked for later: transformers brings most of itself with a Llama's tokenizer."""
+    """Import early what takes seconds. For a Llama's tokenizer, transformers imports most of itself."""
     importlib.import_module("transformers.models.llama.configuration_llama")
     if settings.packing:
         importlib.import_module("job.data.packing")
 
 
 def row_length(settings: Settings, model_config: dict[str, Any]) -> int:
-    """The longest row in tokens; InputError if the model cannot take what FT_MAX_SEQ_LENGTH asks."""
+    """The longest row in tokens. Raises InputError if FT_MAX_SEQ_LENGTH is more than the model supports."""
     limit = int(model_config.get("max_position_embeddings") or 2**20)
     if settings.max_seq_length == "auto":
         return min(_DEFAULT_LENGTH, limit)
@@ -93,14 +93,14 @@ def _prepare_rows(run: Run, name: str, rows: Dataset, target: Path, tokenizer: A
     if len(reasons) > _MALFORMED_LIMIT * len(rows):
         raise InputError(
             f"{len(reasons)} of {len(rows)} {name} rows are malformed as {row_format.name}: {reasons[0]}.",
-            "Set FT_DATASET_FORMAT to the form that the rows have, or hint the rows.",
+            "Set FT_DATASET_FORMAT to the format of the rows, or fix the rows.",
         )
     lengths = [len(ids) for ids in encoded["input_ids"]]
     cut = encoded.remove_columns("malformed").map(_cut, fn_kwargs={"max_length": max_length}, batched=True)
     kept = cut.filter(lambda labels: any(label != IGNORED for label in labels[1:]), input_columns="labels")
     if len(kept) == 0:
         raise InputError(
-            f"No {name} row is left that teaches anything.", "Raise FT_MAX_SEQ_LENGTH: the prompts alone fill it."
+            f"No {name} row has any token left to learn.", "Raise FT_MAX_SEQ_LENGTH: the prompts alone fill it."
         )
     report = {
         "lengths": dict(sorted(Counter(map(len, kept["input_ids"])).items())),
@@ -160,4 +160,4 @@ def _tell(name: str, report: dict[str, Any], reasons: list[str], max_length: int
             f"{report['truncated_rows']:,} {name} rows are longer than {max_length} tokens and were cut.", "warning"
         )
     if reasons:
-        message(f"{len(reasons)} malformed {name} rows left out; the first: {reasons[0]}", "warning")
+        message(f"{len(reasons)} malformed {name} rows were left out. The first: {reasons[0]}", "warning")

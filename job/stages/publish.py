@@ -19,7 +19,7 @@ _CURVE = "loss_curve.png"
 
 
 def publish(run: Run) -> None:
-    """Lay out the repository, put it where FT_PUBLISH_TO says, and note where that was."""
+    """Lay out the repository, put it where FT_PUBLISH_TO says, and record where that is."""
     destination = Destination.of(run)
     repository = _lay_out(run, destination.hub_id or run.settings.new_model_name.rsplit("/", 1)[-1])
     run.check_stop()
@@ -41,7 +41,7 @@ def publish(run: Run) -> None:
 
 
 def _lay_out(run: Run, published_name: str) -> Path:
-    """The repository as others will see it: merged model on top, adapter beside it, card, curve, samples and proof."""
+    """The repository as others will see it: merged model, adapter in a subfolder, card, curve, samples, merge proof."""
     paths, repository = run.paths, run.paths.repository_dir
     shutil.rmtree(repository, ignore_errors=True)
     _link_tree(paths.merged_dir, repository)
@@ -58,7 +58,7 @@ def _lay_out(run: Run, published_name: str) -> Path:
 
 
 def _record(run: Run) -> dict[str, object]:
-    """The whole run for machines: settings, commits, figures. Paths and places of this machine are left out."""
+    """The run in machine-readable form: settings and metrics, without the paths and places of this machine."""
     private = {"output_dir", "store_url", "publish_to"}
     settings = {name: value for name, value in as_json(run.settings).items() if name not in private}
     for name in ("model_name", "dataset_name", "eval_dataset_name", "chat_template"):
@@ -66,13 +66,13 @@ def _record(run: Run) -> dict[str, object]:
     metrics = {
         name: value
         for name, value in read_json(run.paths.metrics_file).items()
-        if not name.startswith(("seconds", "goodput", "plan"))  # how it was computed, which differs from start to start
+        if not name.startswith(("seconds", "goodput", "plan"))  # how it was computed differs from start to start
     }
     return {"job_version": __version__, "run_id": run.id, "settings": settings, "metrics": metrics}
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Hard links where the file system has them: a second copy of 13 GB would need the disk twice."""
+    """Use hard links where the file system has them, since a second copy of 13 GB would take the space twice."""
     for path in source.rglob("*"):
         if path.is_file():
             copy = target / path.relative_to(source)

@@ -17,7 +17,7 @@ from job.run import Run, read_json, write_json
 
 
 def sample(run: Run) -> None:
-    """Let the base and the tuned model answer each prompt, greedily, so that the answers can be compared and repeated."""
+    """Answer each prompt with the base and the tuned model, greedily, so that answers can be compared and repeated."""
     tokenizer = load_tokenizer(run.paths.tokenizer_dir)
     config = read_json(run.paths.model_dir / "config.json")
     compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)

@@ -1,6 +1,6 @@
 """Stage train: download/model, prepare/train, prepare/eval → train/adapter, trainer_state.json, metrics.json, tensorboard.
 
-Between its start and its end it writes checkpoints/checkpoint-STEP, which the supervisor stores and restores.
+While it runs it writes checkpoints/checkpoint-STEP, which the supervisor stores and restores.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from job.training.trainer import AdapterTrainer
 
 
 def train(run: Run) -> None:
-    """Train the adapter, from the restored checkpoint if there is one. Raises Stopped if a stop was requested first."""
+    """Train the adapter, from the restored checkpoint if there is one. Raises Stopped after a stop request."""
     live_tensorboard = run.paths.run_dir / "tensorboard"
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(live_tensorboard)
     os.environ.setdefault("WANDB_DIR", str(run.paths.run_dir))
-    await_turn(run, "prepare", "train")  # the base model is here, and can be loaded while the data is prepared
+    await_turn(run, "prepare", "train")  # the base model is here by now, and loads while the data is prepared
     config = read_json(run.paths.model_dir / "config.json")
     compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
     model = _load(run, compute)
@@ -78,7 +78,7 @@ def train(run: Run) -> None:
 
 
 def _load(run: Run, compute: Compute) -> PreTrainedModel:
-    """The base model, as this training multiplies with it."""
+    """The base model, as training computes with it."""
     if compute.on_gpu:
         torch.cuda.set_device(compute.device)
     limit_memory(run.settings, compute.device)
@@ -90,7 +90,7 @@ def _load(run: Run, compute: Compute) -> PreTrainedModel:
 def _build_trainer(
     run: Run, model: PreTrainedModel, choice: Choice, checkpoint: Path | None
 ) -> tuple[AdapterTrainer, DecideSaves]:
-    """The trainer, with its adapter in the model and its layers as chosen."""
+    """The trainer, with the adapter in the model and the chosen layers."""
     settings, compute = run.settings, choice.compute
     train_rows = _rows(run.paths.train_data_dir)
     eval_rows = _rows(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
@@ -130,7 +130,7 @@ def _build_trainer(
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
     execution.prepare(trainer.model, trainer.args)
     if settings.sharding == "full" and checkpoint is not None:
-        trainer.load_adapter(checkpoint)  # while it is whole
+        trainer.load_adapter(checkpoint)  # before it is sharded
     others = [name for name, module in trainer.model.named_modules() if isinstance(module, LoraEmbedding)]
     if others:
         raise InputError(f"FT_LORA_TARGET_MODULES names an embedding ({others[0]}).", "Name linear layers only.")
@@ -150,7 +150,7 @@ def _train(trainer: AdapterTrainer, checkpoint: Path | None) -> Any:
 def _rows(folder: Path) -> Dataset:
     rows = load_from_disk(folder)
     assert isinstance(rows, Dataset)
-    return rows.with_format("numpy")  # from lists, trl's collator takes ten times as long, and the GPU waits for it
+    return rows.with_format("numpy")  # with lists, TRL's collator takes ten times as long, and the GPU waits for it
 
 
 def _restored_checkpoint(checkpoints_dir: Path) -> Path | None:
@@ -160,15 +160,15 @@ def _restored_checkpoint(checkpoints_dir: Path) -> Path | None:
 
 
 def _tidy_config(run: Run, trainer: AdapterTrainer) -> None:
-    """Keep this machine's paths out of the adapter's configuration, and its lists in one order."""
+    """Keep this machine's paths out of the adapter's configuration, and sort its lists."""
     for config in trainer.model.peft_config.values():
         config.base_model_name_or_path = public_name(run.settings.model_name)
-        if isinstance(config.target_modules, set):  # each process would write it in another order
+        if isinstance(config.target_modules, set):  # each process would write it in a different order
             config.target_modules = sorted(config.target_modules)
 
 
 def _matmul_flops(compute: Compute, card_file: Path) -> float | None:
-    """What preflight measured on this kind of card; the folder may have been another machine's before."""
+    """What preflight measured, or None if that was another kind of card: the folder may come from another machine."""
     if not compute.on_gpu or not card_file.is_file():
         return None
     card = read_json(card_file)
@@ -176,7 +176,7 @@ def _matmul_flops(compute: Compute, card_file: Path) -> float | None:
 
 
 def _report(metrics: dict[str, Any], adapter_dir: Path) -> None:
-    """The figures for the closing table."""
+    """Report the figures for the closing table."""
     first, last, goodput = metrics["loss_first"], metrics["loss_last"], metrics["goodput"]
     output("adapter", str(adapter_dir))
     if first is None:

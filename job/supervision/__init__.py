@@ -1,1 +1,1 @@
-"""The parent process: it starts the stages, passes stop requests on, stores what they make, and decides the exit code."""
+"""The parent process: it starts the stages, passes on stop requests, stores results and decides the exit code."""

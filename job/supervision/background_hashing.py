@@ -1,6 +1,6 @@
-"""Markers of stages whose files stay on this disk, made while the next stage is at work.
+"""Writes the markers of stages whose files stay on this disk, while the next stage runs.
 
-A marker lists every file's SHA-256, and to read the 13.5 GB of a 7B takes ten seconds in which the GPU would wait.
+A marker lists the SHA-256 of every file. Reading the 13.5 GB of a 7B model takes ten seconds, and the GPU would wait.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 from job.checkpoints.syncer import give_way
 
-GoOn = Callable[[], None]  # called again and again while files are hashed; raises when that is to end
+GoOn = Callable[[], None]  # called repeatedly while files are hashed; raises to end the hashing
 Completion = Callable[[GoOn], None]
 
 
 class BackgroundHashing:
-    """Does one completion after the other, in a thread of its own.
+    """A thread that runs one completion after the other.
 
-    After a failure none is done any more; `on_failure` is called with it at once, `settle` raises it, and `failed` is the name of
-    what was to be completed. `undone` are the names of all that is not, or not yet.
+    After a failure it runs no more. The failure goes to `on_failure` immediately, and `settle` raises it. `failed` names
+    what was to be completed, and `undone` everything that is not complete, or not yet.
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
@@ -33,7 +33,7 @@ class BackgroundHashing:
         self._thread: threading.Thread | None = None
 
     def add(self, name: str, completion: Completion) -> None:
-        """Do it behind those that were added before; returns at once."""
+        """Queue a completion after those added before. Returns immediately."""
         if self._thread is None:
             thread = threading.Thread(target=self._work, name="background-hashing", daemon=True)
             thread.start()
@@ -42,13 +42,13 @@ class BackgroundHashing:
         self._waiting.put((name, completion))
 
     def settle(self) -> None:
-        """Return when all that was added is done; raises what failed."""
+        """Return when everything that was added is done. Raises what failed."""
         self._waiting.join()
         if self._failure is not None:
             raise self._failure
 
     def abandon(self) -> None:
-        """Do nothing any more. When this returns, nothing is written."""
+        """Run nothing more. Once this returns, nothing is written."""
         self._abandoned = True
         self._waiting.join()
 
@@ -65,7 +65,7 @@ class BackgroundHashing:
                 pass
             except Exception as error:
                 self.failed, self._failure = name, error
-                with contextlib.suppress(Exception):  # a dead thread would leave everybody waiting
+                with contextlib.suppress(Exception):  # if the thread died, its callers would wait forever
                     self._on_failure(error)
             finally:
                 self._waiting.task_done()
@@ -76,4 +76,4 @@ class BackgroundHashing:
 
 
 class _Abandoned(Exception):
-    """The start is over: what is not complete, the next one does again."""
+    """The start is over. The next one repeats what is not complete."""

@@ -1,4 +1,4 @@
-"""A training's way to the store and back: the checkpoint that it goes on from, those that it writes, the kernels it compiled."""
+"""Training's way to the store and back: the checkpoint it resumes from, those it writes, the kernels it compiled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from job.run import Run, write_json
 from job.supervision.journal import Journal
 from job.supervision.stop import StopRequest
 
-_SLICE_SECONDS = 0.25  # since a stop request may come while the last upload is waited for
+_SLICE_SECONDS = 0.25  # a stop request may come during the wait for the last upload
 
 
 class Checkpointing:
-    """Restores before a training and stores beside it. `may_store` is asked, and waited for, before anything is stored."""
+    """Restores a checkpoint before training, and stores checkpoints during it.
+
+    Before anything is stored, `may_store` is called, and storing waits until it returns.
+    """
 
     def __init__(self, run: Run, journal: Journal, stop: StopRequest, may_store: Callable[[], None]) -> None:
         self._run, self._journal, self._stop = run, journal, stop
@@ -26,12 +29,14 @@ class Checkpointing:
         self._syncer: Syncer | None = None
 
     def fetch_kernels(self) -> None:
-        """Those that another start of the run has compiled."""
+        """Fetch the kernels that another start of the run compiled."""
         self._kernels.fetch()
 
     def resume(self, lease: Lease) -> Commit | None:
-        """Put the newest whole checkpoint where the trainer looks for it, and store from now on what is offered. Returns it,
-        or None where the training begins anew."""
+        """Put the newest intact checkpoint where the trainer looks for it. From then on, store those that are offered.
+
+        Returns its commit, or None if training starts from the beginning.
+        """
         restored = restore_newest(self._run, lease.record, self._journal.warn)
         if restored.step is not None:
             self._journal.say(f"Resuming from the checkpoint of step {restored.step}.", step=restored.step)
@@ -39,16 +44,16 @@ class Checkpointing:
         return restored.commit
 
     def offer(self, step: int, folder: Path) -> None:
-        """A checkpoint is complete on the local disk; on a node that stores none, nothing follows from it."""
+        """Store a checkpoint that is complete on the local disk. Does nothing before `resume` and after `finish`."""
         if self._syncer is not None:
             self._journal.metrics.checkpoint_offered()
             self._syncer.offer(step, folder)
 
     def finish(self) -> None:
-        """The training has ended: give the last checkpoint its time, as much as a stop request leaves.
+        """Training has ended: wait for the last checkpoint, for as long as a stop request allows.
 
-        Without a stop request one failure is enough: the stage's result is stored next, and speaks for itself. With one, the
-        failure is raised.
+        Without a stop request, the first failure ends the wait: storing the stage's result comes next and reports its own
+        failure. With a stop request, a failure is raised.
         """
         if self._syncer is None:
             return

@@ -1,4 +1,4 @@
-"""A node other than the first: it prepares for itself, trains with the others, and leaves the rest to the first."""
+"""A node other than the first. It prepares on its own, trains with the others, and leaves the rest to the first."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _OWN = ("preflight", "download", "prepare")
 
 
 class Follower(Supervisor):
-    """One start of one run on this node. Its files are in a folder of their own, since nodes may share a file system.
+    """One start of one run on this node. Its files have their own folder, since nodes may share a file system.
 
-    It takes no lease and commits nothing. It stays until the first node has stored the adapter, so that a start which
-    ended well never has to be repeated.
+    It takes no lease and commits nothing. It stays until the first node has stored the adapter. So a start that
+    succeeded never has to be repeated.
     """
 
     def _work(self) -> str:
@@ -55,16 +55,16 @@ class Follower(Supervisor):
         return "trained; the first node does the rest"
 
     def _shows_progress(self, stage: Stage) -> bool:
-        """The steps are everybody's, and the first node shows them."""
+        """All nodes take the same steps, and the first node shows them."""
         return not stage.per_gpu
 
     def _trained(self) -> bool:
-        """Whether the store has the trained adapter, or the first node was not asked for one."""
+        """Whether the store has the trained adapter, or the requested stages do not need it."""
         return "train" not in Ledger(self._run).missing()
 
 
 class FollowerTraining:
-    """The training on this node: it resumes from the very checkpoint that the first node named, and stores nothing."""
+    """Training on this node. It resumes from exactly the checkpoint that the first node named, and stores nothing."""
 
     def __init__(
         self, run: Run, journal: Journal, nodes: OtherMember, rendezvous: Rendezvous, resume: str | None
@@ -79,14 +79,14 @@ class FollowerTraining:
             shutil.rmtree(paths.checkpoints_dir, ignore_errors=True)
             return
         step = step_of_folder(self._resume)
-        clear(paths.checkpoints_dir, but="*.partial-*")  # what an earlier start had fetched of it
+        clear(paths.checkpoints_dir, but="*.partial-*")  # keep what an earlier start has fetched of it
         try:
             manifest.restore(
                 self._run.store, f"{self._run.id}/{self._resume}", paths.checkpoints_dir / f"checkpoint-{step}"
             )
         except manifest.Rejected as reason:
             raise TransientError(
-                f"The checkpoint of step {step} did not arrive whole: {reason}.", "Start the job again."
+                f"The checkpoint of step {step} arrived damaged: {reason}.", "Start the job again."
             ) from reason
         self._journal.say(f"Resuming from the checkpoint of step {step}.", step=step)
 
@@ -97,17 +97,17 @@ class FollowerTraining:
         self._nodes.moved()
 
     def offer(self, step: int, folder: Path) -> None:
-        """The first node stores what the ranks saved together."""
+        """Do nothing: the first node stores what the ranks saved together."""
 
     def finish(self) -> None:
-        """Nothing is left to store."""
+        """Do nothing: there is nothing to store."""
 
     def why(self, error: JobError) -> JobError:
         return self._nodes.why(error)
 
     def adapt(self, error: MemoryFull | KernelsFault) -> str | None:
-        """Several nodes leave another start to their scheduler."""
+        """None: with several nodes, the scheduler decides about another start."""
         return None
 
     def resumes_from(self) -> str:
-        return "Start the job again on all nodes: the first one knows from where."
+        return "Start the job again on all nodes. The first node knows where to resume."

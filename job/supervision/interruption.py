@@ -1,4 +1,4 @@
-"""What ends a start early: a stop request, or a reason for which nothing more that it does would count."""
+"""What ends a start early: a stop request, or a loss after which nothing more that it does would count."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _POLL_SECONDS = 0.5
 
 
 class Interruption:
-    """Knows the stage's process that is running, and kills it when the start is to end.
+    """Knows which stage's process is running, and kills it when the start must end.
 
     A start is lost when another attempt has taken over, another node is gone, or the sources are not those the run
-    started with. Other threads report that.
+    started with. Other threads report this.
     """
 
     def __init__(self, run: Run, warn: Callable[[str], None]) -> None:
@@ -33,7 +33,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def may_kill(self, process: StageProcess) -> Iterator[None]:
-        """Within this block, `process` is the one that a stop or a loss kills. It does not outlive the block."""
+        """Within this block, a stop or a loss kills `process`. The process does not outlive the block."""
         self._process = process
         try:
             self.refuse_if_lost()  # a loss from here on kills the process
@@ -53,7 +53,7 @@ class Interruption:
             raise Stopped("Stopped on request.", "Start the job again to resume.")
 
     def wait(self) -> None:
-        """Sleep a moment on behalf of someone who waits; raises if the start is to end."""
+        """Sleep briefly on behalf of a caller that is waiting. Raises if the start must end."""
         self.refuse_if_ending()
         time.sleep(_POLL_SECONDS)
 

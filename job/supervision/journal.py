@@ -15,7 +15,7 @@ from job.stages import Stage
 
 
 class Journal:
-    """Passes on what happens in a start to whoever watches it: a person or a log collector, and Prometheus."""
+    """Reports what happens in a start: to a person or a log collector, and to Prometheus."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console = run, console
@@ -27,7 +27,7 @@ class Journal:
         self.say(text, "warning")
 
     def serve_metrics(self) -> None:
-        """Answer on FT_METRICS_PORT. A port that is taken is only a warning: several jobs may share a machine."""
+        """Serve metrics on FT_METRICS_PORT. A port in use is only a warning, since several jobs may share a machine."""
         port = self._run.settings.metrics_port
         if port is None:
             return
@@ -38,7 +38,7 @@ class Journal:
 
     @contextlib.contextmanager
     def stage(self, stage: Stage) -> Iterator[StageRecord]:
-        """Record a stage that runs within this block: done, stopped or failed, as the block ends."""
+        """Record the stage that runs within this block as done, stopped or failed."""
         self._console.stage_started(stage.name)
         self.metrics.stage(stage.name)
         record = StageRecord(stage.name, "failed")
@@ -59,7 +59,7 @@ class Journal:
         self._records.append(StageRecord(stage.name, "skipped"))
 
     def progress(self, stage: Stage, event: dict[str, Any], *, shown: bool) -> None:
-        """A stage has moved on. `shown` is False where another node shows it."""
+        """Report a stage's progress. `shown` is False if another node shows it."""
         self.metrics.progress(stage.name, event)
         if shown:
             self._console.progress(stage.name, event)

@@ -1,4 +1,4 @@
-"""The run's ledger: which stages count as complete, on this disk and in the store, and what the run began with."""
+"""The run's ledger: which stages are complete, on this disk and in the store, and what the run started with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 class Ledger:
-    """Reads and writes the markers of one run. A marker is written last, so any state that a kill leaves is legal."""
+    """Reads and writes the markers of one run. A marker is written last, so any state that a kill leaves is valid."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -31,7 +31,7 @@ class Ledger:
         self._seen: LeaseRecord | None = None
 
     def refuse_other_settings(self) -> None:
-        """Raise SettingsError for a run that other settings began; writes nothing."""
+        """Raise SettingsError if the run was started with other settings. Writes nothing."""
         try:
             begun = self._record()
         except FileNotFoundError:
@@ -40,14 +40,14 @@ class Ledger:
         before = {name: begun.get("settings", {}).get(name, default_value(name)) for name in names}
         differing = [name for name in names if before[name] != today[name]]
         if differing:
-            lines = (f"  - {variable(name)}: was {before[name]!r}, is {today[name]!r}" for name in differing)
+            lines = (f"  - {variable(name)}: was {before[name]!r}, is now {today[name]!r}" for name in differing)
             raise SettingsError(
-                f"Run {self._run.id!r} was begun with other settings:\n" + "\n".join(lines),
-                "Set them back to go on with it, or choose another FT_RUN_ID to begin anew.",
+                f"Run {self._run.id!r} was started with other settings:\n" + "\n".join(lines),
+                "Set them back to resume the run, or choose another FT_RUN_ID to start a new one.",
             )
 
     def begin(self, lease: Lease) -> None:
-        """Write run.json if this is the run's first start. From here on the ledger writes, under `lease`."""
+        """Write run.json if this is the run's first start. From then on the ledger writes under `lease`."""
         self._lease = lease
         self.refuse_other_settings()
         settings = self._run.settings
@@ -56,7 +56,7 @@ class Ledger:
             self._run.store.put_if_absent(self._key, _to_bytes(record | {"settings": as_json(settings)}))
 
     def missing(self) -> set[str]:
-        """The requested stages that are not complete, and what those need and is not there."""
+        """The requested stages that are not complete, and the incomplete stages that those need."""
         missing: set[str] = set()
         complete: set[str] = set()
         for stage in reversed(STAGES[1:]):
@@ -65,11 +65,11 @@ class Ledger:
                 continue
             (complete if self.is_complete(stage) else missing).add(stage.name)
         if missing or self._run.settings.stages == ("preflight",):
-            missing.add("preflight")  # the machine may be another one than last time
+            missing.add("preflight")  # this may be another machine than last time
         return missing
 
     def bring_back(self, stage: Stage) -> None:
-        """Make sure that a kept stage's files lie on this disk."""
+        """Make sure that a kept stage's files are on this disk."""
         folder, fingerprint = self._run.paths.stage_dir(stage.name), self._run.settings.fingerprint(stage.name)
         here = manifest.marked(folder)
         if not stage.kept or (here is not None and here.fingerprint == fingerprint):
@@ -85,7 +85,7 @@ class Ledger:
             remove(self._run, commit)
             raise TransientError(
                 f"The stored result of stage {stage.name} is damaged: {reason}. It was removed.",
-                "Start the job again: it makes the result anew, training from the last checkpoint.",
+                "Start the job again: it makes the result again, and training resumes from the last checkpoint.",
             ) from reason
 
     def complete(self, stage: Stage) -> None:
@@ -93,11 +93,13 @@ class Ledger:
         self.completion(stage)(lambda: None)
 
     def completion(self, stage: Stage) -> Callable[[Callable[[], None]], None]:
-        """What is left to do for the stage's files, as they are now, to count. It is given a function, which is called meanwhile and
-        raises to end it."""
+        """The work that is left before the stage's files, as they are now, count.
+
+        It takes a function that it calls repeatedly, and that raises to end the work.
+        """
         folder, fingerprint = self._run.paths.stage_dir(stage.name), self._run.settings.fingerprint(stage.name)
         if stage.name == "preflight" or (stage.kept and not self._run.node.leads):
-            return lambda go_on: None  # the first node has what the processes made together
+            return lambda go_on: None  # the first node stores what all processes made
         listing = manifest.listed(folder)
 
         def complete(go_on: Callable[[], None]) -> None:
@@ -112,7 +114,7 @@ class Ledger:
         return complete
 
     def committed(self, stage: Stage) -> list[Commit]:
-        """A kept stage's commits that count, the newest attempt's first."""
+        """A kept stage's commits that count, newest attempt first."""
         return self._view().commits(self._run, f"stages/{stage.name}")
 
     def _commit(self, stage: Stage, folder: Path, fingerprint: str) -> None:
@@ -122,7 +124,7 @@ class Ledger:
         keep_newest_attempt(self._run, self._lease, commit.artefact)
 
     def published_at(self) -> str | None:
-        """The destination that the publish stage recorded; None if nothing was published."""
+        """The destination that the publish stage recorded. None if nothing was published."""
         commits = self.committed(_BY_NAME["publish"])
         if not commits:
             return None
@@ -133,24 +135,27 @@ class Ledger:
         return None
 
     def is_complete(self, stage: Stage) -> bool:
-        """A kept stage counts where the store has it, the others where this disk has them."""
+        """A kept stage is complete if the store has it, any other stage if this disk has it."""
         found = self.found(stage)
         return found is not None and found.fingerprint == self._run.settings.fingerprint(stage.name)
 
     def found(self, stage: Stage) -> manifest.Manifest | None:
-        """The manifest of what there is of a stage, whatever settings made it."""
+        """The manifest of a stage's files, whatever settings made them. None if there are none."""
         if not stage.kept:
             return manifest.marked(self._run.paths.stage_dir(stage.name))
         commits = self.committed(stage)
         return manifest.read(self._run.store, f"{self._run.id}/{commits[0].folder}") if commits else None
 
     def _superseded(self, stage: Stage, complete: set[str]) -> bool:
-        """Whether this machine never had the stage's files, and the store has what was made of them elsewhere."""
+        """Whether this machine never had the stage's files, and the store has what was made from them elsewhere."""
         used = any(stage.name in _BY_NAME[name].needs for name in complete)
         return used and not stage.kept and not self._run.paths.marker_file(stage.name).exists()
 
     def _refuse_other_content(self, downloaded: manifest.Manifest) -> None:
-        """A file that changed under its name would mix two datasets, or two models, in one run."""
+        """Compare the download with the run's record, and add the sources' commits to the record.
+
+        A file that changed under its name would mix two datasets, or two models, in one run.
+        """
         record = self._record()
         self._compare(downloaded, record)
         sources = read_json(self._run.paths.sources_file)
@@ -158,7 +163,7 @@ class Ledger:
         self._write(record)
 
     def refuse_other_sources(self) -> None:
-        """Raise if another node than the first has downloaded something else than the first, as far as that is known."""
+        """Raise if this node, not the first, has downloaded other files than the first, as far as those are known."""
         downloaded = manifest.marked(self._run.paths.stage_dir("download"))
         with contextlib.suppress(FileNotFoundError):
             record = self._record()
@@ -172,12 +177,12 @@ class Ledger:
         if differing:
             self._run.paths.marker_file("download").unlink(missing_ok=True)
             raise SettingsError(
-                f"Since run {self._run.id!r} began, its sources have changed: {', '.join(differing)}.",
+                f"Since run {self._run.id!r} started, its sources have changed: {', '.join(differing)}.",
                 "Choose another FT_RUN_ID to train on what is there now.",
             )
 
     def _view(self) -> LeaseRecord:
-        """What counts: by our own lease, or by that of whoever holds it."""
+        """What counts, by our own lease or else by its current holder's."""
         if self._lease is not None:
             return self._lease.record
         self._seen = self._seen or LeaseRecord.read(self._run)

@@ -1,4 +1,4 @@
-"""Processes of later stages, started while earlier stages run: importing their libraries takes longer than some stages do."""
+"""Processes of later stages, started during earlier ones: importing their libraries takes longer than some stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prestarted:
             turn.clear(run)
 
     def take(self, stage: Stage) -> StageProcess | None:
-        """Returns the process that waits for this stage's turn, or None. Starts those that are to start with this stage."""
+        """Return the process that waits for this stage's turn, or None. Starts those that start with this stage."""
         process = self._waiting.pop(stage.name, None)
         self._waiting |= {
             other.name: StageProcess(self._run, other, early=True)
@@ -40,5 +40,5 @@ class Prestarted:
 
 
 def _meets_others(run: Run, stage: Stage) -> bool:
-    """Whether its processes must first be told where those of other nodes are."""
+    """Whether its processes must first learn where those of the other nodes are."""
     return stage.per_gpu and run.node.count > 1

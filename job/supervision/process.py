@@ -1,4 +1,4 @@
-"""One stage's process, as the supervisor sees it: started, listened to, ended, and explained."""
+"""One stage's process, as the supervisor sees it: start it, read its events, kill it, and explain its failure."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from job.settings import SECRET_VARIABLES, masked, secret_values
 from job.stages import Stage
 from job.stages.turn import STARTED_EARLY
 
-# What torchrun tells its processes; ours are told by our own torchrun, not by an operator's that started the container.
+# What torchrun tells its processes. Ours learn it from our own torchrun, not from one that started the container.
 _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
-# Failures behind which the supervisor starts the stage in another way
+# Failures after which the supervisor starts the stage in another way
 _OTHERWISE = {kind.__name__: kind for kind in (MemoryFull, KernelsFault)}
 _JOB_BEGAN = float(os.environ.get("JOB_BEGAN") or time.time())
 _CODE_DIR = str(Path(__file__).parent.parent.parent)  # the job may be started from any folder
@@ -33,15 +33,15 @@ _CODE_DIR = str(Path(__file__).parent.parent.parent)  # the job may be started f
 
 @dataclass(frozen=True)
 class Launch:
-    """How training is started: where its nodes meet, and what failed starts of it have taught."""
+    """How training is started: where its nodes meet, and what earlier failed starts have taught."""
 
     rendezvous: Rendezvous | None = None
-    plan_steps_down: int = 0  # how many plans, from the fastest on, have run out of memory
+    plan_steps_down: int = 0  # how many plans, from the fastest down, have run out of memory
     kernels: bool = True  # whether the job's own kernels may be used
 
 
 class StageProcess:
-    """`python -m job.stages NAME` in a session of its own, so that a terminal's Ctrl-C reaches the supervisor alone."""
+    """`python -m job.stages NAME` in its own session, so that a terminal's Ctrl-C reaches only the supervisor."""
 
     def __init__(self, run: Run, stage: Stage, launch: Launch | None = None, *, early: bool = False) -> None:
         self._run, self.stage = run, stage
@@ -62,15 +62,17 @@ class StageProcess:
         )
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What the stage says, until it ends. What its libraries print becomes events of level debug, secrets masked,
-        and goes to the stage's log file."""
+        """What the stage reports, until it exits.
+
+        What its libraries print goes to the stage's log file and becomes events of level debug, with secrets masked.
+        """
         assert self._process.stdout is not None
         secrets = secret_values()
         with self._log_file.open("a", encoding="utf-8") as log:
             for raw in self._process.stdout:
                 printed, event = parse(raw.decode("utf-8", "replace").rstrip("\r\n"))
                 if printed or event is None:
-                    plain = masked(printed.rsplit("\r", 1)[-1], secrets)  # of a progress bar, its last state
+                    plain = masked(printed.rsplit("\r", 1)[-1], secrets)  # only the last state of a progress bar
                     log.write(f"{plain}\n")
                     log.flush()
                     self.last_lines.append(plain)
@@ -84,20 +86,20 @@ class StageProcess:
         return self._process.poll() is None
 
     def wait(self) -> int:
-        """The exit status; negative for the signal that ended it."""
+        """The exit status. For a process killed by a signal, the signal's number, negative."""
         return self._process.wait()
 
     def kill(self) -> None:
-        """End the stage at once; its torchrun workers die with it."""
+        """Kill the stage immediately. Its torchrun workers die with it."""
         if self.is_running():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def why(self, code: int) -> JobError:
-        """The error that ended the stage: a rank's own words, else what the exit status tells."""
+        """The error that ended the stage: what a rank reported, or else what the exit status says."""
         written = [*(read_json(path) for path in self._error_files()), *self._said]
-        # One rank's failure makes others stop (75) or their communication break (70): its own words come first.
-        # What the launcher saw of a process that a signal ended comes before its fellows' complaints of the silence.
+        # One rank's failure makes others stop (75) or breaks their communication (70), so its own report comes first.
+        # The launcher's report of a killed process comes before the other ranks' complaints about its silence.
         order = {ExitCode.TRY_AGAIN: 2, ExitCode.BUG: 1}
         written.sort(key=lambda item: (order.get(item["exit_code"], 0), not item.get("launcher", False)))
         if written:
@@ -108,7 +110,7 @@ class StageProcess:
         hint = f"Its output is in {self._log_file}."
         if code >= 0:
             return JobError(f"Stage {self.stage.name} ended with exit code {code}.", hint)
-        ended = f"Stage {self.stage.name} was ended by {signal.Signals(-code).name}."
+        ended = f"Stage {self.stage.name} was killed by {signal.Signals(-code).name}."
         if -code in (signal.SIGKILL, signal.SIGBUS, signal.SIGTERM):
             return NodeError(f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.", hint)
         return JobError(ended, hint)
@@ -118,7 +120,7 @@ class StageProcess:
 
 
 def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
-    """Our environment, less the secrets that are none of the stage's business, and quiet."""
+    """Our environment, without the secrets that the stage does not need, and with quiet libraries."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -133,7 +135,7 @@ def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
         "JOB_PLAN_STEPS_DOWN": str(launch.plan_steps_down),
         "JOB_WITHOUT_KERNELS": str(int(not launch.kernels)),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),
-        "PYTHONSAFEPATH": "1",  # a folder `job` where the user happens to be is not this package
+        "PYTHONSAFEPATH": "1",  # a folder `job` in the user's working directory is not this package
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "warning"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -142,6 +144,6 @@ def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
             "TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"
         ),
     }
-    if not stage.online:  # a stage that has its files must not find itself asking the network for more
+    if not stage.online:  # a stage that has its files must not ask the network for more
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return environment

@@ -1,4 +1,4 @@
-"""Stop requests: from a signal, or from the clock of a scheduler that will end the job; and the deadline they set."""
+"""Stop requests, which come from a signal or from the scheduler's time limit, and the deadline they set."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LONGEST_RESERVE_SECONDS = 3.0
 
 
 class StopRequest:
-    """Whether the job is asked to stop, and by when it must have.
+    """Whether the job was asked to stop, and its deadline for that.
 
-    Of the grace time a reserve is kept for the supervisor's own end: at `deadline` the stage is killed, and a little
-    later this process leaves with exit code 75, whatever it is doing. What is not committed then does not count, so
-    leaving in the middle is always legal. `kill` ends the running stage; `say` tells a person.
+    A reserve of the grace time is kept for the supervisor's own exit. At `deadline` the stage is killed. A little later
+    this process exits with code 75, whatever it is doing. What is not committed by then does not count, so exiting
+    midway is always safe. `kill` kills the running stage, and `say` informs a person.
     """
 
     def __init__(self, run: Run, kill: Callable[[], None], say: Callable[[str], None]) -> None:
@@ -40,12 +40,12 @@ class StopRequest:
 
     @property
     def over(self) -> bool:
-        """Whether the time that a stop request left has run out."""
+        """Whether the time that a stop request allowed has run out."""
         return self.deadline is not None and time.time() > self.deadline
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
-        """Within this, signals and the scheduler's time limit become requests."""
+        """Within this block, signals and the scheduler's time limit become stop requests."""
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         timer = self._at_time_limit()
         try:
@@ -56,8 +56,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def pass_on(self) -> None:
-        """From now on a request reaches the stages, by the stop file. Call it as the one start that works in the
-        folder: another's file is neither to be removed nor written."""
+        """From now on, pass requests on to the stages through the stop file.
+
+        Only the one start that works in the folder may call this. Another start's file must stay as it is.
+        """
         self._run.paths.stop_file.unlink(missing_ok=True)
         self._passed_on = True
 
@@ -75,7 +77,7 @@ class StopRequest:
             self._say(f"The scheduler's time limit is {self._grace:g} s away: stopping.")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """First signal: ask the stage to stop, and see to it that it does. One more after a while: at once."""
+        """On the first signal, ask the stage to stop and enforce the deadline. On a later one, kill it immediately."""
         if self.deadline is None:
             self._request()
         elif time.time() > self._requested_at + _REPEAT_SECONDS:  # schedulers tend to signal twice
@@ -84,21 +86,21 @@ class StopRequest:
     def _request(self) -> None:
         self._requested_at = time.time()
         self.deadline = self._requested_at + self._grace - self._reserve
-        for act in (self._kill_in_time, self._leave_in_time):  # threads of their own, since writing may fail or block
+        for act in (self._kill_in_time, self._leave_in_time):  # in their own threads, since writing may fail or block
             threading.Thread(target=act, daemon=True).start()
         if self._passed_on:
             try:
                 write_json(self._run.paths.stop_file, self.deadline)
-            except OSError:  # a full disk: the stage cannot be told
+            except OSError:  # on a full disk the stage cannot be told
                 self._kill()
 
     def _kill_in_time(self) -> None:
         time.sleep(self._grace - self._reserve)
         self._kill()
         time.sleep(self._reserve * 0.7)
-        self._say("Stopped in the middle of a transfer; start the job again.")
+        self._say("Stopped in the middle of a transfer. Start the job again.")
 
     def _leave_in_time(self) -> None:
-        """Only a transfer to or from the store can still be under way; it counts for nothing without its manifest."""
+        """Exit. Only a transfer can still be running, and without its manifest it does not count."""
         time.sleep(self._grace - self._reserve * 0.2)
         os._exit(ExitCode.TRY_AGAIN)

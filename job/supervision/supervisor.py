@@ -1,4 +1,4 @@
-"""The parent of everything: starts stages, passes stop requests on, stores what they make, decides the exit code.
+"""The supervisor starts the stages, passes on stop requests, stores results and decides the exit code.
 
 It imports neither torch nor transformers: signals, uploads and exit codes must not depend on a library that may crash.
 """
@@ -29,7 +29,7 @@ _BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 class Supervisor:
-    """One start of one run. `supervise()` returns when every requested stage is complete, or raises why not."""
+    """One start of one run. `supervise()` returns when every requested stage is complete, and raises otherwise."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run = run
@@ -39,7 +39,7 @@ class Supervisor:
         self._hashing = BackgroundHashing(self._interruption.lose)
 
     def supervise(self) -> None:
-        """Run the requested stages that are not complete, in order. The closing table is printed in every case."""
+        """Run the requested stages that are not complete, in order. Always prints the closing table."""
         closing, ending = f"Run {self._run.id} is not complete.", None
         try:
             self._journal.serve_metrics()
@@ -53,7 +53,7 @@ class Supervisor:
             self._journal.close(closing, ending, unhashed=hashing.undone, failed=hashing.failed)
 
     def _work(self) -> str:
-        """Do what is missing; returns what the run then is, for the closing line."""
+        """Run what is missing. Returns the state of the run for the closing line."""
         self._ledger.refuse_other_settings()
         if not self._ledger.missing():
             return self._run_missing(None)
@@ -64,7 +64,7 @@ class Supervisor:
             lease.release()
 
     def _run_under(self, lease: Lease) -> str:
-        """Under the lease, nobody else writes to the run."""
+        """Run what is missing under the lease, while no other start writes to the run."""
         attempt = lease.record.attempt
         lease.keep_alive(self._interruption.lose)
         self._ledger.begin(lease)
@@ -82,8 +82,8 @@ class Supervisor:
     def _sweep(self, lease: Lease) -> None:
         try:
             swept = sweep(self._run, lease)
-        except JobError as error:  # it costs space, not work; a policy may allow less than this needs
-            self._journal.warn(f"What killed starts left in the store stays there: {error.message}")
+        except JobError as error:  # leftovers cost space, not work, and a policy may forbid this
+            self._journal.warn(f"What killed starts left in the store was not removed: {error.message}")
         else:
             if swept:
                 self._journal.say(f"Removed {swept} leftovers of killed starts from the store.", "debug")
@@ -111,11 +111,11 @@ class Supervisor:
     # -- one stage --------------------------------------------------------------------------------------------------
 
     def _run_stage(self, stage: Stage, prestarted: Prestarted | None, training: Training | None) -> None:
-        """Run a stage from the files it needs to the marker that lets its own files count."""
+        """Run a stage, from fetching the files it needs to writing the marker that makes its own files count."""
         self._interruption.refuse_if_ending()
         with self._journal.stage(stage) as record:
             if stage.online:
-                self._hashing.settle()  # what it sends away counts here
+                self._hashing.settle()  # what leaves this machine must count here first
             for name in stage.needs:
                 self._ledger.bring_back(_BY_NAME[name])
             if stage.per_gpu:
@@ -129,7 +129,7 @@ class Supervisor:
             self._complete(stage)
 
     def _train(self, stage: Stage, prestarted: Prestarted | None, training: Training, record: StageRecord) -> None:
-        """Run the training stage, again in another way where it ran out of memory or a kernel failed."""
+        """Run the training stage. If it runs out of memory or a kernel fails, run it again in another way."""
         while True:
             training.prepare()
             try:
@@ -156,7 +156,7 @@ class Supervisor:
         return waiting or StageProcess(self._run, stage, launch)
 
     def _follow(self, process: StageProcess, record: StageRecord, training: Training | None = None) -> int:
-        """Listen to a stage's process until it exits; returns its exit status."""
+        """Read the events of a stage's process until it exits. Returns its exit status."""
         with self._interruption.may_kill(process):
             if training is None:
                 return self._listen(process, record, None)
@@ -188,7 +188,7 @@ class Supervisor:
         return True
 
     def _judge(self, stage: Stage, process: StageProcess, code: int, training: Training | None = None) -> None:
-        """Raise what ended the stage, unless it ended well."""
+        """Raise what ended the stage, unless it succeeded."""
         self._interruption.refuse_if_lost()
         if code == 0:
             return
@@ -205,10 +205,10 @@ class Supervisor:
         raise error
 
     def _complete(self, stage: Stage) -> None:
-        """Let the stage's files count.
+        """Make the stage's files count.
 
-        Nothing outlives this machine before everything it was made from counts. Several nodes compare what they have
-        downloaded before they train, so they do not hash in the background.
+        Nothing outlives this machine before everything it was made from counts. Several nodes compare their downloads
+        before they train, so they do not hash in the background.
         """
         if stage.hashed_behind and self._run.node.count == 1:
             self._hashing.add(stage.name, self._ledger.completion(stage))

@@ -1,4 +1,4 @@
-"""Training, as the parent sees it: what it resumes from, how its processes are started, and when another way is tried."""
+"""Training, as the supervisor sees it: what it resumes from, how its processes start, and when to try another way."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from job.supervision.process import Launch
 
 
 class Training(Protocol):
-    """What the supervisor asks of a training on this machine."""
+    """What the supervisor needs from training on this machine."""
 
     launch: Launch
 
     def prepare(self) -> None:
-        """Bring back what the training resumes from."""
+        """Restore what training resumes from."""
 
     def watched(self, on_lost: Callable[[Exception], None]) -> contextlib.AbstractContextManager[None]:
-        """Within this, report a node that is gone."""
+        """Within this block, report a node that is gone."""
 
     def moved(self) -> None:
-        """A step was taken."""
+        """Training has taken a step."""
 
     def offer(self, step: int, folder: Path) -> None:
         """A checkpoint is complete on the local disk."""
@@ -39,17 +39,17 @@ class Training(Protocol):
         """The processes have exited: store what is left to store."""
 
     def why(self, error: JobError) -> JobError:
-        """What ended the training: `error`, or what happened on another node."""
+        """What ended training: `error`, or what happened on another node."""
 
     def adapt(self, error: MemoryFull | KernelsFault) -> str | None:
-        """Change `launch` so that `error` does not come back; returns in which way, None if there is no other way."""
+        """Change `launch` so that `error` does not recur. Returns how, or None if no other way is left."""
 
     def resumes_from(self) -> str:
-        """What a user must do to resume after a stop, and from where it resumes."""
+        """What a user must do to resume after a stop, and where training resumes."""
 
 
 class LeadTraining:
-    """The training of the only node, or of the first: it holds the lease, restores and stores the checkpoints."""
+    """Training on the only node, or on the first. It holds the lease, and restores and stores the checkpoints."""
 
     def __init__(self, run: Run, checkpointing: Checkpointing, lease: Lease, nodes: FirstNode | None) -> None:
         self._run, self._checkpointing, self._lease, self._nodes = run, checkpointing, lease, nodes
@@ -83,9 +83,11 @@ class LeadTraining:
         return self._nodes.why(error) if self._nodes is not None else error
 
     def adapt(self, error: MemoryFull | KernelsFault) -> str | None:
-        """Ranks that train together cannot repeat a step which one of them left in the middle of a sum, and no rank
-        survives a kernel's fault. So training starts again, from the last checkpoint. Several nodes leave that to their
-        scheduler."""
+        """Choose how to start training again from the last checkpoint. Several nodes leave that to their scheduler.
+
+        Ranks that train together cannot repeat a step that one of them left in the middle of a reduction. And no rank
+        survives a kernel's fault.
+        """
         if self._nodes is not None or not self.launch.kernels:
             return None
         if isinstance(error, MemoryFull):

@@ -1,1 +1,1 @@
-"""TRL's SFTTrainer and the few callbacks that tie it to the job."""
+"""TRL's SFTTrainer, and what ties it to the job: plans, checkpoints, callbacks."""

@@ -1,6 +1,6 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) of many parameters in one launch, with moments in float32.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for many parameters in one launch, with moments in float32.
 
-As in bitsandbytes' kernels for CUDA, values decay behind the step; its functions for the CPU let them decay before.
+Values decay after the step, as in bitsandbytes' CUDA kernels. Its CPU functions decay them before it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from job.model.fused.launch import Kernel, cdiv
 _BLOCK = 1024
 
 
-_NUMBERS = tl.constexpr(5)  # that describe a parameter
+_NUMBERS = tl.constexpr(5)  # numbers that describe a parameter
 
 
+# parameters (count, 5) int64, per parameter: the addresses of value, gradient, mean and square, and the number of
+# values. like, like_gradient: any tensors of the values' and the gradients' type. Writes means, squares and values.
+# One program updates BLOCK values of the parameter with its number in the grid. A table of addresses lets one launch
+# serve all parameters, since an adapter has hundreds of small ones. Bias corrections are folded into step_size and
+# epsilon, as in bitsandbytes. shrunk is the factor of the weight decay.
 @Kernel
 @triton.jit
 def _adamw_kernel(
     parameters, like, like_gradient, beta_mean, beta_square, epsilon, step_size, shrunk, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One of the parameters by its number in the grid."""
     one = parameters + tl.program_id(1) * _NUMBERS
     count = tl.load(one + 4)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -49,14 +53,17 @@ def adamw_(
     parameters: Sequence[Sequence[torch.Tensor]], number: int, rate: float, betas: tuple[float, float], epsilon: float,
     weight_decay: float,
 ) -> None:  # fmt: skip
-    """Take the `number`th step, counted from 1, in place. Of each parameter: value, gradient, mean and square, all contiguous; the
-    latter two float32, the others of one type for all."""
+    """Take step `number`, counted from 1, in place.
+
+    Each parameter is value, gradient, mean and square, all contiguous. Mean and square are float32. All values have one
+    type, and so do all gradients.
+    """
     described: list[int] = []
     for one in parameters:
         described += [*(part.data_ptr() for part in one), one[0].numel()]
     value, gradient = parameters[0][:2]
     addresses = torch.tensor(described, dtype=torch.int64)
-    if value.is_cuda:  # from pinned memory the host need not wait
+    if value.is_cuda:  # the host need not wait for a copy from pinned memory
         addresses = addresses.pin_memory().to(value.device, non_blocking=True)
     mean_left, square_left = (1 - beta**number for beta in betas)
     correction = math.sqrt(square_left)

@@ -1,4 +1,4 @@
-"""The settings as trl's SFTConfig."""
+"""The job's settings as trl's SFTConfig."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def training_arguments(
     resumed: bool,
     recomputes: bool,
 ) -> SFTConfig:
-    """Arguments for training on prepared data: rows are tokenized, labelled, cut and packed already."""
+    """Arguments for training on prepared data: rows are already tokenized, labeled, cut and packed.
+
+    Raises TypeError if the installed trl does not know one of them.
+    """
     on_gpu = compute.on_gpu
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -45,11 +48,11 @@ def training_arguments(
         "weight_decay": settings.weight_decay,
         "optim": settings.optim if on_gpu and settings.sharding == "none" else _plain_optimizer(settings.optim),
         "lr_scheduler_type": settings.lr_scheduler_type,
-        "warmup_steps": settings.warmup_ratio,  # below 1 it is a part of all steps
+        "warmup_steps": settings.warmup_ratio,  # below 1 it is a fraction of all steps
         "train_sampling_strategy": "group_by_length" if settings.group_by_length and not settings.packing else "random",
         "seed": settings.seed,
         **mixed_precision(settings, compute.dtype),
-        # the data is ready
+        # the data is prepared already
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None if compute.padding_free else max_length,
         "padding_free": compute.padding_free,
@@ -60,36 +63,40 @@ def training_arguments(
         "eval_steps": settings.eval_steps,
         "eval_on_start": evaluates and not resumed,
         "save_strategy": "steps",
-        "save_steps": _NEVER if settings.save_steps == "auto" else settings.save_steps,  # and behind the last step
+        "save_steps": _NEVER if settings.save_steps == "auto" else settings.save_steps,  # and after the last step
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen, not averaged away
         "report_to": ["tensorboard", *(["wandb"] if os.environ.get("WANDB_API_KEY") else [])],
         "disable_tqdm": True,
         "use_cpu": not on_gpu,
-        "accelerator_config": {"non_blocking": on_gpu},  # a batch need not wait for the step before it
+        "accelerator_config": {"non_blocking": on_gpu},  # copying a batch need not wait for the step before it
         "ddp_find_unused_parameters": False,
         **sharding_arguments(settings),
         **settings.extra_training_args,
     }
     known = {field.name for field in fields(SFTConfig)}
     missing = sorted(set(arguments) - known)
-    if missing:  # another version of transformers or trl: say so rather than train differently
-        raise TypeError(f"this version of trl's SFTConfig lacks {', '.join(missing)}")
+    if missing:  # another version of transformers or trl: fail rather than train differently
+        raise TypeError(f"SFTConfig of the installed trl does not support {', '.join(missing)}")
     return SFTConfig(**arguments)
 
 
 def _plain_optimizer(name: str) -> str:
-    """bitsandbytes pages optimizer state between GPU and host memory, and knows no shards; plain AdamW takes the same
-    steps."""
+    """Replace bitsandbytes' optimizers, which need a GPU to page their state and do not support shards.
+
+    Plain AdamW takes the same steps.
+    """
     return "adamw_torch" if name.startswith("paged_") or "8bit" in name else name
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most that torch had allocated on a GPU; None on the CPU."""
+    """The most memory that torch has allocated on the GPU. None on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def allocator_retries(device: torch.device) -> int | None:
-    """How often torch found no room on a GPU, gave back what it held unused and asked again, which waits for the GPU each time:
-    many are a plan too tight for its card. None on the CPU."""
+    """How often torch's allocator found no memory, returned its unused blocks and retried. None on the CPU.
+
+    Each retry waits for the GPU. Many retries mean that the plan is too tight for the card.
+    """
     return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else None

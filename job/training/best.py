@@ -1,4 +1,4 @@
-"""Early stopping: end when evaluations no longer get better, and keep the adapter that was best."""
+"""Early stopping: stop when evaluations no longer improve, and keep the best adapter."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class KeepBest(TrainerCallback):
-    """Ends the training after `patience` evaluations in a row without a lower loss, and brings the best adapter back.
+    """Stops the training after `patience` evaluations in a row without a lower loss, and restores the best adapter.
 
-    transformers keeps the best model as the name of a checkpoint folder, which may be on a machine that is gone. An
-    adapter is small: the best one is held in memory and lies in every checkpoint, so any of them is complete.
+    transformers remembers the best model as the name of a checkpoint folder, which may be on a machine that is gone. An
+    adapter is small, so the best one is held in memory and saved in every checkpoint. Any checkpoint is then complete.
     """
 
     def __init__(self, patience: int) -> None:
@@ -23,7 +23,7 @@ class KeepBest(TrainerCallback):
 
     @property
     def exhausted(self) -> bool:
-        """Whether the last `patience` evaluations were no better."""
+        """Whether none of the last `patience` evaluations was better."""
         return self._worse >= self._patience
 
     def on_evaluate(
@@ -46,7 +46,7 @@ class KeepBest(TrainerCallback):
 
     @torch.no_grad()
     def apply(self, model: Any) -> None:
-        """Put the best adapter into the model."""
+        """Copy the best adapter into the model."""
         for name, weight in _trained(model):
             if self._weights:
                 weight.copy_(self._weights[name])
@@ -60,5 +60,5 @@ class KeepBest(TrainerCallback):
 
 
 def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    unwrapped = getattr(model, "module", model)  # of DistributedDataParallel
+    unwrapped = getattr(model, "module", model)  # DistributedDataParallel's
     return [(name, weight) for name, weight in unwrapped.named_parameters() if weight.requires_grad]

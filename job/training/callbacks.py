@@ -1,4 +1,4 @@
-"""What ties trl's trainer to the job: progress, checkpoints for the syncer, stop requests, a guard against NaN."""
+"""Callbacks that tie trl's trainer to the job: progress, checkpoints for the syncer, stop requests, a NaN guard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from job.training.utilization import peak_flops, useful_flops_per_token
 
 
 class ReportProgress(TrainerCallback):
-    """Steps, loss and rate to the supervisor: every logged step, and at least every second in between."""
+    """Reports steps, loss and throughput to the supervisor: every logged step, and about every second in between."""
 
     def __init__(self) -> None:
         self._figures: dict[str, Any] = {}
@@ -45,7 +45,7 @@ class ReportProgress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            message(f"Step {state.global_step}: evaluation loss {logs['eval_loss']:.4f} nats a token.")
+            message(f"Step {state.global_step}: evaluation loss {logs['eval_loss']:.4f} nats/token.")
         if "loss" in logs:
             self._figures = {"loss": float(logs["loss"]), "learning_rate": float(logs["learning_rate"])}
             tokens, moment = float(logs.get("num_tokens", 0)), time.monotonic()
@@ -72,7 +72,7 @@ class ReportProgress(TrainerCallback):
         self._report_at_times(state)
 
     def _report_at_times(self, state: TrainerState) -> None:
-        """One process of each machine, for the supervisor there to see that it moves."""
+        """Report from one process per machine, which shows the supervisor there that training makes progress."""
         if state.is_local_process_zero and time.monotonic() - self._last_event > 1:
             self._report(state)
 
@@ -91,7 +91,7 @@ class LogShortRuns(TrainerCallback):
 
 
 class OfferCheckpoints(TrainerCallback):
-    """Tells the supervisor of a checkpoint, which has its final name by now."""
+    """Tells the supervisor about each new checkpoint, which has its final name by then."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -100,11 +100,11 @@ class OfferCheckpoints(TrainerCallback):
 
 
 class DecideSaves(TrainerCallback):
-    """Saves at the pace that the run allows, and ends the training behind a whole step once a stop is requested.
+    """Saves at the pace that `SavePace` allows, and stops the training after a whole step once a stop is requested.
 
-    The processes agree by a tiny all-reduce: one that stopped or saved alone would leave the others waiting for it.
-    Any of them may ask for a stop, and the earliest deadline counts; the first process decides whether to save, since
-    it measures the pace. A save that cannot be in the store before the deadline is not begun.
+    The processes agree by a tiny all-reduce, since one that stopped or saved alone would leave the others waiting for
+    it. Any process may ask for a stop, and the earliest deadline counts. The first process decides whether to save,
+    since it measures the pace. A save that cannot be in the store before the deadline is not started.
     """
 
     def __init__(self, pace: SavePace, stop_deadline: Callable[[], float | None], *, paced: bool) -> None:
@@ -122,20 +122,20 @@ class DecideSaves(TrainerCallback):
             self.stopped = control.should_training_stop = True
             control.should_save = bool(fits)
             if not fits and first:
-                message(f"Step {state.global_step} is not saved: the time left does not suffice.", "warning")
+                message(f"Step {state.global_step} is not saved: there is not enough time left.", "warning")
 
 
 def _largest(args: TrainingArguments, *values: float) -> list[float]:
-    """The largest of each value over all processes, the same in every one of them."""
+    """The maximum of each value over all processes, the same in each of them."""
     if not torch.distributed.is_initialized():
-        return list(values)  # a question to the GPU would wait for its work
+        return list(values)  # without a tensor on the GPU, whose read would wait for its work
     votes = torch.tensor(values, device=args.device, dtype=torch.float64)
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
     return [float(vote) for vote in votes]
 
 
 class RefuseNonsense(TrainerCallback):
-    """Ends the training when the loss is no number: every further step would be paid for and lost."""
+    """Raises InputError when the loss is not a number, since every further step would be paid for and lost."""
 
     def on_log(
         self,

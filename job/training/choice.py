@@ -1,4 +1,4 @@
-"""How this process computes its training steps: chosen once, from the settings, the model, the data and the GPU."""
+"""The choice of how this process computes its steps, made once from the settings, the model, the data and the GPU."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from job.training.plan.cards import GIB, Card, card_named
 from job.training.plan.choose import choose, smaller_plan
 from job.training.plan.load import Shape, load_of, obstacle
 
-_UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # the faster of two plans is the same on most cards
+_UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # which of two plans is faster hardly depends on the card
 
 
 @dataclass(frozen=True)
 class Choice:
     """What steps are computed on, and by which plan. Without a plan, transformers and peft compute the layers.
 
-    `reason` is a sentence for the user where there is something to say, `slower` whether it is a warning.
+    `reason` is a sentence for the user, or None if there is nothing to say. `slower` says whether it is a warning.
     """
 
     compute: Compute
@@ -39,9 +39,9 @@ class Choice:
 def choose_steps(
     settings: Settings, compute: Compute, config: Mapping[str, Any], data_report: Mapping[str, Any]
 ) -> Choice:
-    """The fastest plan that fits this process's GPU, for a model with this config.json and the prepared data.
+    """Choose the fastest plan that fits this process's GPU, for the model's config.json and the prepared data.
 
-    InputError for what the settings ask for and this run cannot have.
+    Raises InputError if the settings ask for something that is not possible in this run.
     """
     asked = is_asked_for(settings)
     if settings.decoder_layers in ("plain", "compiled") or (not compute.on_gpu and not asked):
@@ -66,7 +66,7 @@ def choose_steps(
         plan = smaller_plan(plan, shape, settings) or plan
     told = f"Plan: {plan.described(shape.layers)}"
     if compute.on_gpu:
-        told += f"; predicted {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB"
+        told += f". Predicted: {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB"
         if card is not _UNKNOWN_CARD:
             told += f", {load.mean_batch / plan.seconds:,.0f} tokens/s per GPU"
     return Choice(compute, shape, plan, f"{told}.")
@@ -76,12 +76,12 @@ SLOWER = "The layers are computed by transformers and peft, which is slower"
 
 
 def is_asked_for(settings: Settings) -> bool:
-    """Whether the settings ask for the fused layers, so that plain ones would not be what the user wanted."""
+    """Whether the settings ask for the fused layers explicitly, so that a fallback would not be what the user wants."""
     return settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
 
 
 def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> str | None:
-    """Why the fused layers cannot compute this run here: the settings, the model or this machine."""
+    """Why settings, model or machine do not allow the fused layers for this run. None if they do."""
     if without_kernels():
         return "one of the job's own kernels crashed on this GPU"
     reason = obstacle(settings, shape)
@@ -97,14 +97,14 @@ def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> 
 
 
 def limit_memory(settings: Settings, device: torch.device) -> None:
-    """Let this process take no more of the GPU than FT_GPU_MEMORY_GIB."""
+    """Limit this process to FT_GPU_MEMORY_GIB of the GPU's memory."""
     if device.type == "cuda" and settings.gpu_memory_gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, settings.gpu_memory_gib * GIB / total), device)
 
 
 def free_bytes(settings: Settings, device: torch.device) -> float:
-    """How much of the GPU this process may use, including the weights that it holds already."""
+    """The bytes of GPU memory that this process may use, including the weights that it already holds."""
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device)
     return min(float(free), math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB)

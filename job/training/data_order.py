@@ -1,4 +1,4 @@
-"""Which rows were trained on, in which order: recorded, so that a resumed run can repeat it and prove that it did."""
+"""A record of which rows were trained on in which order, so that a resumed run can repeat it and prove that it did."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from job.errors import InputError
 
 
 class DataOrder:
-    """The order of the current epoch's rows, and a digest of all rows trained on since the run began.
+    """The order of the current epoch's rows, and a digest of all rows trained on since the run started.
 
-    A sampler draws its order when an epoch's first row is asked for, some of them with torch's global generator. The
-    generator's state at that moment goes into the checkpoint, and comes back at the same moment of the resumed epoch:
-    without it a resumed epoch grouped by length would visit some rows twice and others never. The digest says whether
-    the rows that the resumed loader skips are the rows that the checkpoint was trained on.
+    A sampler draws its order when an epoch's first row is requested, and some samplers use torch's global generator.
+    The generator's state at that moment goes into the checkpoint and is restored at the same moment of the resumed
+    epoch. Without it, a resumed epoch grouped by length would visit some rows twice and others never. The digest shows
+    whether the rows that the resumed loader skips are those that the checkpoint was trained on.
     """
 
     def __init__(self) -> None:
-        self._finished = hashlib.sha256().hexdigest()  # a digest over the epochs before this one
+        self._finished = hashlib.sha256().hexdigest()  # digest of the epochs before this one
         self._drawn = array("q")
         self._sampler: Any = None
         self._generator: torch.Tensor | None = None
@@ -35,20 +35,20 @@ class DataOrder:
         self._to_restore: torch.Tensor | None = None
 
     def watch(self, loader: DataLoader[Any], rows_per_batch: int) -> None:
-        """Record what `loader` draws; `rows_per_batch` counts the rows of all processes."""
+        """Record the rows that `loader` draws. `rows_per_batch` counts the rows of all processes."""
         self._batches_per_epoch, self._rows_per_batch = len(loader), rows_per_batch
         sampler: Any = loader.batch_sampler
-        while hasattr(sampler, "batch_sampler"):  # accelerate's shard of one process
+        while hasattr(sampler, "batch_sampler"):  # accelerate's wrapper, which draws one process's share
             sampler = sampler.batch_sampler
         sampler.sampler = self._sampler = _Recorded(sampler.sampler, self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler which epoch it draws for; accelerate's wrappers do not pass it on to a resumed shard."""
+        """Tell the sampler which epoch it draws for. After a resume, accelerate's wrappers do not pass it on."""
         if hasattr(self._sampler, "set_epoch"):
             self._sampler.set_epoch(epoch)
 
     def epoch_began(self) -> None:
-        """The sampler is about to draw an order."""
+        """Call this when the sampler is about to draw an epoch's order."""
         if self._to_restore is not None:
             torch.set_rng_state(self._to_restore)
             self._to_restore = None
@@ -61,7 +61,7 @@ class DataOrder:
         self._drawn.append(row)
 
     def batch_trained(self) -> None:
-        """One batch of this process is about to be trained on; raises InputError if a resumed order is another one."""
+        """Call this before a batch is trained on. Raises InputError if the order differs from the checkpoint's."""
         self._refuse_another_order()
         self._batches += 1
 
@@ -69,12 +69,12 @@ class DataOrder:
         expected, self._expected = self._expected, None
         if expected is not None and self._digest_of_drawn() != expected:
             raise InputError(
-                "The rows do not come in the order in which the checkpoint was trained on them.",
-                "Go on with the versions of torch, transformers and accelerate that the run began with, or choose another FT_RUN_ID.",
+                "The rows are not in the order in which the checkpoint was trained on them.",
+                "Continue with the versions of torch, transformers and accelerate that started the run, or choose another FT_RUN_ID.",
             )
 
     def digest(self) -> str:
-        """SHA-256 over the indices of all rows trained on so far, in order, epoch by epoch."""
+        """SHA-256 of the indices of all rows trained on so far, in order, epoch by epoch."""
         return self._expected or self._digest_of_drawn()
 
     def _digest_of_drawn(self) -> str:
@@ -84,7 +84,7 @@ class DataOrder:
         return hashlib.sha256(self._finished.encode() + trained.tobytes()).hexdigest()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to hold."""
+        """The state to save in a checkpoint."""
         within = 0 < self._batches < self._batches_per_epoch
         return {
             "digest": self.digest(),
@@ -94,15 +94,17 @@ class DataOrder:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
+        """Continue from a checkpoint's state."""
         self._finished, self._batches, self._to_restore = state["finished"], state["batches"], state["generator"]
         self._expected = state["digest"] if self._batches else None
         self._drawn = array("q")
 
 
 def _share_generator() -> None:
-    """Give every process the first one's generator: they draw the order each for itself, and it must be one order. On
-    the CPU dropout draws from the same generator, by the lengths of rows, which differ."""
+    """Give every process the generator of the first one, since each draws the order itself and all orders must agree.
+
+    They would differ on the CPU: dropout uses the same generator there, and draws more or fewer numbers by row length.
+    """
     if torch.distributed.is_initialized():
         states = [torch.get_rng_state()]
         torch.distributed.broadcast_object_list(states, src=0)
@@ -110,7 +112,7 @@ def _share_generator() -> None:
 
 
 class _Recorded(Sampler[int]):
-    """A sampler as it was, with every row it draws told to `order`."""
+    """Wraps a sampler and reports every row that it draws to `order`."""
 
     def __init__(self, sampler: Any, order: DataOrder) -> None:
         self._sampler, self._order = sampler, order
@@ -129,6 +131,6 @@ class _Recorded(Sampler[int]):
 
 
 def row_lengths(rows: Dataset) -> list[int]:
-    """Tokens of each row. Arrow knows them from where its lists end; going through the rows takes a millisecond each."""
+    """The number of tokens of each row, from Arrow's list offsets. Reading the rows would take a millisecond each."""
     lengths: list[int] = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_pylist()
     return lengths

@@ -1,4 +1,4 @@
-"""The plan at work: the layers that follow it, batches in parts, and what happens when memory runs out."""
+"""Executes the plan: sets up the layers, cuts batches into micro-batches, and switches plans when memory runs out."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from job.training.choice import SLOWER, Choice, is_asked_for
 from job.training.plan.candidates import Plan
 from job.training.plan.choose import smaller_plan
 
-# How far a layer may differ when it is computed both ways, in 16 bits or 8. A real mistake differs by more.
+# How far a layer may differ when it is computed both ways, in 16 or 8 bits. A real mistake makes a larger difference.
 _LARGEST_DIFFERENCE = {"4-bit": 0.2, "resident": 0.2, "fp8": 0.5}
 _PLAIN = "Set FT_DECODER_LAYERS=plain."
 
 
 class Execution:
-    """Computes the steps of this process as chosen. `patches` are the changes it made to the model.
+    """Computes the steps of this process as chosen. `patches` holds its changes to the model.
 
-    `plan` is None where transformers and peft compute the layers, and FT_GRADIENT_CHECKPOINTING alone says what is
-    recomputed. `rank` is this process's place among all; `evaluated_tokens` the most that an evaluation may compute at
+    `plan` is None if transformers and peft compute the layers. Then only FT_GRADIENT_CHECKPOINTING decides what is
+    recomputed. `rank` is this process's rank, and `evaluated_tokens` the most tokens that an evaluation computes at
     once.
     """
 
@@ -48,18 +48,19 @@ class Execution:
 
     @property
     def recomputes_by_library(self) -> bool:
-        """Whether transformers' own gradient checkpointing is wanted: on a GPU, unless it is switched off."""
+        """Whether to use transformers' gradient checkpointing: without a plan, on a GPU, unless it is switched off."""
         wanted = self._settings.gradient_checkpointing
         return self.plan is None and (self.compute.on_gpu if wanted == "auto" else bool(wanted))
 
     def described(self) -> dict[str, Any] | None:
-        """The current plan, for `metrics.json`."""
+        """The current plan for `metrics.json`, or None without a plan."""
         return asdict(self.plan) if self.plan is not None else None
 
     def prepare(self, model: PeftModel, arguments: TrainingArguments) -> None:
-        """Let the model's layers be computed as planned. Call it once, with the adapter in its final type.
+        """Set the model's layers up as planned. Call this once, when the adapter has its final type.
 
-        If the planned way fails on this machine, `arguments` are changed to those of the plain one.
+        If the fused layers fail on this machine, the plain ones are used, and `arguments` are changed accordingly.
+        Raises NodeError instead if the settings ask for the fused layers, and KernelsFault if a kernel crashed the GPU.
         """
         settings = self._settings
         if self.plan is None:
@@ -69,8 +70,8 @@ class Execution:
             if settings.decoder_layers == "compiled":
                 compile_layers(model)
             return
-        if not can_fuse(model):  # the shape said yes, by the same rules
-            raise InputError("The model's layers are not those that its config.json names.", _PLAIN)
+        if not can_fuse(model):  # config.json passed the same rules
+            raise InputError("The model's layers are not those that its config.json describes.", _PLAIN)
         failure = self._fuse(model, self.plan)
         if failure is None:
             if can_fuse_head(model):
@@ -80,7 +81,7 @@ class Execution:
         if is_asked_for(settings):
             raise NodeError(
                 f"The fused layers do not give what the model's own layers give on this machine: {failure}.",
-                "Another card or driver may work. Or unset FT_DECODER_LAYERS and FT_FROZEN_PRECISION.",
+                "Try another card or driver, or unset FT_DECODER_LAYERS and FT_FROZEN_PRECISION.",
             )
         message(f"{SLOWER}: {failure}.", "warning")
         self.patches.undo()
@@ -90,10 +91,9 @@ class Execution:
             model.enable_input_require_grads()
 
     def _fuse(self, model: PeftModel, plan: Plan) -> str | None:
-        """Fuse the first layer, compute it both ways, and fuse the others if both agree; returns what went wrong, if
-        anything did."""
+        """Compute the first layer both ways, and fuse the others if they agree. Returns what went wrong, or None."""
         few = max(plan.micro_batch_tokens, plan.longest_row, self._evaluated_tokens) < MANY_TOKENS
-        kinds = [proof.FEW] if few else [proof.FEW, proof.MANY]  # which use other kernels
+        kinds = [proof.FEW] if few else [proof.FEW, proof.MANY]  # many tokens use other kernels
         try:
             plain = [sample(model, lengths) for lengths in kinds]
             layers = fuse_layers(model, plan.weights, self.patches)
@@ -102,7 +102,7 @@ class Execution:
             finite = sample(model, with_dropout=True).is_finite
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler, a driver or a kernel may say
+        except Exception as error:  # compilers, drivers and kernels may raise anything
             reason = in_a_line(error)
             if not is_alive(self.compute.device) and not is_asked_for(self._settings):
                 raise KernelsFault(
@@ -110,7 +110,7 @@ class Execution:
                 ) from error
             return reason
         if not finite:
-            return "a layer with dropout gives values that are not finite"
+            return "a layer with dropout gives infinite values or NaN"
         if not difference <= _LARGEST_DIFFERENCE[plan.weights]:
             return f"a layer differs by {difference:.1%}"
         self.patches.settle_weights()
@@ -118,7 +118,7 @@ class Execution:
         return None
 
     def batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The batch in parts of no more tokens than planned, but for rows that are longer: rows are never cut."""
+        """Cut the batch into micro-batches of at most the planned tokens. Rows are never cut, even longer ones."""
         if self.plan is None or inputs["input_ids"].shape[1] <= self.plan.micro_batch_tokens:
             yield dict(inputs)
             return
@@ -132,10 +132,10 @@ class Execution:
             yield part
 
     def seed_dropout(self, *moment: int, first_token: int) -> None:
-        """Give every linear layer a seed of its own for the coming part of a batch, which begins at `first_token`.
+        """Give every linear layer its own seed for the next micro-batch, which starts at `first_token` of the batch.
 
-        What is dropped follows from `moment`, FT_SEED and a token's place in the batch alone: a resumed step drops what the
-        lost one dropped, whatever the parts, and no generator is asked that others depend on.
+        What is dropped depends only on `moment`, FT_SEED, the rank and a token's place in the batch. So a resumed step
+        drops what the lost one dropped, whatever the micro-batches, and no generator that others depend on is used.
         """
         named = repr((self._settings.seed, self._rank, *moment)).encode()
         first = int.from_bytes(hashlib.blake2b(named, digest_size=4).digest()) >> 2
@@ -143,21 +143,21 @@ class Execution:
             layer.dropout_seed, layer.first_token = first + index * LINEAR_LAYERS, first_token
 
     def step_down(self) -> bool:
-        """Take up the next plan that needs less memory; False if there is none."""
+        """Switch to the next plan that needs less memory. Returns False if there is none."""
         smaller = self._smaller()
         if smaller is None:
             return False
         self._apply(smaller)
-        message(f"The GPU's memory is full: going on with {smaller.described(len(self._layers))}.", "warning")
+        message(f"The GPU ran out of memory. Continuing with {smaller.described(len(self._layers))}.", "warning")
         return True
 
     def full(self, error: torch.OutOfMemoryError) -> Exception:
-        """What a process that trains with others makes of memory that ended."""
+        """The error to raise when a process that trains with others runs out of memory."""
         if self._smaller() is None:
             return error
         return MemoryFull(
-            f"The GPU's memory is full: {str(error).splitlines()[0]}",
-            "Lower FT_GPU_MEMORY_GIB, so that a smaller plan is chosen, or rent a larger card.",
+            f"The GPU ran out of memory: {str(error).splitlines()[0]}",
+            "Lower FT_GPU_MEMORY_GIB so that a smaller plan is chosen, or rent a larger card.",
         )
 
     def _smaller(self) -> Plan | None:
@@ -168,11 +168,11 @@ class Execution:
     def _apply(self, plan: Plan) -> None:
         self.plan = plan
         for index, layer in enumerate(self._layers):
-            layer.kept = index >= plan.recomputed  # the last are the first to be freed
+            layer.kept = index >= plan.recomputed  # the last layers are the first to be freed
 
 
 def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Runs of rows (first, behind the last) with no more than `most` tokens, or one row."""
+    """Ranges of rows (first, after the last) with at most `most` tokens, or of a single row."""
     begin = 0
     for end in range(1, len(boundaries)):
         if end + 1 == len(boundaries) or boundaries[end + 1] - boundaries[begin] > most:
@@ -181,9 +181,11 @@ def _parts(boundaries: list[int], most: int) -> Iterator[tuple[int, int]]:
 
 
 def switch_mode_only_if_another(model: torch.nn.Module, patches: Patches) -> None:
-    """Let `model.train()` return at once while the model is in that mode, as a whole: transformers calls it at each pass, and
-    there are thousands of modules to visit."""
-    model.train(model.training)  # from now on the modules agree
+    """Make `model.train()` return immediately if the model is already in that mode.
+
+    transformers calls it in each pass, and it would visit thousands of modules.
+    """
+    model.train(model.training)  # from now on all modules agree
     switch = model.train
 
     def train(mode: bool = True) -> torch.nn.Module:
@@ -193,7 +195,10 @@ def switch_mode_only_if_another(model: torch.nn.Module, patches: Patches) -> Non
 
 
 class Gradients:
-    """Those of the batches that a step has behind it, if they `accumulate`, to come back to when a pass did not come to its end."""
+    """A copy of the gradients before a pass, to restore when the pass fails.
+
+    There is something to copy only if a step sums up (`accumulate`) the gradients of several batches.
+    """
 
     def __init__(self, parameters: list[torch.nn.Parameter], *, accumulate: bool) -> None:
         self._parameters = parameters
@@ -209,7 +214,7 @@ class Gradients:
 def with_less_memory(
     compute: Callable[[], torch.Tensor], execution: Execution, undo: Callable[[], None]
 ) -> torch.Tensor:
-    """`compute()`, tried again with ever smaller plans while memory does not suffice."""
+    """Return `compute()`. While memory runs out, call `undo` and try again with a smaller plan."""
     while True:
         try:
             return compute()

@@ -1,4 +1,4 @@
-"""Where the time of a training went, and how much of the card's arithmetic the rest of it used."""
+"""Where a training's time went, and how much of the card's arithmetic it used while computing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from job.training.utilization import useful_flops_per_token
 
 
 class Goodput(TrainerCallback):
-    """Seconds by what they were spent on, of this start of the training on this process; `tokens()` have been trained so far.
+    """Counts what this process spent the seconds of this start on. `tokens()` returns the tokens trained so far.
 
-    `start` is all up to the first step (model and data; imports only of a process that was not started early), `first_step` that
-    one, with whatever is compiled or tuned in it, `compute` the others; `data` is time between steps in which nothing was left to do for the GPU, for want of rows or of
-    who asks for more. What remains is `idle`.
+    `start`       everything before the first step: model and data. Imports only count if the process was not prestarted
+    `first_step`  the first step, including whatever it compiles or tunes
+    `compute`     the other steps
+    `data`        time between steps in which the GPU had nothing to do, because rows or requests came too late
+    `idle`        the rest
     """
 
     def __init__(self, tokens: Callable[[], float], clock: Callable[[], float] = time.time) -> None:
@@ -31,8 +33,8 @@ class Goodput(TrainerCallback):
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._flops_per_token = self._since = 0.0
         self._waited_for_first = self._tokens_of_first = 0.0
-        # Of a GPU, which may still be at work on steps that this process has left behind: when it is done with the last, and
-        # from when to when it had nothing to do
+        # A GPU may still be computing steps that this process has already left. These events mark when it finishes the
+        # last step, and from when to when it had nothing to do.
         self._end_of_work: Any = None
         self._pauses: list[tuple[Any, Any]] = []
 
@@ -73,15 +75,15 @@ class Goodput(TrainerCallback):
             self._settle("compute")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._await_work()  # the loss has waited for it, and marks do not pile up
+        self._await_work()  # logging the loss has waited for the GPU already, and events must not pile up
 
     def _await_work(self) -> None:
-        """What the GPU has still to do of the last step is training, and not what comes behind it."""
+        """Count the GPU's remaining work on the last step as training, not as what comes after it."""
         if self._end_of_work is not None:
             self._settle("compute")
 
     def _settle(self, name: str) -> None:
-        """Count all time since the last count: as `name`, but for the GPU's pauses."""
+        """Count the time since the last count as `name`, except for the GPU's pauses, which are `data`."""
         if self._end_of_work is not None:
             self._end_of_work.synchronize()
         paused = sum(begin.elapsed_time(end) for begin, end in self._pauses) / 1000
@@ -91,8 +93,10 @@ class Goodput(TrainerCallback):
         self._since, self._end_of_work, self._pauses = now, None, []
 
     def report(self, matmul_flops: float | None) -> dict[str, Any]:
-        """For people and for `metrics.json`; rates are those of the steps behind the first and what lies between them, but for
-        saving and evaluating."""
+        """The figures for people and for `metrics.json`.
+
+        Rates are those of all steps after the first, including the time between steps but not saves and evaluations.
+        """
         self._await_work()
         total = self._clock() - self._began
         seconds = {name: round(value, 2) for name, value in self._spent.items()}
@@ -113,7 +117,7 @@ class Goodput(TrainerCallback):
 
 
 def _mark() -> Any:
-    """A moment in the GPU's work."""
+    """A CUDA event that marks this moment in the GPU's work."""
     mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     mark.record()
     return mark

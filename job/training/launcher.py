@@ -16,20 +16,21 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from job.cluster import Node
 from job.errors import ExitCode, JobError, NodeError, TransientError
 
-_SHUTDOWN_SECONDS = 5  # our processes ignore SIGTERM, with which the agent begins
-_MEET_SECONDS = 900  # every node has said that it is ready, and may still fetch the checkpoint
+_SHUTDOWN_SECONDS = 5  # the agent sends SIGTERM first, which our processes ignore
+_MEET_SECONDS = 900  # every node has reported that it is ready, but may still be downloading the checkpoint
 
 
 def launch(node: Node, run_id: str, stage: str, processes: int) -> int:
-    """Run `python -m job.stages STAGE` as `processes` processes on this node; returns 0, or the code one of them ended with.
+    """Run `python -m job.stages STAGE` in `processes` processes on this node.
 
-    Raises NodeError or TransientError if a signal ended one. Its fellows, which cannot go on alone, are ended too.
+    Returns 0, or the exit code of one that failed. Raises NodeError, TransientError or JobError if a signal killed one.
+    The others cannot continue alone and are stopped.
     """
     endpoint = os.environ.get("JOB_RDZV_ENDPOINT")
-    # Without this every process would take all cores; torchrun's own answer, one thread, leaves most of them idle.
+    # Without this every process would use all cores. torchrun's own default, one thread, leaves most of them idle.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
-    os.environ["JOB_PARENT_PID"] = str(os.getpid())  # of the processes below
+    os.environ["JOB_PARENT_PID"] = str(os.getpid())  # for the processes started below
     config = LaunchConfig(
         min_nodes=node.count,
         max_nodes=node.count,
@@ -38,9 +39,9 @@ def launch(node: Node, run_id: str, stage: str, processes: int) -> int:
         rdzv_backend="static" if endpoint else "c10d",
         rdzv_endpoint=endpoint or "localhost:0",
         rdzv_configs={"rank": node.index, "timeout": _MEET_SECONDS} if endpoint else {},
-        max_restarts=0,  # a start begins from a verified checkpoint; the scheduler starts us again
+        max_restarts=0,  # the scheduler starts the job again, from a verified checkpoint
         monitor_interval=0.1,
-        signals_to_handle="SIGHUP",  # on SIGTERM the agent would give its processes 30 s and then kill them (pytorch#119856)
+        signals_to_handle="SIGHUP",  # on SIGTERM the agent would kill its processes after 30 s (pytorch#119856)
     )
     before = _oom_kills()
     try:
@@ -52,41 +53,48 @@ def launch(node: Node, run_id: str, stage: str, processes: int) -> int:
         in_words = {failure.exitcode for failure in error.failures.values()} - {
             -number for number in by_signal.values()
         }
-        if by_signal and in_words <= {ExitCode.TRY_AGAIN}:  # the fellows have lost contact with it
+        if by_signal and in_words <= {ExitCode.TRY_AGAIN}:  # the others only lost contact with it
             raise _killed(by_signal, before, others=node.count > 1) from None
         return max(in_words)
     return ExitCode.OK
 
 
 def unreachable(error: Exception) -> NodeError:
-    """Another try would fail the same way, and cost the same: so it is counted, or made on other machines."""
+    """The error for processes that cannot connect.
+
+    It is a NodeError, since a retry here would fail the same way at the same cost. So attempts are counted, or moved to
+    other machines.
+    """
     return NodeError(
-        f"The training processes do not reach each other: {str(error).splitlines()[0]}",
-        "Check /dev/shm, the network between the nodes, FT_MASTER_ADDR, FT_MASTER_PORT and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO tells more.",
+        f"The training processes cannot reach each other: {str(error).splitlines()[0]}",
+        "Check /dev/shm, the network between the nodes, FT_MASTER_ADDR, FT_MASTER_PORT and NCCL_SOCKET_IFNAME. NCCL_DEBUG=INFO logs more.",
     )
 
 
 def _killed(by_signal: dict[int, int], oom_kills_before: int, *, others: bool) -> JobError:
-    # NCCL aborts the fellows of a process that is gone: what ended it came first.
+    # NCCL aborts the other processes when one is gone, so another signal than SIGABRT is the cause.
     number = min(by_signal.values(), key=lambda number: number == signal.SIGABRT)
     ranks = ", ".join(str(rank) for rank, ended_by in sorted(by_signal.items()) if ended_by == number)
-    what = f"Training processes were ended by {signal.Signals(number).name} (ranks: {ranks})."
+    what = f"Training processes were killed by {signal.Signals(number).name} (ranks: {ranks})."
     if _oom_kills() > oom_kills_before:
-        return NodeError(f"{what} The machine's memory, or the container's, ran out.", "Give the job more memory.")
+        return NodeError(f"{what} The machine or the container ran out of memory.", "Give the job more memory.")
     if number == signal.SIGBUS:
         return NodeError(
             f"{what} /dev/shm is full, or the machine's memory is broken.", "Give the job a larger /dev/shm."
         )
     if number in (signal.SIGKILL, signal.SIGTERM):
-        return TransientError(what, "Start the job again: it goes on from the last checkpoint.")
+        return TransientError(what, "Start the job again. It continues from the last checkpoint.")
     if number == signal.SIGABRT and others:
         return TransientError(f"{what} NCCL does this when a process on another node is gone.", "Start the job again.")
-    return JobError(what, "A library crashed; its last words are in the stage's log file.")
+    return JobError(what, "A library crashed. Its last output is in the stage's log file.")
 
 
 def _oom_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed for want of memory: in this process's control group if it says so, in this
-    container, else on the machine, where they may have been a neighbour's."""
+    """How many processes the kernel has killed because memory ran out.
+
+    They are counted in this process's control group, else in this container, else on the whole machine, where they may
+    be another user's.
+    """
     for file in _oom_counters(root):
         try:
             counts = dict(line.split() for line in file.read_text(encoding="ascii").splitlines())
@@ -98,7 +106,7 @@ def _oom_kills(root: Path = Path("/")) -> int:
 
 
 def _oom_counters(root: Path) -> Iterator[Path]:
-    """Files of the second and the first version of control groups (cgroups(7)); the last one is the whole machine's."""
+    """Files with OOM counters of cgroups v2 and v1 (cgroups(7)), from the narrowest scope to the whole machine."""
     groups = root / "sys/fs/cgroup"
     own = root / "proc/self/cgroup"
     for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():

@@ -1,7 +1,8 @@
-"""bitsandbytes' AdamW with moments in float32, all parameters in one launch.
+"""bitsandbytes' AdamW with moments in float32, updating all parameters in one launch.
 
-bitsandbytes goes from parameter to parameter and waits for the GPU at each: for the 448 matrices of a 7B's adapter some tens of
-milliseconds in which the GPU does next to nothing. The moments stay bitsandbytes' own, paged if they are, and so do checkpoints.
+bitsandbytes updates one parameter after another and waits for the GPU at each. For the 448 matrices of a 7B's adapter
+that takes some tens of milliseconds in which the GPU is nearly idle. The moments remain bitsandbytes' own, paged or
+not, and checkpoints stay the same.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from job.errors import KernelsFault, in_a_line
 from job.model.device import can_compile_kernels, is_alive
 from job.report.events import message
 
-_SCARCE = 2**30  # bytes that a GPU has free: with less, CUDA may have moved paged moments to the host
+_SCARCE = 2**30  # free bytes of the GPU below which CUDA may have moved paged moments to the host
 
 
 class Parameter(NamedTuple):
-    """A parameter, its gradient and its moments, all contiguous; the moments float32, where a GPU can reach them."""
+    """A parameter, its gradient and its moments, all contiguous. The moments are float32 and reachable by the GPU."""
 
     value: torch.Tensor
     gradient: torch.Tensor
@@ -29,7 +30,7 @@ class Parameter(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What all parameters of a step have in common; `number` counts from 1."""
+    """What all parameters of a step have in common. `number` counts from 1."""
 
     number: int
     rate: float
@@ -39,7 +40,7 @@ class Step(NamedTuple):
 
 
 def at_once(kind: type, named: Mapping[str, Any], device: torch.device) -> type:
-    """The class to use for an optimizer of `kind` with these arguments: the one below where it serves."""
+    """The class to use for an optimizer of `kind` with these arguments: `AdamWAtOnce` if it applies, else `kind`."""
     serves = (
         kind is bnb.optim.AdamW and named.get("optim_bits") == 32 and device.type == "cuda" and can_compile_kernels()
     )
@@ -47,7 +48,11 @@ def at_once(kind: type, named: Mapping[str, Any], device: torch.device) -> type:
 
 
 class AdamWAtOnce(bnb.optim.AdamW):
-    """Before the first step one is taken both ways; if they differ or the kernel fails, bitsandbytes takes all."""
+    """bitsandbytes' AdamW in one launch per step.
+
+    Before the first step, a test step is taken both ways. If the results differ or the kernel fails, bitsandbytes takes
+    all steps.
+    """
 
     initialized: bool
     _compares, _fails = True, False
@@ -70,15 +75,14 @@ class AdamWAtOnce(bnb.optim.AdamW):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Paged moments are read by the host, which must not be before the GPU has written them."""
+        """The state, after waiting for the GPU: the host reads paged moments, so the GPU must have written them."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found: dict[str, Any] = super().state_dict()
         return found
 
     def _groups(self) -> list[tuple[list[Parameter], Step]] | None:
-        """Parameters and what their step has in common; None if they are not alike, or somebody wants another configuration
-        for some."""
+        """Each group's parameters and their common step. None if they are not alike or some have their own settings."""
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
@@ -125,7 +129,7 @@ def _is_plain(one: Parameter) -> bool:
 
 
 def _agrees_everywhere(like: Parameter) -> bool:
-    """Whether the kernel gives what bitsandbytes gives, in every process, since all must take the same steps."""
+    """Whether the kernel agrees with bitsandbytes in every process, since all must take the same steps."""
     agrees = _agrees(like)
     if not torch.distributed.is_initialized():
         return agrees
@@ -135,8 +139,11 @@ def _agrees_everywhere(like: Parameter) -> bool:
 
 
 def _agrees(like: Parameter) -> bool:
-    """By parameters of that type made for the purpose, one larger than a program's block: a real one may have no gradient yet, and
-    the first step no rate. What is wrong is told."""
+    """Whether the kernel agrees with bitsandbytes in this process. If not, a message says why.
+
+    It is tested on made-up parameters of the same type, one of them larger than a program's block. A real gradient may
+    still be zero, and so may the first step's rate.
+    """
     generator = torch.Generator().manual_seed(0)
     step = Step(3, 0.01, (0.9, 0.99), 1e-8, 0.1)
     found = [_some(like, count, generator) for count in (100, 2500)]
@@ -150,18 +157,18 @@ def _agrees(like: Parameter) -> bool:
             )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a compiler, a driver or a kernel may say
+    except Exception as error:  # compilers, drivers and kernels may raise anything
         reason = in_a_line(error)
         if not is_alive(like.value.device):
             raise KernelsFault(
-                f"The optimizer's kernel ended in a fault of the GPU: {reason}.",
-                "Set FT_OPTIM=adamw_torch. Another card may do.",
+                f"The optimizer's kernel crashed the GPU: {reason}.",
+                "Set FT_OPTIM=adamw_torch. Another card may work.",
             ) from error
     else:
         if all(map(_is_near, found, wanted)):
             return True
-        reason = "one came out wrong"
-    message(f"The optimizer's steps are taken parameter by parameter, which is slower: {reason}.", "warning")
+        reason = "a test step gave wrong values"
+    message(f"The optimizer updates one parameter at a time, which is slower: {reason}.", "warning")
     return False
 
 
@@ -172,7 +179,10 @@ def _some(like: Parameter, count: int, generator: torch.Generator) -> Parameter:
 
 
 def _is_near(found: Parameter, wanted: Parameter) -> bool:
-    """A value may differ by two units in the last place of bfloat16, since bitsandbytes may round twice; a step is larger."""
+    """Whether both agree. Values may differ by two units in the last place of bfloat16, far less than a step.
+
+    bitsandbytes may round twice.
+    """
     values = torch.allclose(found.value.float(), wanted.value.float(), rtol=2**-6, atol=1e-5)
     moments = zip((found.mean, found.square), (wanted.mean, wanted.square), strict=True)
     return values and all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in moments)

@@ -1,4 +1,4 @@
-"""When to save: often enough that a lost machine costs little, rarely enough that saving costs little."""
+"""When to save: so often that losing the machine costs little, and so rarely that saving costs little."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 
 from job.run import read_json
 
-LARGEST_SHARE = 0.01  # of the training time, spent in saving
+LARGEST_SHARE = 0.01  # of the training time may be spent on saving
 LEAST_SECONDS, MOST_SECONDS = 30.0, 600.0  # between two saves
 _MARGIN = 1.5  # saves and uploads vary
 
 
 class SavePace:
-    """Measures how long a save takes, reads how long its upload took, and answers from that.
+    """Decides when to save, from how long saves and uploads take.
 
     A save stops the training, an upload does not. The interval is as short as LARGEST_SHARE allows, at most
-    MOST_SECONDS, and never shorter than an upload, which could not keep up. (Daly 2006, "A higher order estimate of
-    the optimum checkpoint interval", needs a failure rate, which nobody knows of a machine rented by the hour.)
+    MOST_SECONDS, and never shorter than an upload, which could not keep up otherwise. (Daly 2006, "A higher order
+    estimate of the optimum checkpoint interval", needs a failure rate, which nobody knows for a machine rented by the
+    hour.)
     """
 
     def __init__(self, upload_timing_file: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,11 +29,11 @@ class SavePace:
         self._last = clock()
 
     def saved(self, seconds: float) -> None:
-        """The trainer has written a checkpoint, which took so long."""
+        """Call this when the trainer has written a checkpoint, with the seconds that it took."""
         self._save_seconds, self._last = seconds, self._clock()
 
     def due(self) -> bool:
-        """Whether the interval since the last save, or since the start, is over."""
+        """Whether the interval has passed since the last save, or since the start."""
         return self._clock() - self._last >= self.interval_seconds()
 
     def interval_seconds(self) -> float:
@@ -41,9 +42,10 @@ class SavePace:
         )
 
     def fits(self, deadline: float) -> bool:
-        """Whether a save begun now would be in the store at `deadline` (seconds since the epoch).
+        """Whether a save started now would be in the store at `deadline` (seconds since the epoch).
 
-        Before the first save nothing is known, and trying costs nothing: what is not committed does not count.
+        Before the first save nothing is known, so the answer is optimistic. Trying costs nothing, since only committed
+        checkpoints count.
         """
         return time.time() + _MARGIN * (self._save_seconds + self._upload_seconds()) <= deadline
 

@@ -1,4 +1,4 @@
-"""The figures of a finished training, for the model card, the closing table and `metrics.json`."""
+"""The figures of a finished training for the model card, the closing table and `metrics.json`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from job.training.trainer import AdapterTrainer
 def summarized(
     trainer: AdapterTrainer, compute: Compute, *, seconds: float, train_loss: float | None, matmul_flops: float | None
 ) -> dict[str, Any]:
-    """Losses in nats per token, memory in bytes, times in seconds of this start.
+    """The figures: losses in nats/token, memory in bytes, and times in seconds of this start.
 
-    `matmul_flops` is what this card reached in large products at preflight, where it was measured.
+    `matmul_flops` is the rate of large products that preflight measured on this card, or None if it was not measured.
     """
     history, kept, device = trainer.state.log_history, trainer.best, compute.device
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -46,7 +46,7 @@ def summarized(
 
 
 def evaluated_at_the_end(trainer: AdapterTrainer) -> bool:
-    """Whether the last step's evaluation has been logged."""
+    """Whether an evaluation after the last step has been logged."""
     return any(
         "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
     )

@@ -1,7 +1,7 @@
 """FSDP2: each process holds a slice of every weight (Zhao et al. 2023, arXiv:2304.11277; torch's `fully_shard`).
 
-The 4-bit weights are sharded too (Answer.AI 2024, "FSDP+QLoRA"): they are stored in a floating type of the same bytes,
-since only such a type can be a shard. Their quantisation constants stay whole on every GPU.
+The 4-bit weights are sharded too (Answer.AI 2024, "FSDP+QLoRA"). They are stored as the same bytes in a floating type,
+since only floating types can be sharded. Their quantization constants are not sharded: every GPU holds all of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from job.settings import Settings
 
 
 def sharding_arguments(settings: Settings) -> dict[str, Any]:
-    """The arguments of transformers' trainer that FT_SHARDING stands for; each decoder layer is gathered when it is used.
+    """FT_SHARDING as arguments of transformers' trainer. Each decoder layer is gathered when it is used.
 
-    Activations are recomputed by transformers' own checkpointing. accelerate's, which would gather a layer once less, does
-    not restore the generator (accelerate 1.15): dropout would differ between the two, and the gradients be wrong.
+    Gradient checkpointing is transformers' own. accelerate's would gather each layer once less, but does not restore
+    the generator (accelerate 1.15). Dropout would then differ between the two forward passes, and gradients would be
+    wrong.
     """
     if settings.sharding == "none":
         return {}
@@ -39,7 +40,7 @@ def sharding_arguments(settings: Settings) -> dict[str, Any]:
 
 
 def allow_on_cpu(accelerator: Accelerator, arguments: TrainingArguments) -> None:
-    """Let accelerate shard between processes on the CPU, which it offers for GPUs only: it is how sharding is tested."""
+    """Let accelerate shard between processes on the CPU, which it supports for GPUs only. The tests need it."""
     if arguments.fsdp_plugin_args is None or accelerator.distributed_type != DistributedType.MULTI_CPU:
         return
     plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
@@ -51,8 +52,11 @@ def allow_on_cpu(accelerator: Accelerator, arguments: TrainingArguments) -> None
 
 
 def keep_loss_exact(accelerator: Accelerator) -> None:
-    """Cast weights for the products only: accelerate would give the loss three digits, as what a module returns, and sum
-    the processes' gradients in 16 bits."""
+    """Cast only the weights to 16 bits, not the modules' outputs or the gradients.
+
+    accelerate would also cast what modules return, which leaves the loss three digits, and sum the processes' gradients
+    in 16 bits.
+    """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
         policy = plugin.mixed_precision_policy
@@ -60,7 +64,7 @@ def keep_loss_exact(accelerator: Accelerator) -> None:
 
 
 def whole(value: Any) -> Any:
-    """A tensor that is a shard, gathered from all processes, which must all call this; anything else as it is."""
+    """Gather all shards in nested dicts, lists and tuples, and keep anything else. All processes must call this."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -71,13 +75,13 @@ def whole(value: Any) -> Any:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """The bytes of the weights that this process holds while it computes nothing."""
+    """The bytes of the weights that this process holds between computations, when nothing is gathered."""
     own = (value.to_local() if isinstance(value, DTensor) else value for value in model.parameters())
     return sum(value.numel() * value.element_size() for value in own)
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """`state`, a whole optimizer's, as this process's part of it: every moment sliced as its parameter is."""
+    """This process's part of an unsharded optimizer's `state`: every moment is sliced like its parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sliced = {
         index: {name: _slice_like(value, parameters[index]) for name, value in moments.items()}

@@ -1,7 +1,7 @@
-"""Nested Python values with tensors in them, to one safetensors file and back: no pickle, so no code in a checkpoint.
+"""Saving nested Python values with tensors to one safetensors file. Without pickle, no code runs when it is loaded.
 
-The tensors are the file's tensors; everything else is JSON in the file's metadata, with types that JSON does not have
-(tuples, keys that are no strings, numpy arrays) spelled out.
+Tensors are the file's tensors. Everything else is JSON in the file's metadata, with tags for what JSON does not
+support: tuples, keys that are not strings, numpy arrays.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def save_tree(tree: Any, file: Path) -> None:
-    """Write dicts, lists, tuples, numbers, strings, None, tensors and numpy arrays; raises TypeError for anything else."""
+    """Write dicts, lists, tuples, numbers, strings, None, tensors and numpy arrays, or raise TypeError."""
     tensors: dict[str, torch.Tensor] = {}
     spelled = _spell(tree, tensors)
     save_file(tensors, file, metadata={_METADATA_KEY: json.dumps(spelled)})
 
 
 def load_tree(file: Path) -> Any:
-    """Read `save_tree` back, tensors on the CPU; raises InputError for a file that it did not write."""
+    """Read what `save_tree` wrote, with tensors on the CPU. Raises InputError for any other file."""
     try:
         with safe_open(file, framework="pt") as reader:
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
             return _build(json.loads((reader.metadata() or {})[_METADATA_KEY]), tensors)
     except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError(
             f"The checkpoint file {file.name} cannot be read: {error!r}.",
-            "Another version of this job may have written it: go on with that one, or choose another FT_RUN_ID.",
+            "Another version of this job may have written it. Continue with that version, or choose another FT_RUN_ID.",
         ) from error
 
 
@@ -46,7 +46,7 @@ def _spell(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         name = f"{len(tensors):06d}"
-        tensors[name] = value.detach().cpu().clone().contiguous()  # safetensors refuses shared memory
+        tensors[name] = value.detach().cpu().clone().contiguous()  # safetensors refuses tensors that share memory
         return {"tensor": name}
     if isinstance(value, np.ndarray):
         return {"array": _spell(torch.from_numpy(value.astype(np.int64)), tensors), "dtype": str(value.dtype)}
@@ -75,4 +75,4 @@ def _build(spelled: Any, tensors: dict[str, torch.Tensor]) -> Any:
             return [_build(item, tensors) for item in spelled]
         case _ if isinstance(spelled, _PLAIN):
             return spelled
-    raise ValueError(f"unknown form {spelled!r}")
+    raise ValueError(f"unknown value {spelled!r}")

@@ -1,7 +1,8 @@
-"""TRL's trainer, whose steps are computed as planned, and whose figures stay on the GPU until somebody reads them.
+"""TRL's trainer with steps computed as planned, and with figures that stay on the GPU until they are read.
 
-A question to the GPU waits for all that was asked of it before, and meanwhile nobody tells it what to do next. Those that are
-left: which tokens have a label (`fused/head.py`), once a pass, and where rows end, once a batch that is cut (`Execution.batches`).
+Reading a value from the GPU waits for all its work, and meanwhile nobody launches the next kernels. Two such reads are
+left: which tokens have a label, once per pass (`fused/head.py`), and where rows end, once per batch that is cut
+(`Execution.batches`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from job.training.optimizer import at_once
 
 
 class PlannedTrainer(SFTTrainer):
-    """SFTTrainer with `execution`'s plan: the same loss, gradients and figures, in as many parts as memory asks for. Without a
-    plan it is SFTTrainer."""
+    """SFTTrainer that follows the plan of `execution`. Without a plan it is plain SFTTrainer.
+
+    Loss, gradients and figures are the same, computed in as many micro-batches as memory requires.
+    """
 
     def __init__(self, *args: Any, execution: Execution, **kwargs: Any) -> None:
         self.execution = execution
@@ -45,7 +48,7 @@ class PlannedTrainer(SFTTrainer):
         if self.execution.plan is None:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
-        if self.args.world_size > 1:  # the others would wait for gradients that have been summed up already
+        if self.args.world_size > 1:  # no retry: the others would wait for gradients that were already summed up
             try:
                 return self._in_parts(model, inputs, num_items_in_batch)
             except torch.OutOfMemoryError as error:
@@ -59,7 +62,7 @@ class PlannedTrainer(SFTTrainer):
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    # To ask a 7B for its parameters takes milliseconds, in which the GPU waits, since there are thousands of modules to visit.
+    # Listing a 7B's parameters visits thousands of modules, which takes milliseconds in which the GPU waits.
 
     def _zero_gradients(self, set_to_none: bool = True) -> None:
         if self.execution.plan is None or not set_to_none:
@@ -74,12 +77,15 @@ class PlannedTrainer(SFTTrainer):
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """transformers' figure, without going through all parameters at each step."""
+        """transformers' estimate, without visiting all parameters at each step."""
         return 6 * int(inputs["input_ids"].numel()) * int(self._parameters)
 
     def _in_parts(self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
-        """Forward and backward pass of the batch, as many tokens at once as planned. Each part's loss is the sum over its
-        tokens by the number of all tokens of the step, so that the parts' gradients add up to those of the whole."""
+        """Forward and backward pass of the batch in micro-batches of the planned size. Returns the batch's loss.
+
+        The loss of a micro-batch is the sum over its tokens, divided by the number of all tokens of the step. So the
+        gradients add up to those of the whole step.
+        """
         parts = list(self.execution.batches(inputs))
         assert num_items_in_batch is not None or len(parts) == 1
         total, begin = torch.zeros((), device=self.args.device), 0
@@ -96,8 +102,11 @@ class PlannedTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """trl's, but for its figures: it gathers them from all processes at every pass and asks the GPU for them. Here each process
-        may take another number of passes to a batch, and would wait for the others in vain, and the GPU for who asks."""
+        """trl's loss, with figures that are neither gathered nor read here.
+
+        trl gathers its figures from all processes in every pass, and reads them from the GPU. Here processes may need
+        different numbers of passes per batch, so they would wait for each other forever. And reads make the GPU wait.
+        """
         if self.execution.plan is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
@@ -106,11 +115,11 @@ class PlannedTrainer(SFTTrainer):
         learned = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = -outputs.log_probs.sum() / torch.as_tensor(learned).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # their gradients are averaged
+            loss = loss * self.accelerator.num_processes  # since gradients are averaged over processes
         return loss
 
     def _tell_figures(self, tokens: int) -> None:
-        """What trl tells of a batch, by what all processes found."""
+        """Record trl's metrics of the batch, over all processes."""
         figures: torch.Tensor = torch.nn.functional.pad(self._figures, (0, 1), value=float(tokens))
         if self.args.world_size > 1:
             figures = self.accelerator.reduce(figures)
@@ -123,11 +132,11 @@ class PlannedTrainer(SFTTrainer):
         told["num_tokens"] = [self._total_train_tokens]
 
     def tokens_trained(self) -> int:
-        """Of all processes; it waits for the GPU if there are several."""
+        """The tokens trained so far by all processes. With several processes it waits for the GPU."""
         return round(float(self._total_train_tokens))
 
     def read_figures(self) -> dict[str, list[float]]:
-        """What was told of batches since the last log, in numbers."""
+        """Convert the metrics recorded since the last log to numbers, and return them. This waits for the GPU."""
         for figures in self._metrics.values():
             for name, values in figures.items():
                 figures[name] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]

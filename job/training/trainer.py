@@ -1,4 +1,4 @@
-"""A trainer with checkpoints of our own: exact, without pickle, and never half written under their final name."""
+"""A trainer with its own checkpoints: exact, without pickle, and never half-written under their final name."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from job.training.steps import PlannedTrainer
 
 _TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 _ADAPTER = "adapter_model.safetensors"
-_HINT = "Go on with the version of this job that wrote it, or choose another FT_RUN_ID."
+_HINT = "Continue with the version of this job that wrote it, or choose another FT_RUN_ID."
 
 
 class AdapterTrainer(PlannedTrainer):
-    """A trainer whose resumed run takes the very steps that the uninterrupted run would have taken.
+    """A trainer whose resumed run takes exactly the steps that the uninterrupted run would have taken.
 
     A checkpoint is a folder of safetensors and JSON: the adapter, the optimizer with schedule and gradient scaler, and
-    for each process its generators, its place in the data and its running sums. The methods overridden here are those
-    with which transformers writes and reads `optimizer.pt`, `scheduler.pt`, `scaler.pt` and `rng_state.pth`, which are
+    for each process its generators, its place in the data and its running sums. The overridden methods are those in
+    which transformers writes and reads `optimizer.pt`, `scheduler.pt`, `scaler.pt` and `rng_state.pth`, which are
     pickles.
     """
 
@@ -63,11 +63,11 @@ class AdapterTrainer(PlannedTrainer):
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        """transformers', but for rows of like length it would read all rows, and know of one process alone."""
+        """transformers' sampler, except when grouping by length: it would read all rows and assume one process."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(rows)
-        # Those of one step of all processes together: so the order is that of one process with so many times the accumulation.
+        # Group the rows of one step of all processes, so that the order is that of one process with more accumulation.
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(together, lengths=row_lengths(rows))
 
@@ -87,7 +87,8 @@ class AdapterTrainer(PlannedTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         ended = self.best is not None and self.best.exhausted
-        if ended or self.state.global_step >= self.state.max_steps:  # killed between the last step and the stage's end
+        # also true if the run was killed after the last step, before the stage ended
+        if ended or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         self.data_order.set_epoch(kwargs["epoch"])
@@ -95,7 +96,7 @@ class AdapterTrainer(PlannedTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._continue_sums()  # where no epoch was left to run
+        self._continue_sums()  # in case no epoch was left to run
         return super()._finalize_training(*args, **kwargs)
 
     # -- writing ----------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class AdapterTrainer(PlannedTrainer):
             self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
-        """Write a checkpoint beside its name, and give it its name when every process has written its part."""
+        """Write a checkpoint under a temporary name, and rename it when every process's part is written."""
         began = time.monotonic()
         self.store_flos()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -131,12 +132,12 @@ class AdapterTrainer(PlannedTrainer):
         self._pace.saved(time.monotonic() - began)
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter; all processes call this, and the first one writes."""
+        """Write the adapter to `folder`. All processes must call this, and the first one writes."""
         model = self.accelerator.unwrap_model(self.model)
         trained = {name: whole(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
         if self.args.should_save:
             model.save_pretrained(folder, state_dict=trained)
-            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
 
     def _optimizer_state(self) -> dict[str, Any]:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -168,8 +169,10 @@ class AdapterTrainer(PlannedTrainer):
         }
 
     def _every_process_state(self) -> list[dict[str, Any]]:
-        """On the first process those of all, in their order; on the others nothing. They may be on other machines, and
-        what they have to say is small."""
+        """The states of all processes in order, on the first process. Empty on the others.
+
+        They are gathered because processes may be on other machines, and they are small.
+        """
         own = self._process_state()
         if not torch.distributed.is_initialized():
             return [own]
@@ -180,13 +183,14 @@ class AdapterTrainer(PlannedTrainer):
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:  # else it was loaded before it was sharded
+        if not self.is_fsdp_enabled:  # with FSDP it was loaded before sharding
             self.load_adapter(Path(resume_from_checkpoint))
 
     def load_adapter(self, checkpoint: Path) -> None:
-        """Load the adapter into the parameters as they are, in the type in which it was trained and saved.
+        """Load the adapter into the existing parameters, in the type in which it was trained and saved.
 
-        transformers would take whatever weights it finds, pickles among them, and peft would make float32 of them.
+        transformers would load any weights that it finds, including pickles, and peft would cast them to float32.
+        Raises InputError if the file cannot be read or has other layers.
         """
         file = checkpoint / _ADAPTER
         try:
@@ -215,16 +219,16 @@ class AdapterTrainer(PlannedTrainer):
         parts = len(list(checkpoint.glob("process-*.safetensors")))
         if parts != self.args.world_size:
             raise NodeError(
-                f"The run began with {parts} training processes, and here there are {self.args.world_size}.",
-                f"Start it on a machine with {parts} GPUs, or set FT_NPROC_PER_NODE={parts}; "
-                "to train with another number, choose another FT_RUN_ID.",
+                f"The run was started with {parts} training processes, but now there are {self.args.world_size}.",
+                f"Start it on a machine with {parts} GPUs, or set FT_NPROC_PER_NODE={parts}. "
+                "To train with another number, choose another FT_RUN_ID.",
             )
         state = load_tree(checkpoint / _process_file(self.args.process_index))
         self.data_order.restore(state["data_order"])
         self._running_sums = state["sums"]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """The gradient scaler came with the optimizer."""
+        """Do nothing: the gradient scaler was loaded with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -237,8 +241,11 @@ class AdapterTrainer(PlannedTrainer):
             torch.cuda.set_rng_state(generators["cuda"], self.args.device)
 
     def _continue_sums(self) -> None:
-        """Go on summing loss and token counts where the checkpoint stood: transformers begins at zero again, and the
-        next point of the loss curve would be the mean of fewer steps than in an uninterrupted run."""
+        """Continue the sums of loss and tokens from the checkpoint.
+
+        transformers starts again at zero. The next point of the loss curve would then be the mean of fewer steps than
+        in an uninterrupted run.
+        """
         if self._running_sums is None:
             return
         sums, self._running_sums = self._running_sums, None
@@ -254,13 +261,13 @@ def _process_file(process: int) -> str:
 
 
 def _deaf_to_stop_signals(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A signal to all processes of the job must not end the data workers: without them there is no last step to save."""
-    inner = getattr(loader, "base_dataloader", loader)  # within accelerate's wrapper
+    """Make data workers ignore SIGTERM. A signal to the whole job must not kill them, or the last step is not saved."""
+    inner = getattr(loader, "base_dataloader", loader)  # inside accelerate's wrapper
     inner.worker_init_fn = functools.partial(_init_worker, inner.worker_init_fn)
     return loader
 
 
 def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has just set a handler that leaves
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torch has just set a handler that exits
     if then is not None:
         then(worker)

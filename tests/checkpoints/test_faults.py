@@ -98,6 +98,7 @@ def start_again(run: Any) -> Restored | None:
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.slow
 def test_in_two_hundred_trials_under_faults_nothing_corrupt_or_partial_is_resumed(
     make_run: Callable[..., Any], tmp_path: Path, proxy: FaultProxy, half: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

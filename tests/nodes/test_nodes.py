@@ -63,6 +63,7 @@ def adapter(job: Job, folder: Path | None = None) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.slow
 def test_losing_either_node_stops_both_in_time_and_both_finish_as_two_processes_on_one_node_do(
     job: Job, tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def test_two_ranks_learn_what_one_rank_with_twice_the_accumulation_learns(job: J
     assert losses[0][-1] == pytest.approx(losses[1][-1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killing_one_rank_ends_the_job_in_time_with_75_and_the_next_start_resumes(job: Job) -> None:
     job.forks = False
     job.environment |= {

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 NEEDED = ("buildah", "podman", "runc", "debootstrap", "catatonit")
-IMAGE = "localhost/finetune-job:0.1.0"
+IMAGE = "localhost/finetune-job:0.2.0"
 _BASE = "localhost/base:bookworm"
 
 

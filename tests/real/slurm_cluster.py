@@ -108,7 +108,7 @@ class Slurm:
     def kill_node(self, name: str) -> None:
         """Make the node vanish: its daemon and everything that runs on it, at once."""
         pid = int((self.folder / f"slurmd.{name}.pid").read_text(encoding="ascii"))
-        os.kill(pid, signal.SIGKILL)  # so it cannot report what follows
+        os.kill(pid, signal.SIGKILL)  # so that it cannot report what follows
         mine = [process for process in Path("/proc").glob("[0-9]*") if self._runs_on(process, name)]
         watchers = {line.split()[1] for process in mine for line in _status(process) if line.startswith("PPid")}
         mine += [Path("/proc") / watcher for watcher in watchers if _name(watcher) == "slurmstepd"]

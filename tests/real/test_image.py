@@ -145,9 +145,9 @@ def test_the_image_holds_no_secret_no_tests_and_nothing_for_root_to_do(container
 def test_exceeding_the_memory_limit_ends_with_the_code_for_an_unfit_node(
     containers: Containers, work: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
-    """What is loaded fits the limit, and one batch asks for many times as much.
+    """What is loaded fits the limit, but one batch needs many times as much.
 
-    With a lower limit the kernel would read libraries again and again instead of killing anything.
+    With a lower limit the kernel would reread libraries endlessly instead of killing anything.
     """
     rows = tmp_path / "many.jsonl"
     rows.write_text(LIGHTHOUSE.read_text(encoding="utf-8") * 20, encoding="utf-8")
@@ -220,7 +220,7 @@ def pod_of(job: dict[str, Any], index: int, work: Path, model: Path, *, shared_n
     name = job["metadata"]["name"]
     template = json.loads(json.dumps(job["spec"]["template"]))
     spec, container = template["spec"], template["spec"]["containers"][0]
-    assert container["image"] == "finetune-job:0.1.0"
+    assert container["image"] == "finetune-job:0.2.0"
     container["image"] = IMAGE
     container["resources"]["limits"].pop("nvidia.com/gpu")
     for kind in ("requests", "limits"):  # this machine is smaller

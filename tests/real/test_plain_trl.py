@@ -1,4 +1,4 @@
-"""The job trains as a plain TRL script does: with the same settings and seed, the loss is equal at every step."""
+"""The job trains exactly like a plain TRL script: with the same settings and seed, every step has the same loss."""
 
 from __future__ import annotations
 

@@ -153,9 +153,9 @@ def test_a_cancelled_job_stores_a_checkpoint_and_does_not_come_back(slurm: Slurm
 def test_array_elements_are_separate_runs_and_resume_after_their_time_limits(
     slurm: Slurm, settings: dict[str, str]
 ) -> None:
-    """In Slurm's commands, one element's id is that of the whole array. One must not touch the other."""
+    """In Slurm's commands, one element's id also names the whole array. No element may affect another."""
     steps = 400
-    for _ in range(3):  # until both trainings were interrupted, however fast this machine is
+    for _ in range(3):  # until both trainings were interrupted, no matter how fast this machine is
         options = ("--array=0-1", *SMALL, "--time=2", "--signal=B:USR1@75")
         array = slurm.submit(*options, settings=settings | {"FT_MAX_STEPS": str(steps)})
         endings = [slurm.await_end(f"{array}_{index}", seconds=780) for index in range(2)]

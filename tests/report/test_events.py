@@ -38,14 +38,19 @@ def test_a_terminal_gets_text_and_everything_else_gets_json_lines() -> None:
         console.stage_started("train")
         console.progress("train", {"event": "progress", "done": 1, "total": 4, "unit": "steps", "loss": 2.5})
         console.say("hidden", "debug")
-        record = StageRecord("train", "done", 1.5, ["adapter: somewhere"])
+        record = StageRecord("train", "done", 1.5, ["adapter: somewhere"], {"loss_last": 2.5})
         console.stage_ended(record)
         console.summary([record], "The end.", exit_code=0, reason="")
     events = [json.loads(line) for line in pipe.getvalue().splitlines()]
     assert [event.get("event") for event in events] == ["stage_started", "progress", "stage_ended", "run_ended"]
+    assert all({"time", "run_id", "message"} <= event.keys() for event in events)
+    assert (events[-1]["exit_code"], events[-1]["reason"]) == (0, "")
     assert events[-1]["stages"] == [
-        {"stage": "train", "result": "done", "seconds": 1.5, "outputs": ["adapter: somewhere"]}
-    ]
+        {
+            "stage": "train", "result": "done", "seconds": 1.5, "outputs": ["adapter: somewhere"],
+            "figures": {"loss_last": 2.5},
+        }
+    ]  # fmt: skip
     assert "adapter: somewhere" in terminal.getvalue()
     assert "{" not in terminal.getvalue()
     assert "hidden" not in terminal.getvalue() + pipe.getvalue()
@@ -64,4 +69,4 @@ def test_secrets_are_masked_in_both_formats(monkeypatch: pytest.MonkeyPatch) -> 
             reason="hf_canary_0123",
         )
         assert "canary" not in stream.getvalue()
-        assert stream.getvalue().count("***") == 3
+        assert stream.getvalue().count("***") == {"text": 3, "json": 4}[form]  # the reason too, for programs

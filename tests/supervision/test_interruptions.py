@@ -73,6 +73,7 @@ def test_a_stop_at_a_random_moment_of_each_stage_finishes_in_time_and_the_run_en
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.slow
 def test_a_signal_to_every_process_during_training_loses_no_finished_step(
     job: Job, tmp_path: Path, processes: str
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_signal_to_every_process_during_training_loses_no_finished_step(
 
 
 @pytest.mark.xdist_group("uninterrupted")
+@pytest.mark.slow
 def test_exactly_one_of_a_suspended_job_and_its_replacement_can_commit(
     job: Job,
     uninterrupted: Job,

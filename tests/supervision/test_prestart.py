@@ -109,7 +109,7 @@ def test_later_stages_run_in_prestarted_processes_and_one_that_died_waiting_is_s
 
 
 def test_a_start_that_fails_leaves_no_waiting_process_behind(job: Job) -> None:
-    process = job.start(FT_DATASET_NAME="/no/such/rows.jsonl", FT_STAGES="train")
+    process = job.start(FT_DEVICE="cuda", FT_STAGES="train")
     read_until(process, event="stage_started", stage="preflight")
     early: dict[str, int] = {}
     while len(early) < 4 and process.poll() is None:

@@ -185,7 +185,7 @@ class TorturedRun:
                     self.tally.lost_steps[store] = max(self.tally.lost_steps[store], self.last_step - int(step))
 
     def audit(self) -> None:
-        """Every commit in the store that counts must be intact at any moment."""
+        """Check that every commit that counts is intact. It must be at any moment."""
         store = self.open_store()
         try:
             record = LeaseRecord(**_json(store.get(f"{RUN_ID}/lease.json")))

@@ -140,7 +140,7 @@ def test_the_control_that_drops_the_data_position_is_detected(prepared: MAKE, mo
         self.ignore_data_skip = True
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", without_skipping)
-    with pytest.raises(InputError, match="do not come in the order"):
+    with pytest.raises(InputError, match="are not in the order"):
         train_with_stops(control, monkeypatch, 4)
     monkeypatch.setattr(DataOrder, "_refuse_another_order", lambda self: None)
     train(control)
@@ -167,7 +167,7 @@ def test_a_different_number_of_processes_is_refused_before_a_step_is_taken(
     keep_only(run, STEPS)
     folder = run.paths.checkpoints_dir / f"checkpoint-{STEPS}"
     shutil.copy(folder / "process-0.safetensors", folder / "process-1.safetensors")
-    with pytest.raises(NodeError, match="began with 2 training processes, and here there are 1") as caught:
+    with pytest.raises(NodeError, match="started with 2 training processes, but now there are 1") as caught:
         train(run)
     assert caught.value.exit_code == 69
 

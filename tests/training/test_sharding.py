@@ -73,5 +73,5 @@ def test_in_16_bits_the_loss_of_shards_equals_that_of_whole_copies(job: Job, tmp
         losses.append(
             [event["loss"] for event in result.events if event.get("event") == "progress" and "loss" in event]
         )
-    assert len(losses[0]) == 2
+    assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

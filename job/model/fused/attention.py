@@ -1,6 +1,7 @@
-"""Attention in the fused layer, without a graph: forward, and the gradients up to before the rotary positions.
+"""Attention in the fused layer, without autograd: forward, and the gradients with respect to the unrotated heads.
 
-Three ways to the same numbers: kernels of our own where they were measured to be faster, PyTorch's, and row by row.
+Three implementations give the same numbers: our own kernels where they were measured to be faster, PyTorch's kernels,
+and PyTorch's plain attention row by row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from job.model.fused import pointwise
 
 @dataclass(frozen=True)
 class Rows:
-    """Where each token stands: cos and sin of its position (tokens, head_dim), and where in the batch rows begin and end."""
+    """The rows of a batch: where they begin and end, and the positions of their tokens.
+
+    `cos` and `sin` of the positions are (tokens, head_dim), `boundaries` is (rows + 1), `longest` the most tokens of a
+    row.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -28,8 +33,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Attended:
-    """What attention gives, (tokens, heads x head_dim). `gradients_into_(of_out, place)` writes for the gradient of `out` those
-    of queries, keys and values before they were rotated side by side into the first columns of `place`."""
+    """The result of attention, `out` (tokens, heads x head_dim), and its backward pass.
+
+    `gradients_into_(of_out, place_)` writes the gradients of the unrotated queries, keys and values side by side into
+    the first columns of `place_`, (tokens, ...).
+    """
 
     out: torch.Tensor
     gradients_into_: Callable[[torch.Tensor, torch.Tensor], None]
@@ -38,8 +46,11 @@ class Attended:
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float, out: torch.Tensor
 ) -> Attended:
-    """Causal attention within each row, also written into the first columns of `out`. `query`, `key` and `value` are parts of
-    one tensor, (tokens, heads, head_dim) each, the latter two with fewer heads if they like; the first two are rotated."""
+    """Causal attention within each row, also written into the first columns of `out`.
+
+    `query`, `key` and `value` are views of one tensor, (tokens, heads, head_dim) each. `query` and `key` are rotated
+    already. `key` and `value` may have fewer heads.
+    """
     if not is_served(query):
         return _row_by_row(query, key, value, rows, scaling, out)
     way = _by_own_kernels if _is_served_by_own(query) else _by_torch_kernels
@@ -47,7 +58,7 @@ def attend(
 
 
 def _is_served_by_own(query: torch.Tensor) -> bool:
-    """Measured on Hopper alone; elsewhere PyTorch's are the safer choice."""
+    """Only on Hopper, where they were measured. Elsewhere PyTorch's kernels are the safer choice."""
     return query.shape[-1] in (64, 128) and is_hopper(query.device)
 
 
@@ -71,7 +82,7 @@ def _by_own_kernels(
 
 @functools.lru_cache(maxsize=1)
 def _tiles(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Once for all layers, which are given the very same tensor."""
+    """The tiles of a batch, computed once for all layers, which are all passed the same `boundaries` tensor."""
     from job.model.fused import attention_kernels
 
     return attention_kernels.tiles_of(boundaries, tokens)
@@ -80,7 +91,7 @@ def _tiles(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
 def _by_torch_kernels(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scaling: float, out: torch.Tensor
 ) -> Attended:
-    """By the two operations behind `varlen_attn`, without the host's time for autograd."""
+    """Call the two operations that `varlen_attn` wraps, which saves the host autograd's overhead."""
     shared, key, value = key.shape[1], for_each_head(query, key), for_each_head(query, value)
     arguments = (rows.boundaries, rows.boundaries, rows.longest, rows.longest, 0.0, True)  # no dropout; causal
     attended, normalisers, *seeds, _ = torch.ops.aten._flash_attention_forward(

@@ -1,8 +1,9 @@
-"""Causal attention over rows that lie one behind the other, for the many short rows of instruction data.
+"""Causal attention over rows placed one after another, made for the many short rows of instruction data.
 
-FlashAttention-2 (Dao 2023, arXiv:2307.08691) in tiles that begin where rows begin. Each sum is one program's own, so that
-the backward pass has no atomic additions: the same numbers again for the same input. Gradients of queries and keys are
-rotated back to before their rotary positions on the way out.
+It is FlashAttention-2 (Dao 2023, arXiv:2307.08691) with tiles that start where rows start. Each sum is computed by one
+program, so the backward pass has no atomic additions, and equal inputs give equal bits. The gradients of queries and
+keys are rotated back before they are stored. The comment above each kernel gives the shapes of its tensors, what one
+program does, and the reasons for its tricks.
 """
 
 from __future__ import annotations
@@ -17,27 +18,33 @@ from job.model.fused import MANY_TOKENS
 from job.model.fused.launch import Kernel, can_describe, described
 
 _LOG2_E = 1.4426950408889634
-OWN = 64  # tokens of a program
+OWN = 64  # tokens per program
 
 
 class Tuned(NamedTuple):
-    """How a program passes over the tokens that its own meet: this many at a time, in so many warps and loads ahead."""
+    """How a program loops over the tokens that its own meet: tokens per tile (`other`), warps, and loads in flight."""
 
     other: int
     warps: int
     stages: int
 
 
-# found on an H100 among some ten of each, for rows of guanaco's lengths: BENCHMARKS.md
+# The best of some ten each on an H100, for rows as long as guanaco's: docs/log.md
 FORWARD, OF_QUERY, OF_KEY = Tuned(64, 4, 3), Tuned(32, 4, 4), Tuned(64, 4, 2)
 
-# Loops load their tiles by descriptors (TMA) where these pay, without a thought for where rows end: of another row's tokens, or
-# of zeros behind the last, nothing is counted, since a row's own tokens come before them, and theirs are not stored.
+# All kernels: query (tokens, heads, DIM), key and value (tokens, shared, DIM) with the same stride between tokens;
+# tiles (programs, 3) from `tiles_of`; normalisers and products (heads, length ≥ tokens + OWN) float32; cos and sin
+# (tokens, DIM). GROUP query heads share one head of keys and values. `scale` includes log2 e, since exp2 is a single
+# instruction; `by` is the plain scale. A program without a tile returns, see `tiles_of`.
+#
+# Loops load their tiles by descriptors (TMA) where that pays, and ignore where rows end. Such a tile may hold tokens of
+# the next row, or zeros after the last row. They never count: they come after the row's own tokens, so the causal mask
+# drops them, and nothing is stored for them.
 
 
 @triton.jit
 def _tile(states, first, end, rows, column, stride, DIM: tl.constexpr, DESCRIBED: tl.constexpr):
-    """Some of (tokens, heads x head_dim), from `first` on: one head's, which begins at `column`."""
+    """A tile of (tokens, heads x head_dim): the tokens from `first` on, of the head whose columns start at `column`."""
     if DESCRIBED:
         return states.load([first, column])
     else:  # noqa: RET505 - of the two, Triton compiles one
@@ -46,6 +53,11 @@ def _tile(states, first, end, rows, column, stride, DIM: tl.constexpr, DESCRIBED
         return tl.load(start + (rows[:, None] * stride + tl.arange(0, DIM)[None, :]), mask=known, other=0.0)
 
 
+# out (tokens, heads, DIM). Writes out and normalisers, the log2 of the sums that the weights were divided by.
+# One program computes OWN tokens of one row and one head. It loops over the row's keys up to its own tokens, with a
+# running maximum and sums that are rescaled when that rises (online softmax), so no score is stored. Only tiles on the
+# diagonal are masked. At the end it divides once per token instead of once per value, since a division is eight
+# instructions.
 @Kernel
 @triton.jit
 def _forward_kernel(
@@ -82,6 +94,12 @@ def _forward_kernel(
     tl.store(normalisers + head * length + first + own, highest + tl.log2(total), mask=inside)
 
 
+# out, of_out (tokens, heads, DIM); of_query: the first columns of (tokens, ...). Writes of_query, rotated back, and
+# products, Σ out · of_out per token and head, which the gradient of softmax needs and _of_key_kernel reads: this kernel
+# runs first.
+# One program computes OWN tokens of one row and one head, looping over the row's keys as in the forward pass. It
+# computes the weights again from the normalisers. Gradients of queries are sums over keys, and those of keys are sums
+# over queries. One kernel for both would need atomic additions, so there are two.
 @Kernel
 @triton.jit
 def _of_query_kernel(
@@ -116,6 +134,11 @@ def _of_query_kernel(
     _store_rotated_back(gradient * by, of_query, cos, sin, first, own, inside, head, of_stride, DIM, OWN)
 
 
+# of_out (tokens, heads, DIM); of_key, of_value: columns of (tokens, ...). Writes both, of_key rotated back.
+# One program computes OWN tokens of one row and one head of keys and values, looping over the GROUP query heads and,
+# within each, over the queries from its own tokens to the end of the row. So the sum over query heads stays in
+# registers, and keys are not repeated per query head. The causal mask does not drop queries of the next row, so the
+# row's end is masked too.
 @Kernel
 @triton.jit
 def _of_key_kernel(
@@ -160,6 +183,7 @@ def _of_key_kernel(
 def _store_rotated_back(
     gradient, to, cos, sin, first, own, inside, head, stride, DIM: tl.constexpr, OWN: tl.constexpr
 ):  # fmt: skip
+    """Rotate a gradient (OWN, DIM) back by its tokens' angles and store it, which saves a pass over it later."""
     half: tl.constexpr = DIM // 2
     one, two = tl.split(tl.permute(tl.reshape(gradient, (OWN, 2, half)), (0, 2, 1)))
     columns = tl.arange(0, half)[None, :]
@@ -176,8 +200,10 @@ def _store_rotated_back(
 
 
 def tiles_of(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Of each program: where its row begins and ends, and its first token; (programs, 3) int32, made on the GPU. As the GPU
-    is not asked how many are needed, some at the end have no token."""
+    """For each program, the beginning and end of its row and its own first token: (programs, 3) int32.
+
+    Asking the GPU how many programs are needed would wait for it. So there are a few too many, which have no tokens.
+    """
     begins, ends = boundaries[:-1], boundaries[1:]
     counts = (ends - begins + OWN - 1) // OWN
     behind = torch.cumsum(counts, 0)
@@ -192,8 +218,11 @@ def tiles_of(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
 def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: torch.Tensor, scaling: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """The result, into `out`, (tokens, heads, head_dim) as `query`; returns the logarithms, to base 2, of the sums that the
-    weights were divided by, (heads, tokens and room for a tile) float32. `key` and `value` have `query`'s stride, and head_dim is a power of 2."""
+    """Write the result to `out`, (tokens, heads, head_dim) like `query`.
+
+    `key` and `value` must have `query`'s stride, and head_dim must be a power of 2. Returns the log2 of the sums that
+    the weights were divided by: (heads, tokens + room for a tile) float32.
+    """
     tokens, heads, dim = query.shape
     assert key.stride() == value.stride() == query.stride()
     normalisers = torch.empty(heads, tokens + OWN, device=query.device, dtype=torch.float32)
@@ -211,12 +240,15 @@ def backward_(
     normalisers: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tiles: torch.Tensor, scaling: float,
     place_: torch.Tensor,
 ) -> None:  # fmt: skip
-    """For the gradient of `forward`'s `out`, those of query, key and value, side by side into the first columns of `place`,
-    (tokens, ...), the first two rotated back by `cos` and `sin`, (tokens, head_dim)."""
+    """Given the gradient of `forward`'s `out`, write those of query, key and value to the first columns of `place_`.
+
+    They lie side by side in `place_` (tokens, ...). Those of query and key are rotated back by `cos` and `sin` (tokens,
+    head_dim).
+    """
     (tokens, heads, dim), shared = query.shape, key.shape[1]
-    products = torch.empty_like(normalisers)  # of each result and its gradient
+    products = torch.empty_like(normalisers)  # of out and of_out, per token and head
     length = products.shape[1]
-    products[:, tokens:] = 0  # which the last tiles of keys see, times zero
+    products[:, tokens:] = 0  # the last tiles of _of_key_kernel read them and multiply by zero, which must not give NaN
     factors, group = (scaling * _LOG2_E, scaling), heads // shared
     strides = query.stride(0), out.stride(0), of_out.stride(0), place_.stride(0)
     (keys, values), shape = _loaded(OF_QUERY, key, value)
@@ -233,7 +265,7 @@ def backward_(
 
 
 def _loaded(tuned: Tuned, *parts: torch.Tensor) -> tuple[list[Any], dict[str, Any]]:
-    """What a loop loads, each (tokens, heads, head_dim), in the form in which it does, and the constants that say how."""
+    """The tensors that a loop loads, (tokens, heads, head_dim) each, as descriptors or matrices, and its constants."""
     matrices = [part.flatten(1) for part in parts]
     by_descriptors = len(parts[0]) >= MANY_TOKENS and all(map(can_describe, matrices))
     if by_descriptors:

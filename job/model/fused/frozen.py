@@ -1,4 +1,4 @@
-"""Frozen weights of layers with one input, in 16, 8 or 4 bits, and copies of the adapters beside or around them."""
+"""Frozen weights of layers with the same input, in 16, 8 or 4 bits, with copies of the adapters around them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from job.model.fused.rounding import Rounded
 from job.model.fused.workspace import Workspace
 from job.model.patches import Patches
 
-_ALIGNED = 8  # columns, which 16 bytes are: products want their matrices to begin at such places
+_ALIGNED = 8  # columns of 16 bits make 16 bytes; products are faster if their matrices start at multiples of that
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One layer's LoRA: A (rank, inputs), B (outputs, rank), and the rows and columns of b that are its own."""
+    """One layer's LoRA: A (rank, inputs), B (outputs, rank), and its rows (`outputs`) and columns (`ranks`) of b."""
 
     a: torch.nn.Parameter
     b: torch.nn.Parameter
@@ -27,15 +27,14 @@ class Adapter:
     dropout: float
     outputs: slice
     ranks: slice
-    seed: int  # which of the product's seeds is its own
+    seed: int  # index into the product's seeds
 
 
 class Frozen:
-    """The frozen weights, and with them copies of the adapters as they are at the last `product`: `a`, all A one above the
-    other, and the B."""
+    """The frozen weights W with copies of the adapters as of the last `refresh`: `a`, which is all A stacked, and b."""
 
-    border = 0  # columns that inputs and outputs have beside their own
-    before = 0  # how many of an input's lie before it
+    border = 0  # extra columns of inputs and outputs
+    before = 0  # how many of them are to the left of an input
     a: torch.Tensor
 
     def __init__(self, workspace: Workspace) -> None:
@@ -43,25 +42,28 @@ class Frozen:
         self._copied: Any = None
 
     def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
-        """Where `product` and `gradient` want what they are given in 8 bits as well; None if they do not."""
+        """An empty `Rounded`, if `product_` and `gradient` also take their argument in 8 bits. None otherwise."""
         return None
 
     def product_(
         self, x_: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
     ) -> torch.Tensor:
-        """x Wᵀ + `narrow` bᵀ: (tokens, all outputs)."""
+        """x Wᵀ + `narrow` bᵀ: (tokens, all outputs), into `out` if given. `narrow` is written to the border of `x_`."""
         raise NotImplementedError
 
     def narrow_gradient_(self, of_y_: torch.Tensor) -> torch.Tensor:
-        """`of_y` b: (tokens, all ranks)."""
+        """∂L/∂narrow = `of_y_` b: (tokens, all ranks), written to the border of `of_y_` if it has one."""
         raise NotImplementedError
 
     def gradient(self, of_y: torch.Tensor, of_narrow: torch.Tensor | None, rounded: Rounded | None) -> torch.Tensor:
-        """`of_y` W, and if `of_narrow` is given, which `narrow_gradient_` made of the same, + `of_narrow` a: (tokens, inputs)."""
+        """`of_y` W (tokens, inputs), plus `of_narrow` a if `of_narrow` is given.
+
+        `of_narrow` must be the result of `narrow_gradient_` for the same `of_y`, since it may be read from the border.
+        """
         raise NotImplementedError
 
     def refresh(self, adapters: Sequence[Adapter]) -> None:
-        """Copy the adapters if they have changed."""
+        """Copy the adapters again if they have changed."""
         state = (self._workspace.updates, *(part._version for adapter in adapters for part in (adapter.a, adapter.b)))
         if state == self._copied:
             return
@@ -70,23 +72,23 @@ class Frozen:
         self._copied = state
 
     def _copies(self, adapters: Sequence[Adapter]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
-        """From where, to where, and times what."""
+        """Sources, destinations and factors of the copies."""
         values = [part.detach() for adapter in adapters for part in (adapter.a, adapter.b)]
         places = [place for adapter in adapters for place in (self.a[adapter.ranks], self._b_of(adapter))]
         return values, places, [scale for adapter in adapters for scale in (1.0, adapter.scale)]
 
     def _b_of(self, adapter: Adapter) -> torch.Tensor:
-        """Where the copy of its B lies, times its scale."""
+        """The block of b that holds this adapter's B times its scale."""
         raise NotImplementedError
 
 
 class Bordered(Frozen):
-    """16-bit weights W with the adapters around them in one matrix, (W, b; a, 0).
+    """16-bit weights W with the adapters around them in one matrix, (W, b; a, 0). The package's docstring draws it.
 
-    With x Aᵀ written beside x, and the gradient of x Aᵀ beside that of y, one product gives the sum with the adapters'
-    part, rounded once; adding that part by itself would read and write the whole result again. Of two layers, the first has its
-    part before x and the second behind it, and each multiplies with its own alone, (b₁, W₁, 0; 0, W₂, b₂): half of the
-    adapters' part would be zeros.
+    With x Aᵀ beside x, and its gradient beside that of y, one product gives the sum including the adapters' term,
+    rounded once. Adding that term separately would read and write the whole result again. Two adapted layers use (b₁,
+    W₁, 0; 0, W₂, b₂), with one border on each side of x. Each layer multiplies with its own b only, since half of a
+    common b is zeros.
     """
 
     def __init__(self, outputs: Sequence[int], inputs: int, ranks: Sequence[int], workspace: Workspace) -> None:
@@ -128,7 +130,7 @@ class Bordered(Frozen):
         return self._outputs + self.border, self._inputs + self.border
 
     def _look_at(self, matrix: torch.Tensor) -> None:
-        """Take the parts of `matrix` that products need; each view takes the host a microsecond."""
+        """Take the views of `matrix` that products need, once: each view costs the host a microsecond."""
         end = self.before + self._inputs
         self._above, self._left = matrix[: self._outputs], matrix[:, self.before : end]
         self._inner, self._behind = self._left[: self._outputs], self._above[:, end:]
@@ -147,7 +149,7 @@ class Bordered(Frozen):
 
 
 class Resident(Bordered):
-    """Weights as they are multiplied with; each layer's own becomes a part of the matrix."""
+    """16-bit weights. Each layer's weight is replaced by a view of the matrix."""
 
     def __init__(
         self, layers: Sequence[torch.nn.Linear], ranks: Sequence[int], workspace: Workspace, patches: Patches
@@ -161,27 +163,27 @@ class Resident(Bordered):
 
 
 class FourBit(Bordered):
-    """4-bit weights, dequantised for each product into a matrix that all products of one shape share."""
+    """4-bit weights, dequantized for each product into a matrix that all products of the same shape share."""
 
     def __init__(self, layers: Sequence[bnb.nn.Linear4bit], ranks: Sequence[int], workspace: Workspace) -> None:
         super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks, workspace)
         self._weights = [layer.weight for layer in layers]
         device, dtype = layers[0].weight.device, layers[0].compute_dtype
-        key = (device, dtype, self._inputs, *self._widths, *ranks)  # the ranks say where the zeros are
+        key = (device, dtype, self._inputs, *self._widths, *ranks)  # the ranks determine where the zeros are
         self._look_at(workspace.matrix(key, self._shape, layers[0].weight, dtype))
 
     def refresh(self, adapters: Sequence[Adapter]) -> None:
-        """Take the matrix over from whoever used it last."""
+        """Fill the shared matrix with these weights and adapters, since another layer may have used it last."""
         pointwise.dequantize(self._weights, self._parts)
         self._copied = None
         super().refresh(adapters)
 
 
 class EightBit(Frozen):
-    """Weights and inputs rounded to 8-bit floats, e4m3, with one scale a row (Micikevicius et al. 2022, arXiv:2209.05433).
+    """Weights and inputs in 8-bit floats, e4m3, with a scale per row (Micikevicius et al. 2022, arXiv:2209.05433).
 
-    Both ways round, since a product sums over the rows of the one and its gradient over those of the other. This is not
-    the mathematics of the 16-bit products: it is for who asks for it. The adapters' part stays in 16 bits.
+    The weights are stored twice, scaled per output and per input: the product sums over inputs, its gradient over
+    outputs. Results differ from those of 16-bit products, so the user has to ask for it. The adapters stay in 16 bits.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Linear], border: int, workspace: Workspace, patches: Patches) -> None:
@@ -193,7 +195,7 @@ class EightBit(Frozen):
         )
         self.a, self._b = matrix.new_zeros(border, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], border)
         for layer in layers:
-            patches.replace_weight(layer, layer.weight.new_empty(0))  # nobody multiplies with it
+            patches.replace_weight(layer, layer.weight.new_empty(0))  # nothing multiplies with it anymore
 
     def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
         return Rounded.empty(like, columns)
@@ -201,7 +203,7 @@ class EightBit(Frozen):
     def product_(
         self, x_: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
     ) -> torch.Tensor:
-        assert out is None, "there is no border to leave room for"
+        assert out is None, "8-bit products have no border, so the caller needs no room for one"
         y = pointwise.eight_bit_product(rounded or pointwise.quantize_rows(x_), self._by_output, x_.dtype, fast=True)
         return y if narrow is None else y.addmm_(narrow, self._b.T)
 

@@ -1,8 +1,9 @@
-"""The kernels of the gate, silu(gate) · up, and of what its adapters multiply.
+"""The kernels of the gate, silu(gate) · up, and of the adapters' products with its values.
 
-The gate's values are the widest of a layer: each pass over them costs as much as several elsewhere. So the adapters' narrow
-products, which need the same values, are computed while these are at hand, each by one program in one order: the same
-numbers again for the same input. Rows are tokens.
+The gate's values are the widest of a layer, so each pass over them costs as much as several passes elsewhere. The
+adapters' narrow products need the same values and are therefore computed while these are in registers. Each sum is
+computed by one program in a fixed order, so equal inputs give equal bits. Rows are tokens. The comment above each
+kernel gives the shapes of its tensors, what one program does, and the reasons for its tricks.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from job.model.fused.rounding import Rounded
 from job.model.fused.triton_kernels import scale_of
 
 _BLOCK = 2048
-_LARGEST_RANK = 128  # whose sums a program's registers hold
+_LARGEST_RANK = 128  # the largest whose sums fit in a program's registers
 
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no instructions of a GPU's
-_RANKS = 64  # of the smallest matrix instruction; smaller ones are filled up with zeros
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter does not support a GPU's instructions
+_RANKS = 64  # ranks of the smallest matrix instruction; fewer are padded with zeros
 
 
 class Tuned(NamedTuple):
-    """Rows and columns of a tile, warps, loads ahead, and about how many programs there are to a multiprocessor."""
+    """Rows and columns (`block`) of a tile, warps, loads in flight (`stages`), and about how many programs per SM."""
 
     rows: int
     block: int
@@ -39,13 +40,13 @@ class Tuned(NamedTuple):
     programs: int
 
 
-# found on an H200 among some ten of each, for a 7B's gate: BENCHMARKS.md
+# The best of some ten each on an H200, for a 7B's gate: docs/log.md
 GATED_NARROW, GATED_ADAPTED = Tuned(64, 128, 4, 2, 4), Tuned(32, 128, 8, 3, 2)
 
 
 @triton.jit
 def _sigmoid(x):
-    """In four instructions, within two units in the last place of float32; Triton's own takes three times as many."""
+    """The sigmoid in four instructions, within two units in the last place of float32. Triton's own takes twelve."""
     if _INTERPRETED:
         return tl.sigmoid(x)
     else:  # noqa: RET505 - of the two, Triton compiles one
@@ -64,13 +65,15 @@ def _opened(gate, kind):
 
 @triton.jit
 def _gradients(gate, up, given, kind):
-    """silu(gate) · up, and its gradient with regard to both."""
+    """silu(gate) · up, and its gradients with respect to gate and up. `given` is the gradient of the result."""
     sigmoid = _sigmoid(gate)
     opened = gate * sigmoid
     act = (opened.to(kind).to(tl.float32) * up).to(kind)
     return act, (given * up * (sigmoid + opened * (1 - sigmoid))).to(kind), (given * opened).to(kind)
 
 
+# gate_up (tokens, 2 · columns); out (tokens, ≥ columns). Writes out.
+# One program computes BLOCK columns of one row.
 @Kernel
 @triton.jit
 def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
@@ -84,6 +87,9 @@ def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.cons
     tl.store(out + row * out_stride + offsets, act, mask=inside)
 
 
+# gradient, out (tokens, columns) contiguous; gate_up (tokens, 2 · columns). Overwrites gate_up with its gradient, and
+# writes silu(gate) · up to out again: it is not kept, and all its inputs are loaded here anyway.
+# One program computes BLOCK columns of one row, of gate and of up.
 @Kernel
 @triton.jit
 def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: tl.constexpr):
@@ -100,11 +106,12 @@ def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: 
     tl.store(ups, of_up, mask=inside)
 
 
+# As _gated_kernel, and also writes rounded (tokens, columns) in e4m3 and scales (tokens, 1).
+# One program computes a whole row, since the row's scale is known only at its end. Then it reads the row back from
+# `out` while that is still in the cache. The barrier makes the stores of all its threads visible first.
 @Kernel
 @triton.jit
 def _gated_rounded_kernel(gate_up, out, rounded, scales, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
-    """A whole row by one program: its scale is known at its end, and what was written is read again while it is in the
-    cache."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((), 0.0, tl.float32)
     for begin in range(0, columns, BLOCK):
@@ -126,6 +133,9 @@ def _gated_rounded_kernel(gate_up, out, rounded, scales, columns, gate_stride, o
         tl.store(rounded + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
 
 
+# As _gated_backward_kernel, and also writes the gradient of gate_up to rounded (tokens, 2 · columns) and scales
+# (tokens, 1).
+# One program computes a whole row and reads it back from the cache, as in _gated_rounded_kernel.
 @Kernel
 @triton.jit
 def _gated_backward_rounded_kernel(
@@ -156,17 +166,21 @@ def _gated_backward_rounded_kernel(
         tl.store(rounded + row * 2 * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
 
 
-# The two below load tiles by descriptors (TMA), which fill with zeros what lies outside of a tensor. Their narrow products
-# have the gate's values on the right, so that these are computed once, in the order in which they are stored.
+# The next two kernels load tiles by descriptors (TMA), which takes a third fewer instructions per loop and fills tiles
+# with zeros outside of a tensor. Their narrow products have the gate's values on the right: Triton would compute a tile
+# twice if it were both stored and on the left side of a product.
 
 
+# gate_up (tokens, 2 · columns) and a (ranks, columns) as descriptors; out (tokens, ≥ columns); sums (parts, tokens,
+# ranks) float32. Writes silu(gate) · up to out, and to sums its product with aᵀ, one part of the columns each.
+# One program handles ROWS tokens and part_columns columns. Several parts per row fill the GPU. The caller adds their
+# sums in a fixed order, whereas atomic additions would give other bits each time.
 @Kernel
 @triton.jit
 def _gated_narrow_kernel(
     gate_up, a, out, sums, tokens, columns, ranks, out_stride, part_columns,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """Some rows and a part of the columns: the gate's values, and the sums of their products with A over that part."""
     first, begin = tl.program_id(0) * ROWS, tl.program_id(1) * part_columns
     rows = tl.arange(0, ROWS)
     present = rows < tokens - first
@@ -184,6 +198,13 @@ def _gated_narrow_kernel(
     tl.store(to, tl.trans(total), mask=present[:, None] & (rank < ranks)[None, :])
 
 
+# gate_up (tokens, 2 · columns), gradient (tokens, columns), of_down, narrow_gate, narrow_up (tokens, their ranks) as
+# descriptors; out is gate_up again as a pointer; sums (parts, (down_ranks + gate_ranks + up_ranks) · columns) float32.
+# Overwrites gate_up with its gradient, and writes to sums the gradients of down's A, gate's B and up's B, one part of
+# the tokens each. DOWN, GATE and UP say which of the adapters exist.
+# One program handles BLOCK columns and part_tokens tokens: the sums run over tokens, so they stay in registers while
+# tiles of ROWS tokens pass by. silu(gate) · up is needed for down's A only, and never stored. The caller adds the parts
+# in a fixed order.
 @Kernel
 @triton.jit
 def _gated_adapted_kernel(
@@ -192,7 +213,6 @@ def _gated_adapted_kernel(
     DOWN: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     RANKS: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """Some columns and a part of the rows: the gate's gradients, and the sums over that part for the adapters' gradients."""
     column, begin = tl.program_id(0) * BLOCK, tl.program_id(1) * part_tokens
     columns_of = column + tl.arange(0, BLOCK)
     known = columns_of < columns
@@ -216,7 +236,7 @@ def _gated_adapted_kernel(
             for_gate = tl.dot(tl.trans(narrow_gate.load([first, 0])), of_gate, for_gate, input_precision="ieee")
         if UP:
             for_up = tl.dot(tl.trans(narrow_up.load([first, 0])), of_up, for_up, input_precision="ieee")
-    # one behind the other: A's (down_ranks, columns), the gate's B (columns, gate_ranks), the other B (columns, up_ranks)
+    # one after another: down's A (down_ranks, columns), gate's B (columns, gate_ranks), up's B (columns, up_ranks)
     wide, rank = tl.cast(columns, tl.int64), tl.arange(0, RANKS)
     to = sums + tl.program_id(1) * wide * (down_ranks + gate_ranks + up_ranks)
     if DOWN:
@@ -254,8 +274,11 @@ def gated_backward_(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rou
 
 
 def serves(values: Sequence[torch.Tensor], narrow: Sequence[torch.Tensor | None]) -> bool:
-    """Whether the two below are known to be the faster way, on Hopper, in 16 bits, for so many tokens that the host has time for
-    descriptors; and can load these values of the gate and these narrow matrices of ranks."""
+    """Whether the two functions below can load these tensors by descriptors, and are known to be faster.
+
+    They are for Hopper, 16 bits, and so many tokens that the host has time to create descriptors. `values` are the
+    gate's tensors, `narrow` those with a dimension of ranks.
+    """
     parts = [part for part in narrow if part is not None]
     return (
         is_hopper(values[0].device)
@@ -315,8 +338,10 @@ def gated_backward_adapted_(
 
 
 def _part(whole: int, step: int, others: int, programs: int, device: torch.device) -> int:
-    """How much of `whole` one program passes over, in steps, so that with `others` side by side there are about as many
-    `programs` to a multiprocessor as were measured to be best."""
+    """How much of `whole` one program handles, a multiple of `step`.
+
+    With `others` programs side by side, it gives about `programs` per multiprocessor, the number measured to be best.
+    """
     wanted = programs * _multiprocessors(device)
     parts = max(1, min(round(wanted / others), whole // step))
     return step * -(-whole // (parts * step))

@@ -1,7 +1,7 @@
-"""The loss over a frozen head, without the logits of all tokens at once and with one product fewer than recomputing them.
+"""The loss over a frozen head, without the logits of all tokens at once and without computing them twice.
 
-What the loss needs of a token is the log-probability of its label, whose gradient with regard to the logits, onehot - p, is
-known as soon as the logits are: it goes through the head while they are at hand, and they are forgotten.
+The loss only needs the log-probability of each token's label. Its gradient with respect to the logits, onehot - p, is
+known as soon as the logits are. So it goes back through the head right away, and the logits are freed.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from trl.trainer.utils import FusedCausalLMOutput
 from job.model.fused import pointwise
 from job.model.patches import Patches, replaced
 
-_IGNORED = -100  # the label of what is not learned, as transformers has it
-_TOKENS = 4096  # whose logits exist at once
+_IGNORED = -100  # transformers' label for tokens that are not learned
+_TOKENS = 4096  # tokens whose logits exist at once
 
 
 @dataclass(frozen=True)
 class _Norm:
-    """The model's last norm, which comes before the head."""
+    """The model's last norm, right before the head."""
 
     weight: torch.Tensor
     epsilon: float
 
 
 class _LabelLogProbs(torch.autograd.Function):
-    """(tokens, width) states before the last norm, (vocabulary, width) weights and labels → of each token the label's
-    log-probability, the distribution's entropy, and whether the label comes first; the first alone has a gradient. Tokens
-    without a label have zeros, and nothing is computed for them."""
+    """From states before the last norm to log-probabilities of labels, entropies, and whether labels are most likely.
+
+    States are (tokens, width), weights (vocabulary, width), labels and all results (tokens). Only the first result has
+    a gradient. Tokens without a label get zeros, and nothing is computed for them.
+    """
 
     @staticmethod
     def forward(
@@ -81,13 +83,13 @@ def _label_log_probs(
 
 
 def can_fuse_head(model: PeftModel) -> bool:
-    """Whether the head is a plain frozen layer."""
+    """Whether the head is a plain frozen layer without bias."""
     head: Any = model.get_output_embeddings()
     return bool(type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad)
 
 
 def fuse_head(model: PeftModel, patches: Patches) -> None:
-    """Answer trl's trainer, which asks a Llama for `fused_lm_head` outputs; every other call goes where it went."""
+    """Make the model answer trl's calls with `fused_lm_head=True`. All other calls stay as they were."""
     base = model.get_base_model()
     forward, norm = base.forward, base.base_model.norm
 
@@ -98,7 +100,7 @@ def fuse_head(model: PeftModel, patches: Patches) -> None:
         inputs.pop("num_items_in_batch", None)
         with replaced(norm, "forward", _pass_on):  # the norm is part of the head here
             states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state
-        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)  # each token's next
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)  # each token predicts the next one
         found = _LabelLogProbs.apply(  # type: ignore[no-untyped-call]
             states.flatten(0, 1), _Norm(norm.weight, norm.variance_epsilon), base.get_output_embeddings().weight,
             shifted.flatten(),

@@ -1,9 +1,9 @@
-"""Launches of Triton kernels that cost the host little.
+"""Cheap launches of Triton kernels.
 
-A step of a small batch is a few thousand kernels of some microseconds each, and the GPU waits for whoever launches them. At
-each launch Triton asks anew for what it compiles by: types, alignments, special values, options, versions. That takes twice
-as long as the launch itself. Here it is asked once for each kind of arguments, and what they are launched by is Python's own
-arithmetic.
+A step of a small batch is a few thousand kernels of some microseconds each, and the GPU waits for the host to launch
+them. At each launch Triton looks up everything that a compilation depends on: types, alignments, special values,
+options, versions. That takes twice as long as the launch itself. Here the compiled kernel is looked up once per kind of
+arguments, and the arithmetic around a launch is plain Python.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ALIGNED = 16  # bytes, or a multiple of: what Triton compiles different code for, and what descriptors need
+ALIGNED = 16  # bytes, or a multiple: Triton compiles other code for such addresses, and descriptors require them
 _INT32 = 2**31
 
 
 class Kernel:
-    """A function of `triton.jit`, launched as it is: `kernel[grid](*arguments, CONSTANT=…, num_warps=…)`."""
+    """A `triton.jit` function with cheaper launches. Calls look the same: `kernel[grid](*arguments, CONSTANT=…)`."""
 
     def __init__(self, function: Any) -> None:
         self._function = function
@@ -36,30 +36,33 @@ class Kernel:
             self._compiled[kind] = self._function[grid](*arguments, **named)  # None from Triton's interpreter
             return
         constants = [named[name] for name in self._function.arg_names[len(arguments) :]]
-        # compiled[grid](…) would make ready for the hooks of Triton's profiler, which takes as long as the launch
+        # compiled[grid](…) would prepare the hooks of Triton's profiler, which takes as long as the launch
         compiled.run(
             *(*grid, 1, 1)[:3], _stream(), compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants
         )  # fmt: skip
 
 
 def _stream() -> int:
-    """The handle of the current stream of the current GPU, as Triton asks for it."""
+    """The handle of the current GPU's current stream, obtained the way Triton does."""
     return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
 def cdiv(whole: int, part: int) -> int:
-    """How many parts cover the whole. Triton's own may be called in kernels as well, and takes microseconds."""
+    """Division rounded up. Triton's own, which also works in kernels, takes microseconds."""
     return -(-whole // part)
 
 
 def next_power_of_2(number: int) -> int:
-    """The least that is not below `number`, which is positive."""
+    """The smallest power of 2 that is at least `number`, which must be positive."""
     return 1 << (number - 1).bit_length()
 
 
 def _kinds(arguments: Sequence[Any]) -> list[Any]:
-    """What Triton may compile other code for on NVIDIA's cards; finer than it need be, never coarser. In one loop, since there are
-    tens of thousands of arguments in a step."""
+    """Everything in the arguments for which Triton may compile other code on NVIDIA's cards.
+
+    It may distinguish more than Triton does, but never less. It is one loop, since a step has tens of thousands of
+    arguments.
+    """
     kinds: list[Any] = []
     for argument in arguments:
         of = type(argument)
@@ -76,11 +79,11 @@ def _kinds(arguments: Sequence[Any]) -> list[Any]:
 
 
 def can_describe(matrix: torch.Tensor) -> bool:
-    """Whether tiles of it can be loaded by a descriptor, through Hopper's tensor memory accelerator."""
+    """Whether tiles of the matrix can be loaded by a descriptor, through Hopper's tensor memory accelerator (TMA)."""
     size = matrix.element_size()
     return matrix.stride(1) == 1 and (matrix.stride(0) * size) % ALIGNED == 0 and matrix.data_ptr() % ALIGNED == 0
 
 
 def described(matrix: torch.Tensor, *tile: int) -> TensorDescriptor:
-    """A matrix from which a kernel loads tiles; what lies outside of it is zero."""
+    """A descriptor from which a kernel loads tiles of `matrix`. Values outside of it read as zero."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(tile))

@@ -1,9 +1,9 @@
 """Llama's decoder layer with LoRA as one autograd operation (Touvron et al. 2023, arXiv:2307.09288).
 
-PyTorch's autograd would keep every intermediate result and pass over memory once for each small operation. Here the
-backward pass is written out: of a layer that is *kept*, it needs six tensors as wide as the model and the two halves of
-the gate; of one that is *recomputed*, its input and the last adapter's narrow product, and of the forward pass it repeats what it
-needs, which the last product is not. Both give the same numbers.
+PyTorch's autograd would keep every intermediate result and pass over memory once per small operation. Here the backward
+pass is written by hand. For a *kept* layer it needs six tensors as wide as the model and both halves of the gate. For a
+*recomputed* layer it needs the input and the last adapter's narrow product. It then repeats the forward pass except for
+the last product, whose result no gradient needs. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LINEAR_LAYERS = 7
 
 @dataclass
 class _Kept:
-    """What the backward pass of one layer needs."""
+    """What the backward pass of one layer needs. `gate_up_whole` is `gate_up` with its border."""
 
     first_normed: Normed
     narrow_inputs: torch.Tensor | None
@@ -50,8 +50,12 @@ class _Kept:
 
 
 class FusedLayer:
-    """Computes what `layer` computes. `kept` may be changed between steps; the numbers stay the same. `dropout_seed` is
-    the first of the `LINEAR_LAYERS` that it uses, `first_token` the place in the batch of what it is given next."""
+    """Computes what `layer` computes, forward and backward.
+
+    `kept` says whether the layer is kept or recomputed. It may change between steps, and the numbers stay the same.
+    `dropout_seed` is the first of the `LINEAR_LAYERS` consecutive seeds that the layer uses. `first_token` is the place
+    in the batch of the tokens that come next.
+    """
 
     def __init__(self, layer: LlamaDecoderLayer, weights: Weights, workspace: Workspace, patches: Patches) -> None:
         attention, gate = layer.self_attn, layer.mlp
@@ -80,7 +84,7 @@ class FusedLayer:
         max_length_q: int,
         **_: Any,
     ) -> torch.Tensor:
-        """Takes the place of the layer's `forward`: (1, tokens, width) → the same."""
+        """Replaces the layer's `forward`: (1, tokens, width) → (1, tokens, width)."""
         cos, sin = (part[0].contiguous() for part in position_embeddings)
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
         seeds = [(self.dropout_seed + place, self.first_token) for place in range(LINEAR_LAYERS)]
@@ -95,14 +99,14 @@ class FusedLayer:
     def forward(
         self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]
     ) -> tuple[torch.Tensor, _Kept, torch.Tensor | None]:
-        """The result, what the backward pass needs, and what it needs even of a layer that is recomputed."""
+        """The result, what the backward pass needs, and `down`'s narrow product, which recomputed layers keep too."""
         self._workspace.forget_gradient()
         kept = self.middle(x, rows, seeds)
         y, narrow_down = self.down.forward_gated(kept.gate_up, seeds[_DOWN])
         return y.add_(kept.second_normed.x), kept, narrow_down
 
     def middle(self, x: torch.Tensor, rows: Rows, seeds: Sequence[Draw]) -> _Kept:
-        """The layer without its last product, whose result no gradient needs."""
+        """The forward pass up to the last product, whose result no gradient needs."""
         rounded = self.inputs.rounded_input(x)
         normed, first = self._norm_(0, x, self.inputs, rounded)
         packed, narrow_inputs = self.inputs.forward_(normed, seeds[_ATTENTION_INPUTS], rounded=rounded)
@@ -141,7 +145,10 @@ class FusedLayer:
         *,
         of_x: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """The gradients of x, unless nobody wants it, and of what is trained, in the order of `_products`."""
+        """The gradients of x, if `of_x` asks for it, and of the trained parameters in the order of `_products`.
+
+        `kept_` cannot be used again: its gate is overwritten by a gradient, and parts of it are freed early.
+        """
         (of_middle, rounded), of_gates, of_down = self._gate_backward_(of_out, seeds, kept_, narrow_down)
         del kept_.gate_up, kept_.gate_up_whole, kept_.second_normed
         packed, of_output = self._attention_backward_(of_middle, rounded, seeds, kept_)
@@ -160,7 +167,7 @@ class FusedLayer:
     def _gate_backward_(
         self, of_out: torch.Tensor, seeds: Sequence[Draw], kept_: _Kept, narrow_down: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, Rounded | None], list[torch.Tensor], list[torch.Tensor]]:
-        """The gradients of what lies between attention and gate, with room for `output`'s border, and of what is trained."""
+        """The gradients of the states between attention and gate, with `output`'s border, and of the adapters."""
         of_down_out = self._with_border(of_out)
         of_act, of_narrow = self.down.input_gradient_(of_down_out, seeds[_DOWN])
         rounded = self.gates.rounded_output(of_out)
@@ -183,8 +190,7 @@ class FusedLayer:
         seeds: Sequence[Draw],
         kept_: _Kept,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Overwrite `gate_up` by its gradient; returns those of the adapters that multiply the gate's values: `down`'s A and
-        `gates`' B."""
+        """Overwrite `gate_up` with its gradient. Returns those of `down`'s A and `gates`' B, which need the gate."""
         if rounded is not None or self.down.drops:
             act = pointwise.gated_backward_(of_act, kept_.gate_up, rounded)
             return self.down.of_a(of_narrow, act, seeds[_DOWN]), self.gates.of_b(kept_.gate_up, kept_.narrow_gates)
@@ -200,7 +206,7 @@ class FusedLayer:
     def _attention_backward_(
         self, of_middle_: torch.Tensor, rounded: Rounded | None, seeds: Sequence[Draw], kept: _Kept
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The gradients of the heads before they were rotated, with room for `inputs`' border, and of what is trained."""
+        """The gradients of the unrotated heads, with room for `inputs`' border, and of the adapter."""
         of_attended, of_narrow = self.output.input_gradient_(of_middle_, seeds[_ATTENTION_OUTPUT], rounded=rounded)
         of_output = self.output.in_order(
             self.output.of_a(of_narrow, kept.attended.out, seeds[_ATTENTION_OUTPUT]),
@@ -211,7 +217,7 @@ class FusedLayer:
         return packed, of_output
 
     def _with_border(self, of_y: torch.Tensor) -> torch.Tensor:
-        """The gradient of the layer's output, with room for `down`'s border: the tensor it is in already, or a copy."""
+        """The gradient of the layer's output with `down`'s border: the wider tensor around it, or else a copy."""
         wide = self._workspace.take_gradient(of_y, self.down.border)
         if wide is not None:
             return wide
@@ -229,7 +235,7 @@ class FusedLayer:
 
 
 class _Layer(torch.autograd.Function):
-    """Autograd's view of a `FusedLayer`: from its input and its adapters' weights to its output."""
+    """Autograd's view of a `FusedLayer`: a function of its input and its adapters' weights."""
 
     @staticmethod
     def forward(
@@ -239,7 +245,7 @@ class _Layer(torch.autograd.Function):
             out, kept, narrow_down = layer.forward(x, rows, seeds)
         ctx.layer, ctx.rows, ctx.seeds = layer, rows, seeds
         ctx.save_for_backward(x)
-        # not by save_for_backward, which takes tensors alone
+        # not by save_for_backward, which only takes tensors
         ctx.kept, ctx.narrow_down = None, None
         if any(ctx.needs_input_grad):
             ctx.kept, ctx.narrow_down = kept if layer.kept else None, narrow_down
@@ -248,7 +254,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), of_out = ctx.saved_tensors, of_outputs[0]
-        kept, ctx.kept = ctx.kept, None  # the graph outlives this call, and its memory need not
+        kept, ctx.kept = ctx.kept, None  # the graph outlives this call, but this memory should not
         with _without_autocast(x.device.type):
             if kept is None:
                 kept = ctx.layer.middle(x, ctx.rows, ctx.seeds)
@@ -260,13 +266,13 @@ class _Layer(torch.autograd.Function):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """For what has its types already. Where autocast is off anyway, entering it once more would cost the host more than a launch."""
+    """Turn autocast off if it is on: all types are right already. Entering it costs the host more than a launch."""
     on = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
 
 def can_fuse(model: PeftModel) -> bool:
-    """Whether every decoder layer is Llama's, without biases, and its linear layers are plain ones or all 4-bit."""
+    """Whether all decoder layers are Llama's without biases, with linear layers that are all plain or all 4-bit."""
     layers = getattr(model.get_base_model().base_model, "layers", [])
     config = model.get_base_model().config
     return (
@@ -288,7 +294,7 @@ def _has_known_weights(layer: LlamaDecoderLayer) -> bool:
 
 
 def fuse_layers(model: PeftModel, weights: Weights, patches: Patches) -> Iterator[FusedLayer]:
-    """Let each decoder layer of a model that `can_fuse` be computed by its fused form, one layer per iteration."""
+    """Replace each decoder layer's forward pass by a fused one, one layer per iteration. Check `can_fuse` first."""
     workspace = Workspace(patches)
     for layer in model.get_base_model().base_model.layers:
         fused = FusedLayer(layer, weights, workspace, patches)

@@ -1,8 +1,8 @@
-"""What a decoder layer does between its matrix products: norms, rotations, the gate, dropout, and their gradients.
+"""Everything between the matrix products of a decoder layer: norms, rotations, the gate, dropout, and their gradients.
 
-On a GPU each is one Triton kernel that reads and writes its tensors once. Elsewhere each is a few lines of PyTorch with
-the same results: those lines say what the kernels must do. Tokens are rows: `x` is (tokens, features). `rounded`, where it
-is given, gets the result in 8 bits as well.
+On a GPU each function is one Triton kernel that reads and writes its tensors once. Elsewhere it is a few lines of
+PyTorch with the same results, and these lines specify the kernels. Rows are tokens: `x` is (tokens, features). If
+`rounded` is given, the result is also written there in 8 bits. A trailing `_` marks what is overwritten.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ def rms_norm_(
     rounded: Rounded | None = None,
     add: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) in float32, rounded before the weight as Llama has
-    it, into the first columns of `out`. With `add`, that is first added to `x`, which is overwritten. Returns what each row
-    was multiplied with, (tokens, 1) in float32."""
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) into the first columns of `out`.
+
+    It is computed in float32 and rounded before the weight, as in Llama. If `add` (tokens, features) is given, `x_` is
+    first overwritten by the sum of both. Returns the factor of each row, (tokens, 1) in float32.
+    """
     if x_.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -48,8 +50,10 @@ def rms_norm_backward(
     out: torch.Tensor,
     rounded: Rounded | None = None,
 ) -> torch.Tensor:
-    """The gradient of `x` behind a norm whose result's gradient is `gradient`, plus the first columns of `residual`, what
-    came past it, if anything did; into the first columns of `out`, which is returned."""
+    """The gradient of a norm's input `x`, given the `gradient` of its result, into the first columns of `out`.
+
+    If `residual` is given, its first columns are added: the gradient that bypassed the norm. Returns `out`.
+    """
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -74,8 +78,10 @@ def _round(x: torch.Tensor, rounded: Rounded | None) -> None:
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): `heads` and `out` are (tokens, heads, head_dim) and may be one,
-    `cos` and `sin` (tokens, head_dim)."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864). `cos` and `sin` are (tokens, head_dim).
+
+    `heads` and `out` are (tokens, heads, head_dim), and may be the same tensor.
+    """
     if heads.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -89,8 +95,10 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch
 def rotate_back(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """The gradients of queries, keys and values, (tokens, heads, head_dim) each, side by side into the first columns of `out`,
-    (tokens, …); the first two rotated back, which is the gradient of `rotate`."""
+    """The gradient of `rotate`: write the gradients of queries and keys, rotated back, and of values side by side.
+
+    The gradients are (tokens, heads, head_dim) each. They go to the first columns of `out`, (tokens, …).
+    """
     if query.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -104,8 +112,10 @@ def rotate_back(
 
 
 def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
-    """silu(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202) of gates and values side by side, (tokens, 2 n), into the first
-    n columns of `out`, which is returned."""
+    """silu(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202) into the first n columns of `out`, which is returned.
+
+    `gate_up` is gate and up side by side: (tokens, 2 n).
+    """
     if gate_up.is_cuda:
         from job.model.fused import gate_kernels
 
@@ -117,7 +127,10 @@ def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = No
 
 
 def gated_backward_(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
-    """silu(gate) · up once more, (tokens, n); `gate_up` is overwritten by its gradient, which `rounded` gets as well."""
+    """Overwrite `gate_up_` (tokens, 2 n) with its gradient, and return silu(gate) · up again: (tokens, n).
+
+    `gradient` (tokens, n) is that of `gated`'s result. `rounded` receives the gradient of `gate_up_`.
+    """
     if gate_up_.is_cuda:
         from job.model.fused import gate_kernels
 
@@ -132,7 +145,7 @@ def gated_backward_(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rou
 
 
 def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`gated`, and the product of its result with `a`ᵀ, (tokens, ranks), for `a` (ranks, n)."""
+    """`gated`, returning the product of its result and `a`ᵀ: (tokens, ranks) for `a` (ranks, n)."""
     if gate_up.is_cuda:
         from job.model.fused import gate_kernels
 
@@ -142,8 +155,11 @@ def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> t
 
 
 class Beside(NamedTuple):
-    """What the gate's gradient is multiplied with for the gradients of the adapters around it, (tokens, ranks) each, None where
-    there is no adapter: the gradient of `down`'s narrow product, and the narrow products of gate and up, with their scales."""
+    """The factors that turn the gate's gradients into those of the adapters around it, (tokens, ranks) each.
+
+    They are the gradient of `down`'s narrow product, and the narrow products of gate and up with their LoRA scales.
+    None stands for a missing adapter.
+    """
 
     of_down: torch.Tensor | None
     gate: torch.Tensor | None
@@ -152,7 +168,7 @@ class Beside(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """The gradients of `down`'s A, (ranks, n), and of the gate's B and up's B, (n, ranks) each, scaled; None where there is none."""
+    """The gradients of `down`'s A (ranks, n), and of gate's and up's B, scaled, (n, ranks) each. None if unadapted."""
 
     of_down: torch.Tensor | None
     of_gate: torch.Tensor | None
@@ -160,7 +176,7 @@ class Adapted(NamedTuple):
 
 
 def gated_backward_adapted_(gradient: torch.Tensor, gate_up_: torch.Tensor, beside: Beside) -> Adapted:
-    """`gated_backward_`, whose result and gradients are multiplied here with what lies `beside` them, and not returned."""
+    """`gated_backward_`, returning the adapters' gradients instead of silu(gate) · up, which is not stored."""
     if gate_up_.is_cuda:
         from job.model.fused import gate_kernels
 
@@ -178,9 +194,12 @@ def gated_backward_adapted_(gradient: torch.Tensor, gate_up_: torch.Tensor, besi
 def dropout_(
     x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to_: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`x` with each value dropped at `probability`, the others scaled up; the same ones again for the same `seed`, so that
-    nothing has to be kept for the backward pass, which is this very function of the gradient. Rows are counted from
-    `first_row`: a part of a batch loses what it would lose within the whole. The sum with `add_to` is written there."""
+    """`x` with each value dropped with `probability`, and the others scaled up.
+
+    The same `seed` drops the same values, so no mask is kept: the backward pass is this function applied to the
+    gradient. Rows are counted from `first_row`, so a micro-batch drops what it would drop within the whole batch. If
+    `add_to_` is given, the result is added to it in place.
+    """
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -193,7 +212,7 @@ def dropout_(
 
 
 def quantize_rows(x: torch.Tensor) -> Rounded:
-    """Each row in 8-bit floats, its largest value at their largest, 448."""
+    """Round each row to 8-bit floats, scaled so that its largest value becomes 448, the largest of e4m3."""
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -204,8 +223,11 @@ def quantize_rows(x: torch.Tensor) -> Rounded:
 
 
 def label_log_probs_(logits_: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row of `logits`, (tokens, vocabulary), the label's log-probability and the entropy, float32 in nats, and
-    whether the label is the likeliest. The logits are overwritten by the log-probability's gradient, onehot - p."""
+    """The label's log-probability, the entropy, and whether the label is the most likely token: (tokens) each.
+
+    The first two are float32, in nats. `logits_` (tokens, vocabulary) is overwritten by the log-probability's gradient,
+    onehot - p.
+    """
     if logits_.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -218,8 +240,11 @@ def label_log_probs_(logits_: torch.Tensor, labels: torch.Tensor) -> tuple[torch
 
 
 def dequantize(weights: Sequence[bnb.nn.Params4bit], outs: Sequence[torch.Tensor]) -> None:
-    """The values of 4-bit weights, as bitsandbytes makes them, into `outs`, (outputs, inputs) each, whose rows may lie apart;
-    the weights have as many inputs and are quantised alike, and `outs` are parts of one matrix."""
+    """Write the values of 4-bit weights to `outs`, (outputs, inputs) each, exactly as bitsandbytes dequantizes them.
+
+    The weights must have the same number of inputs and the same quantization. `outs` are views of one matrix, whose
+    rows may be longer.
+    """
     if outs[0].is_cuda:
         from job.model.fused import triton_kernels
 
@@ -230,8 +255,10 @@ def dequantize(weights: Sequence[bnb.nn.Params4bit], outs: Sequence[torch.Tensor
 
 
 def place(values: torch.Tensor, out: torch.Tensor, factors: torch.Tensor | None = None) -> None:
-    """`values`, (rows, columns), into `out`; the rows of both may lie apart, and the types differ. With `factors`, (rows, 1)
-    in float32, each row times its own."""
+    """Copy `values` (rows, columns) to `out`. Their types and strides may differ.
+
+    If `factors`, (rows, 1) in float32, are given, each row is multiplied by its own.
+    """
     if out.is_cuda:
         from job.model.fused import triton_kernels
 
@@ -241,7 +268,7 @@ def place(values: torch.Tensor, out: torch.Tensor, factors: torch.Tensor | None 
 
 
 def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scales: Sequence[float]) -> None:
-    """Each of `values`, contiguous and all of one type, times its scale into its `out`, as `place` does, in few launches."""
+    """`place` for many matrices in one launch, each times its scale. `values` must be contiguous and of one type."""
     if outs[0].is_cuda:
         from job.model.fused import triton_kernels
 
@@ -252,8 +279,10 @@ def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scal
 
 
 def eight_bit_product(x: Rounded, weight: Rounded, dtype: torch.dtype, *, fast: bool) -> torch.Tensor:
-    """x times the transpose of a weight, (outputs, inputs). `fast` sums up in fewer digits than float32, which forward
-    products stand and gradients do less."""
+    """x times the transpose of a weight (outputs, inputs): (tokens, outputs) in `dtype`.
+
+    `fast` accumulates with fewer digits than float32. Forward products tolerate that better than gradients.
+    """
     if not x.values.is_cuda:
         return ((x.values.float() * x.scales) @ (weight.values.float() * weight.scales).T).to(dtype)
     return torch._scaled_mm(

@@ -1,8 +1,8 @@
-"""Linear layers that multiply the same input, as one product: their frozen weights and the adapters beside them.
+"""Linear layers with the same input, computed as one product: their frozen weights together with their adapters.
 
-y_i = x W_iᵀ + s_i · dropout(x) A_iᵀ B_iᵀ (Hu et al. 2021, arXiv:2106.09685). Of several layers, the weights W lie one above
-the other, and so do the A; the s B lie in blocks on a diagonal, b (all outputs, all ranks). So each of the formula's
-products, and of its gradients', is one for all layers.
+y_i = x W_iᵀ + s_i · dropout(x) A_iᵀ B_iᵀ (Hu et al. 2021, arXiv:2106.09685). The weights W of several layers are
+stacked, and so are the A. The s B are the blocks of a block-diagonal matrix b (all outputs, all ranks). So each product
+of the formula, and of its gradients, is computed once for all layers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from job.model.fused.workspace import Workspace
 from job.model.merge import ADAPTER
 from job.model.patches import Patches
 
-Draw = tuple[int, int]  # what dropout draws from: a seed, and where in the batch the tokens begin
+Draw = tuple[int, int]  # dropout's seed, and the tokens' place in the batch
 
 
 @dataclass(frozen=True)
 class Normed:
-    """A norm's result, which is not kept: `x` (tokens, width), times `inverse` (tokens, 1), times `weight` (width)."""
+    """A norm's result that is not stored: `x` (tokens, width) · `inverse` (tokens, 1) · `weight` (width)."""
 
     x: torch.Tensor
     inverse: torch.Tensor
@@ -35,14 +35,17 @@ class Normed:
     epsilon: float
 
     def values(self) -> torch.Tensor:
-        """The result once more."""
+        """Compute the norm's result again: (tokens, width)."""
         out = torch.empty_like(self.x)
         pointwise.rms_norm_(self.x, self.weight, self.epsilon, out)
         return out
 
     def products(self, other: torch.Tensor) -> torch.Tensor:
-        """otherᵀ (tokens, ranks) times the result: a row's factor goes to the narrow side, a column's to the small sum."""
-        if self.x.dtype == torch.float16:  # whose range the factor may leave
+        """otherᵀ · result, (ranks, width), for `other` (tokens, ranks).
+
+        `inverse` scales the narrow `other` and `weight` the small sum, so the wide result is never computed.
+        """
+        if self.x.dtype == torch.float16:  # the factor may overflow its range
             return other.T @ self.values()
         scaled = other.new_empty(other.shape)
         pointwise.place(other, scaled, self.inverse)
@@ -50,10 +53,10 @@ class Normed:
 
 
 class Products:
-    """Linear layers with one input. `layers` are peft's wrappers where they have an adapter, and plain layers where not.
+    """Linear layers with the same input. `layers` are peft's wrappers if they have an adapter, else plain layers.
 
-    Inputs and gradients of outputs are given in tensors of `new_input` and `new_output`, which have room for a border; in
-    them an input lies in the columns of `inner`, and a gradient in the first.
+    Inputs are passed in tensors of `new_input`, and gradients of outputs in tensors of `new_output`. Both have room for
+    a border. An input is in the columns that `inner` returns, a gradient in the first columns.
     """
 
     def __init__(
@@ -78,39 +81,41 @@ class Products:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What is trained, A before B, layer by layer."""
+        """The trained parameters layer by layer, A before B."""
         return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
 
     @property
     def border(self) -> int:
-        """Columns that inputs and outputs have beside their own."""
+        """The number of extra columns of inputs and outputs."""
         return self._frozen.border
 
     def new_input(self, like: torch.Tensor) -> torch.Tensor:
-        """(tokens of `like`, inputs and border), for x in the columns of `inner`."""
+        """An empty tensor for x, (tokens of `like`, inputs + border). Write x to its `inner` columns."""
         return like.new_empty(like.shape[0], self._inputs + self._frozen.border)
 
     def inner(self, wide: torch.Tensor) -> torch.Tensor:
-        """The input's own columns."""
+        """The columns of `wide` that hold x itself: (tokens, inputs)."""
         return wide[:, self._frozen.before : self._frozen.before + self._inputs]
 
     def new_output(self, like: torch.Tensor) -> torch.Tensor:
-        """(tokens of `like`, all outputs and border), for y or its gradient in its first columns."""
+        """An empty tensor for y or its gradient in its first columns: (tokens of `like`, all outputs + border)."""
         return like.new_empty(like.shape[0], self._outputs + self._frozen.border)
 
     def rounded_input(self, like: torch.Tensor) -> Rounded | None:
-        """Where `forward_` wants its input in 8 bits as well, if it does."""
+        """An empty `Rounded` for the input, if `forward_` also takes it in 8 bits. None otherwise."""
         return self._frozen.new_rounded(like, self._inputs)
 
     def rounded_output(self, like: torch.Tensor) -> Rounded | None:
-        """Where `input_gradient_` wants the outputs' gradient in 8 bits as well, if it does."""
+        """An empty `Rounded` for the gradient of y, if `input_gradient_` also takes it in 8 bits. None otherwise."""
         return self._frozen.new_rounded(like, self._outputs)
 
     def forward_(
         self, x_: torch.Tensor, seeds: Sequence[Draw], *, room: bool = False, rounded: Rounded | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """y (tokens, all outputs), with `room` for the border beside it; and for the gradients dropout(x) Aᵀ (tokens, all
-        ranks), if anything is trained."""
+        """Return y (tokens, all outputs) and, for the gradients, dropout(x) Aᵀ (tokens, all ranks) or None.
+
+        `x_` is a tensor of `new_input`; its border is overwritten. With `room`, y is returned with its border.
+        """
         self._frozen.refresh(self.adapters)
         narrow = self._narrow(x_, seeds)
         if not (room and self._frozen.border):
@@ -120,7 +125,7 @@ class Products:
         return whole, narrow
 
     def forward_gated(self, gate_up: torch.Tensor, seeds: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`forward_` of x = silu(gate) · up, of gates and values side by side."""
+        """`forward_` of x = silu(gate) · up, for gate and up side by side: (tokens, 2 · inputs)."""
         x, rounded = self.new_input(gate_up), self._frozen.new_rounded(gate_up, self._inputs)
         if rounded is not None or self.drops or not self.adapters:
             pointwise.gated(gate_up, self.inner(x), rounded)
@@ -130,7 +135,7 @@ class Products:
         return self._frozen.product_(x, narrow, None, None), narrow
 
     def _narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
-        """dropout(x) Aᵀ."""
+        """dropout(x) Aᵀ: (tokens, all ranks)."""
         if not self.adapters:
             return None
         x = self.inner(x)
@@ -145,7 +150,10 @@ class Products:
     def input_gradient_(
         self, of_y_: torch.Tensor, seeds: Sequence[Draw], *, wanted: bool = True, rounded: Rounded | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradient of x, if it is `wanted`, else nothing of any use; and that of dropout(x) Aᵀ."""
+        """The gradients of x (tokens, inputs) and of dropout(x) Aᵀ (tokens, all ranks).
+
+        `of_y_` is a tensor of `new_output`; its border is overwritten. Ignore the first result unless it was `wanted`.
+        """
         if isinstance(self._frozen, FourBit):
             self._frozen.refresh(self.adapters)
         of_narrow = self._frozen.narrow_gradient_(of_y_) if self.adapters else None
@@ -162,7 +170,7 @@ class Products:
     def of_a(
         self, of_narrow: torch.Tensor | None, x: torch.Tensor | Normed, seeds: Sequence[Draw]
     ) -> list[torch.Tensor]:
-        """The gradients of the A, adapter by adapter."""
+        """The gradients of the A, adapter by adapter: (rank, inputs) each."""
         if of_narrow is None:
             return []
         if not self.drops:
@@ -175,7 +183,7 @@ class Products:
         ]
 
     def of_b(self, of_y: torch.Tensor, narrow: torch.Tensor | None) -> list[torch.Tensor]:
-        """The gradients of the B, adapter by adapter."""
+        """The gradients of the B, adapter by adapter: (outputs, rank) each."""
         if narrow is None:
             return []
         found = []
@@ -186,7 +194,7 @@ class Products:
         return found
 
     def in_order(self, of_a: Sequence[torch.Tensor], of_b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The gradients of `parameters`, in their types."""
+        """The gradients in the order and types of `parameters`."""
         both = [part for pair in zip(of_a, of_b, strict=True) for part in pair]
         return [gradient.to(parameter.dtype) for gradient, parameter in zip(both, self.parameters, strict=True)]
 
@@ -196,7 +204,7 @@ class Products:
 
 
 def base_of(layer: torch.nn.Module) -> Any:
-    """The frozen linear layer, which peft's wrapper has inside."""
+    """The frozen linear layer inside peft's wrapper, or the layer itself if it is not wrapped."""
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 

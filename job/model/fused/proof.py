@@ -1,7 +1,7 @@
-"""Whether the fused layers give, on this very machine, what the model's own layers give.
+"""The check that the fused layers give what the model's own layers give, on this very machine.
 
-Kernels are compiled anew for each card, compiler and driver. A layer is computed both ways on a few tokens before hours are
-spent on its gradients.
+Kernels are compiled again for each card, compiler and driver. So one layer is computed both ways on a few tokens before
+hours are spent on its gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MANY = (MANY_TOKENS // 2, MANY_TOKENS // 2 - 100, 100)
 
 @dataclass(frozen=True)
 class Sample:
-    """What one layer made of some tokens: its output and the gradients, less what only passed through."""
+    """One layer's output and gradients for some tokens, without the residual that only passed through."""
 
     change: torch.Tensor
     of_input: torch.Tensor
@@ -33,7 +33,7 @@ class Sample:
         return all(bool(part.isfinite().all()) for part in self._parts())
 
     def differs(self, other: Sample) -> float:
-        """The largest relative difference, ‖a - b‖ / ‖b‖, of output, input's gradient and each adapter's gradients."""
+        """The largest relative difference ‖a - b‖ / ‖b‖ among output, input's gradient and each adapter's gradients."""
         pairs = zip(self._parts(), other._parts(), strict=True)
         return max(float((one - two).norm() / two.norm().clamp(min=1e-20)) for one, two in pairs)
 
@@ -42,7 +42,7 @@ class Sample:
 
 
 def sample(model: PeftModel, lengths: Sequence[int] = FEW, *, with_dropout: bool = False) -> Sample:
-    """Compute the first layer for rows of these lengths, as it is computed now; no gradient is kept."""
+    """Compute the first layer, as it is now, on random rows of these lengths. The model stays unchanged."""
     base: Any = model.get_base_model().base_model
     layer, device = base.layers[0], base.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def sample(model: PeftModel, lengths: Sequence[int] = FEW, *, with_dropout: bool
     layer.train(with_dropout)
     weights = [parameter.detach().clone() for parameter in trained]
     try:
-        with torch.no_grad():  # as they begin, the B are zero, and so would be what the A get
+        with torch.no_grad():  # B starts at zero, and then the gradients of A would be zero too
             for parameter in trained:
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
         with torch.autocast(x.device.type, enabled=False):

@@ -1,5 +1,8 @@
-"""The kernels behind `pointwise`: products are PyTorch's, what lies between them is limited by memory, and passes over it
-once. All arithmetic is in float32; results are rounded where the plain versions round.
+"""The kernels of `pointwise`, except the gate's. Memory traffic limits them, so each reads and writes values once.
+
+All arithmetic is in float32, and results are rounded where the plain versions round. The comment above each kernel
+gives the shapes of its tensors, what one program does, and the reasons for its tricks. Strides are between rows. Where
+no stride is passed, rows are contiguous.
 """
 
 from __future__ import annotations
@@ -16,15 +19,19 @@ from job.model.fused.launch import Kernel, cdiv, next_power_of_2
 from job.model.fused.rounding import Rounded
 
 _BLOCK = 2048
-_HEADS = 8  # rotated by one program
+_HEADS = 8  # heads that one program rotates
 
 
 @triton.jit
 def scale_of(largest):
-    """Of a row whose largest value becomes the largest that 8 bits hold."""
+    """The scale of a row, which maps its largest value to 448, the largest of e4m3."""
     return tl.maximum(largest, 1e-12) / 448.0
 
 
+# x, add (rows, columns); weight (columns); out (rows, ≥ columns); inverses, scales (rows, 1) float32; rounded (rows,
+# columns). Writes out and inverses, with ADD x (the sum of x and add), with ROUND rounded and scales.
+# One program normalizes one row. It holds the row in registers, so the mean of squares, the norm, the largest value and
+# the rounding need no second read. The residual sum is computed here because its result is loaded anyway.
 @Kernel
 @triton.jit
 def _rms_norm_kernel(
@@ -44,7 +51,7 @@ def _rms_norm_kernel(
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
     tl.store(inverses + row, inverse)
     by = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
-    normalised = (wide * inverse).to(values.dtype).to(tl.float32)  # rounded here, as the plain version has it
+    normalised = (wide * inverse).to(values.dtype).to(tl.float32)  # rounded here, as in the plain version
     result = (normalised * by).to(values.dtype)
     tl.store(out + row * out_stride + offsets, result, mask=inside)
     if ROUND:
@@ -53,6 +60,10 @@ def _rms_norm_kernel(
         tl.store(rounded + row * columns + offsets, (result.to(tl.float32) / scale).to(tl.float8e4nv), mask=inside)
 
 
+# gradient, x (rows, columns); weight (columns); residual, out (rows, ≥ columns); rounded (rows, columns); scales (rows,
+# 1). Writes out, with ROUND rounded and scales. Reads residual only with ADD.
+# One program computes one row, held in registers. It recomputes the row's factor, since x is needed anyway. The
+# residual's gradient is added here, which saves a pass over both.
 @Kernel
 @triton.jit
 def _rms_norm_backward_kernel(
@@ -79,6 +90,9 @@ def _rms_norm_backward_kernel(
         tl.store(rounded + row * columns + offsets, (result.to(tl.float32) / scale).to(tl.float8e4nv), mask=inside)
 
 
+# heads, out (tokens, count, 2 · half); cos, sin (tokens, 2 · half). Writes out, which may be heads.
+# One program rotates HEADS heads of one token, so that the token's angles are loaded once for all of them. Both halves
+# of a head are loaded before either is stored, which makes the rotation in place safe.
 @Kernel
 @triton.jit
 def _rotate_kernel(
@@ -103,6 +117,11 @@ def _rotate_kernel(
     tl.store(to + half, (second * cos_second + first * sin_second).to(kind), mask=inside)
 
 
+# query (tokens, heads, 2 · half); key, value (tokens, shared, 2 · half), all gradients; cos, sin (tokens, 2 · half);
+# out (tokens, ≥ (heads + 2 · shared) · 2 · half). Writes out: queries, keys and values side by side.
+# One program handles HEADS of the heads + 2 · shared heads of one token. Each row is a head of one of the three
+# tensors. The other loads are masked and give zero, so a sum selects the right one. Values are only copied. One kernel
+# instead of two rotations and a copy: each gradient is read and written once, right where the next product needs it.
 @Kernel
 @triton.jit
 def _rotate_back_kernel(
@@ -138,6 +157,7 @@ def _rotate_back_kernel(
 
 @triton.jit
 def _drop(x, out, offsets, columns, drawn, probability, ADD: tl.constexpr):
+    """Drop and scale the values at `offsets`; with ADD, add them to `out`."""
     inside = offsets < columns
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     dropped = tl.where(drawn >= probability, values / (1 - probability), 0.0)
@@ -146,10 +166,14 @@ def _drop(x, out, offsets, columns, drawn, probability, ADD: tl.constexpr):
     tl.store(out + offsets, dropped.to(out.dtype.element_ty), mask=inside)
 
 
+# x (rows, columns) with a stride; out (rows, columns) contiguous. Writes out, with ADD the sum with its old values.
+# One program drops 4 · PART columns of one row. Philox is a function of seed and counter, so the same seed and place in
+# the batch give the same mask, and none is stored. It draws four numbers at once and takes longer than the memory
+# traffic, so each of the four serves another PART of the columns. seed and first_row change all the time: specializing
+# on them would compile the kernel again and again.
 @Kernel
 @triton.jit(do_not_specialize=["seed", "first_row"])
 def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, ADD: tl.constexpr, PART: tl.constexpr):
-    # Philox draws four numbers at once, and takes longer than the memory: each is for another part of the columns
     row, block = tl.program_id(0), tl.program_id(1)
     places = tl.arange(0, PART)
     first, second, third, fourth = tl.rand4x(seed, ((first_row + row) * tl.num_programs(1) + block) * PART + places)
@@ -161,6 +185,9 @@ def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, ADD: 
     _drop(x, out, offsets + 3 * PART, columns, fourth, probability, ADD)
 
 
+# x, out (rows, columns); scales (rows, 1) float32. Writes out in e4m3, and scales.
+# One program rounds one row, which it holds in registers: the scale is known only after the last value, and nothing is
+# read twice.
 @Kernel
 @triton.jit
 def _quantize_kernel(x, out, scales, columns, BLOCK: tl.constexpr):
@@ -173,6 +200,12 @@ def _quantize_kernel(x, out, scales, columns, BLOCK: tl.constexpr):
     tl.store(out + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
 
 
+# logits (rows, vocabulary); labels, log_probs, entropies, first (rows). Writes the last three, and overwrites logits
+# with the gradient of the log-probability, onehot - p.
+# One program handles one row, too long for registers, in blocks. The first pass keeps a running maximum and rescales
+# its sums when that rises (online softmax), so it reads the logits once, not three times. It also sums exp(logit) ·
+# logit, since the entropy is log Σ exp(logit) - Σ p · logit. The second pass writes the gradient in place: no second
+# tensor of this size.
 @Kernel
 @triton.jit
 def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns, BLOCK: tl.constexpr):
@@ -208,13 +241,19 @@ def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns
 _WEIGHT = tl.constexpr(8)  # numbers that describe a 4-bit weight
 
 
+# weights (count, 8) int64, per weight: the addresses of its packed bytes, scales, code of the scales, scales of the
+# scales, their offset, its 16 codes and its rows of the output, and the number of rows. like: any tensor of the
+# output's type. Writes (rows, columns) per weight, with out_stride. A scale serves GROUP values. SCALES is 0 if scales
+# are float32, or the number of 8-bit scales that share a scale (nested quantization).
+# One program dequantizes 2 · BLOCK columns of one row of the weight with its number in the grid. A table of addresses
+# lets one launch serve all weights of a product. Each byte holds two values: they are interleaved so that stores are
+# contiguous. Rows go straight into the wider bordered matrix, whereas bitsandbytes' own kernel writes contiguous
+# matrices only.
 @Kernel
 @triton.jit
 def _dequantize_kernel(
     weights, like, columns, out_stride, GROUP: tl.constexpr, SCALES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One of several weights by its number in the grid. Scales are in 8 bits themselves if `SCALES` is not 0 but the number
-    of them that share a scale."""
     row = tl.program_id(0).to(tl.int64)
     weight = weights + tl.program_id(2) * _WEIGHT
     if row < tl.load(weight + 7):
@@ -242,10 +281,14 @@ def _dequantize_kernel(
 _COPY = tl.constexpr(5)  # numbers that describe a copy
 
 
+# copies (count, 5) int64, per copy: the addresses of source and destination, columns, rows, and the destination's
+# stride. scales (count) float32. like_values, like_out: any tensors of the sources' and the destinations' type.
+# One program copies BLOCK consecutive values of the copy with its number in the grid, times its scale. A table of
+# addresses lets one launch copy all adapters of a product, since launches cost the host more than these small copies
+# cost the GPU.
 @Kernel
 @triton.jit
 def _place_all_kernel(copies, scales, like_values, like_out, BLOCK: tl.constexpr):
-    """One of several copies by its number in the grid."""
     copy = copies + tl.program_id(1) * _COPY
     columns, rows, out_stride = tl.load(copy + 2), tl.load(copy + 3), tl.load(copy + 4)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -256,6 +299,8 @@ def _place_all_kernel(copies, scales, like_values, like_out, BLOCK: tl.constexpr
     tl.store(to, found.to(like_out.dtype.element_ty), mask=inside)
 
 
+# values (rows, columns), factors (rows, 1) float32, out (rows, ≥ columns). Writes out. Reads factors only with TIMES.
+# One program copies a tile of ROWS × BLOCK values. They are 4,096 whatever the shape, since borders have few columns.
 @Kernel
 @triton.jit
 def _place_kernel(
@@ -282,8 +327,8 @@ def rms_norm_(
     inverses = torch.empty(rows, 1, device=x_.device, dtype=torch.float32)
     if rows:
         _rms_norm_kernel[(rows,)](
-            x_, x_ if add is None else add, weight, out, inverses, *(rounded or (x_, x_)), columns, out.stride(0), epsilon,
-            **_one_row(columns), ADD=add is not None, ROUND=rounded is not None,
+            x_, x_ if add is None else add, weight, out, inverses, *(rounded or (x_, x_)), columns, out.stride(0),
+            epsilon, **_one_row(columns), ADD=add is not None, ROUND=rounded is not None,
         )  # fmt: skip
     return inverses
 
@@ -332,7 +377,7 @@ def dropout_(
     rows, columns = x.shape
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype) if add_to_ is None else add_to_
     assert out.is_contiguous()
-    part = min(1024, next_power_of_2(cdiv(columns, 4)))  # what is dropped follows from it
+    part = min(1024, next_power_of_2(cdiv(columns, 4)))  # it determines which values are dropped
     grid = (rows, cdiv(columns, 4 * part))
     _dropout_kernel[grid](
         x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to_ is not None, PART=part
@@ -369,7 +414,7 @@ def dequantize(weights: Sequence[bnb.nn.Params4bit], outs: Sequence[torch.Tensor
     _dequantize_kernel[grid](
         _numbers(outs[0].device, *described), outs[0], columns, outs[0].stride(0), GROUP=state.blocksize,
         SCALES=state.state2.blocksize if state.nested else 0, BLOCK=_BLOCK // 2,
-        enable_fp_fusion=False,  # a scale's product and sum are rounded one by one, as bitsandbytes does
+        enable_fp_fusion=False,  # a scale's product and sum are rounded separately, as in bitsandbytes
     )  # fmt: skip
 
 
@@ -385,7 +430,7 @@ def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scal
 
 @functools.lru_cache(maxsize=4096, typed=True)
 def _numbers(device: torch.device, *values: float) -> torch.Tensor:
-    """Addresses and shapes, which stay the same from step to step, or factors; on the GPU."""
+    """Addresses and shapes, or factors, as a tensor on the GPU. Cached, since they stay the same from step to step."""
     whole = isinstance(values[0], int)
     return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
 

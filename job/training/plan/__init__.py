@@ -1,1 +1,1 @@
-"""How training steps are computed, and why: the load, the candidates, the choice."""
+"""The plan of how training steps are computed: the load, the candidates, and the choice among them."""

@@ -1,9 +1,9 @@
-"""How to compute a training step on a card: predicted memory and time of each plan, and the fastest that fits.
+"""The candidate plans for computing a training step on a card, with their predicted memory and time.
 
-A plan changes where numbers are kept and how many tokens are computed at once, never what a step computes: the batch, the
-loss and the gradients are those of the settings. The predictions are for the fused layers of `model/fused`, and count
-what those keep. It imports no torch, so that `entrypoint.py plan`
-answers at once and without a GPU.
+A plan decides where numbers are kept and how many tokens are computed at once. It never changes what a step computes:
+the batch, the loss and the gradients are those of the settings. The predictions are for the fused layers in
+`model/fused` and count what those keep. This file does not import torch, so `entrypoint.py plan` answers immediately
+and without a GPU.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from job.training.plan.load import Load, Shape
 
 Weights = Literal["4-bit", "resident", "fp8"]
 
-_HEAD_TOKENS = 4096  # whose logits exist at once
+_HEAD_TOKENS = 4096  # tokens whose logits exist at once
 _ELEMENT = 2  # bytes of a 16-bit number
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to compute a step. `recomputed` layers keep little more than their input for the backward pass; no more than
-    `micro_batch_tokens` are computed at once, if their rows are no longer. Bytes and seconds of a batch are predictions."""
+    """One way to compute a step.
+
+    `recomputed` layers keep little more than their input for the backward pass (gradient checkpointing). At most
+    `micro_batch_tokens` are computed at once, unless a single row is longer. A batch is computed in `parts`. Its bytes
+    and seconds are predictions.
+    """
 
     weights: Weights
     recomputed: int
@@ -38,13 +42,13 @@ class Plan:
     seconds: float = 0.0
 
     def described(self, layers: int) -> str:
-        held = {"4-bit": "4-bit weights", "resident": "weights resident in 16 bits", "fp8": "weights in 8-bit floats"}
-        recomputed = f"{self.recomputed} of {layers} layers recomputed"
+        held = {"4-bit": "4-bit weights", "resident": "weights dequantized to 16 bits", "fp8": "8-bit float weights"}
+        recomputed = f"gradient checkpointing in {self.recomputed} of {layers} layers"
         return f"{held[self.weights]}, {recomputed}, at most {self.micro_batch_tokens:,} tokens at once"
 
 
 def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[Plan]:
-    """Every plan that the settings leave open, with what it is predicted to need."""
+    """Every plan that the settings allow, with its predicted memory and time."""
     for weights in _weights(settings):
         for parts in _parts(load, settings):
             tokens = max(math.ceil(load.largest_batch / parts), min(load.longest_row, load.largest_batch))
@@ -88,12 +92,12 @@ def _parts(load: Load, settings: Settings) -> tuple[int, ...]:
 
 
 def predicted_bytes(shape: Shape, plan: Plan, settings: Settings) -> float:
-    """The most that torch will have allocated; a paged optimizer's state, which makes room for others, is not in it."""
+    """Predict torch's peak of allocated memory, without a paged optimizer's state, which makes room for others."""
     return weight_bytes(shape, plan.weights, settings) + _activation_bytes(shape, plan)
 
 
 def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
-    """Frozen weights, adapter, its gradients and the optimizer's state."""
+    """The bytes of frozen weights, adapter, gradients and optimizer state."""
     bordered = sum((outputs + rank) * (inputs + rank) for inputs, outputs, rank in shape.groups) * _ELEMENT
     if weights == "resident":
         frozen: float = shape.layers * bordered
@@ -130,17 +134,18 @@ def _activation_bytes(shape: Shape, plan: Plan) -> float:
 
 # -- time -------------------------------------------------------------------------------------------------------------
 
-_NARROW = 0.45  # of the rate of large products, for an adapter's
-_ATTENTION = 0.42
-_TRAFFIC = 0.9  # of the bandwidth
-_FP8 = 1.52  # times the 16-bit rate, rounding included
-# Seconds that a slow CPU needs to launch a layer's kernels, forward and backward, and what recomputing all adds to them
+_NARROW = 0.45  # an adapter's products, relative to the rate of large products
+_ATTENTION = 0.42  # attention, relative to the same
+_TRAFFIC = 0.9  # achieved fraction of the bandwidth
+_FP8 = 1.52  # 8-bit products, relative to the 16-bit rate, including the rounding
+# Seconds that a slow CPU needs to launch one layer's kernels, forward and backward, and the fraction that recomputing
+# adds
 _LAUNCH: dict[Weights, tuple[float, float]] = {"resident": (3e-3, 0.45), "4-bit": (3.3e-3, 0.5), "fp8": (3.7e-3, 0.5)}
-_RAMP_SECONDS = 0.2e-3  # that a layer's kernels lose together in coming up and running out
+_RAMP_SECONDS = 0.2e-3  # lost per layer because kernels ramp up and run out
 
 
 def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float:
-    """Of a batch's forward and backward pass, in the mean."""
+    """Predict the mean seconds of a batch's forward and backward pass."""
     rate, bandwidth = card.matmul_flops, card.bandwidth * _TRAFFIC
     again = plan.recomputed / shape.layers
     large = shape.layers * (
@@ -164,11 +169,11 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
     )
 
 
-_FEW = 8  # rows, of which a part holds whole ones; of more, the last one's part that does not fit is little
+_FEW = 8  # rows of a part, below which whole rows matter: with more, the last row that does not fit wastes little
 
 
 def _parts_of(tokens: float, plan: Plan, load: Load) -> int:
-    """In how many parts a batch is computed, of rows that are not cut."""
+    """The number of parts in which a batch is computed, since rows are never cut."""
     at_once = plan.micro_batch_tokens * load.rows / tokens + 1e-6
     if at_once < _FEW:
         at_once = max(1, int(at_once))

@@ -1,4 +1,4 @@
-"""The GPUs that people rent, by their data sheets."""
+"""The GPUs that people rent, with figures from their data sheets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU: bytes of memory, dense 16-bit tensor FLOP/s, bytes/s of memory traffic, and what part of the FLOP/s large
-    products reach for minutes, where power is the limit."""
+    """One GPU: bytes of memory, dense 16-bit tensor FLOP/s, memory bandwidth in bytes/s.
+
+    `sustained` is the fraction of the FLOP/s that large products reach for minutes, when power is the limit.
+    """
 
     name: str
     memory_bytes: int
@@ -30,7 +32,7 @@ def _card(name: str, gib: float, teraflops: float, gigabytes_per_second: float, 
     return Card(name, int(gib * GIB), teraflops * 1e12, gigabytes_per_second * 1e9, **more)  # type: ignore[arg-type]
 
 
-# Memory as the driver reports it. A name whose words are all in another's comes behind it.
+# Memory is as the driver reports it. A name that consists of some of another name's words comes after that one.
 CARDS = (
     _card("B200", 178, 2250, 8000, fp8=True),
     _card("GH200", 94, 989, 4000, fp8=True, sustained=0.7),
@@ -54,9 +56,12 @@ CARDS = (
 
 
 def card_named(name: str) -> Card | None:
-    """The card that a driver's or a user's name means: one with this very name, else the first whose words are all in it."""
+    """The card that a driver or a user calls `name`: the exact name, or else the first card whose words are all in it.
+
+    None for unlisted cards and for MIG slices.
+    """
     if "mig" in _words(name):
-        return None  # a slice of a card is no card
+        return None  # a slice of a card has other figures
     exact = next((card for card in CARDS if _joined(card.name) in (_joined(name), "rtx" + _joined(name))), None)
     return exact or next((card for card in CARDS if _words(card.name) <= _words(name)), None)
 

@@ -1,4 +1,4 @@
-"""The choice among the candidates: the fastest plan that fits, and the next smaller one where memory ran out all the same."""
+"""The choice among the candidates: the fastest plan that fits, and the next smaller one if memory still runs out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from job.training.plan.candidates import Plan, predicted_bytes
 from job.training.plan.cards import GIB
 from job.training.plan.load import Shape
 
-_RESERVE = 0.75 * GIB  # CUDA's own context, and blocks of the allocator that no tensor fits
+_RESERVE = 0.75 * GIB  # CUDA's context, and blocks of the allocator that fit no tensor
 _FRAGMENTS = 1.03
 
 
 def choose(candidates: list[Plan], free_bytes: float) -> Plan:
-    """The fastest that fits into `free_bytes`; if none does, the one that needs least."""
+    """The fastest plan that fits into `free_bytes`, or the one that needs the least memory if none fits."""
     fitting = [plan for plan in candidates if fits(plan, free_bytes)]
     if not fitting:
         return min(candidates, key=lambda plan: (plan.memory_bytes, plan.seconds))
@@ -26,7 +26,7 @@ def fits(plan: Plan, free_bytes: float) -> bool:
 
 
 def smaller_plan(plan: Plan, shape: Shape, settings: Settings) -> Plan | None:
-    """The next plan that needs less memory and can be taken up at once; None if there is none."""
+    """The next plan that needs less memory and can be used immediately. None if there is none."""
     if plan.recomputed < shape.layers:
         more = max(1, shape.layers // 4)
         smaller = replace(plan, recomputed=min(shape.layers, plan.recomputed + more))

@@ -1,6 +1,6 @@
 """What memory and time of a training step depend on: the model's shape with its adapters, and the batches of the data.
 
-It imports no torch, so that a plan is made at once and without a GPU.
+This file does not import torch, so planning is immediate and needs no GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama with LoRA, as far as memory and time depend on it."""
+    """The dimensions of a Llama with LoRA that memory and time depend on."""
 
     hidden: int
     intermediate: int
@@ -34,7 +34,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], settings: Settings) -> Shape | None:
-        """The shape in a model's config.json; None for a model that has no fused layers."""
+        """The shape from a model's config.json. None if the fused layers do not support the model."""
         if config.get("architectures") != ["LlamaForCausalLM"] or config.get("hidden_act", "silu") != "silu":
             return None
         if (
@@ -69,12 +69,12 @@ class Shape:
 
     @property
     def packed(self) -> int:
-        """Queries, keys and values of a token."""
+        """The width of a token's queries, keys and values together."""
         return self.query + 2 * self.shared_heads * self.head_dim
 
     @property
     def groups(self) -> tuple[tuple[int, int, int], ...]:
-        """Inputs, outputs and adapters' ranks of a layer's four products."""
+        """Inputs, outputs and total adapter rank of each of a layer's four products."""
         hidden, rank = self.hidden, {name: self.rank if name in self.targets else 0 for name in _LLAMA_TARGETS}
         return (
             (hidden, self.packed, rank["q_proj"] + rank["k_proj"] + rank["v_proj"]),
@@ -85,12 +85,12 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Frozen weights of a layer's products."""
+        """The number of frozen weights in a layer's products."""
         return sum(inputs * outputs for inputs, outputs, _ in self.groups)
 
     @property
     def layer_adapter(self) -> int:
-        """Trained weights of a layer."""
+        """The number of trained weights in a layer."""
         shared = self.shared_heads * self.head_dim
         outputs = {"q_proj": self.query, "k_proj": shared, "v_proj": shared, "o_proj": self.hidden,
                    "gate_proj": self.intermediate, "up_proj": self.intermediate, "down_proj": self.hidden}  # fmt: skip
@@ -100,20 +100,20 @@ class Shape:
 
 
 def obstacle(settings: Settings, shape: Shape | None) -> str | None:
-    """Why the fused layers, which alone are planned, cannot compute this run on any card; None if they can."""
+    """Why the fused layers cannot compute this run on any card, or None if they can. Only fused layers have plans."""
     if settings.decoder_layers in ("plain", "compiled"):
         return f"FT_DECODER_LAYERS={settings.decoder_layers}"
     if shape is None:
-        return "the model is no Llama without biases"
+        return "the model is not a Llama without biases"
     if settings.padding_free is False and not settings.packing:
         return "they need rows without padding (FT_PADDING_FREE)"
     if settings.sharding != "none":
-        return "they know no shards (FT_SHARDING)"
+        return "they do not support shards (FT_SHARDING)"
     if settings.device_map != "auto":
         return "they need the whole model on one GPU (FT_DEVICE_MAP)"
     extra = settings.extra_training_args
     if extra.get("loss_type") not in (None, "nll") or extra.get("label_smoothing_factor"):
-        return "they know one loss (FT_EXTRA_TRAINING_ARGS: loss_type, label_smoothing_factor)"
+        return "they support one loss only (FT_EXTRA_TRAINING_ARGS: loss_type, label_smoothing_factor)"
     if settings.device == "cuda" and settings.bnb_4bit_compute_dtype == "float32":
         return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
     return None
@@ -121,9 +121,12 @@ def obstacle(settings: Settings, shape: Shape | None) -> str | None:
 
 @dataclass(frozen=True)
 class Load:
-    """The batches of a run on one GPU. `batches` are the tokens of some that stand for all, of `rows` rows each, where attention
-    begins anew; `largest_batch` is the most that one can have, `longest_row` the longest row's, and `mean_context` the mean
-    length of the row that a token is in."""
+    """The batches of a run on one GPU.
+
+    `batches` are the tokens of some representative batches. Each has `rows` rows, and attention starts again at each
+    row. `largest_batch` is the most tokens that a batch can have, and `longest_row` the tokens of the longest row.
+    `mean_context` is the mean length of the row that a token is in.
+    """
 
     rows: int
     batches: tuple[float, ...]
@@ -150,12 +153,15 @@ class Load:
         *,
         grouped: bool = False,
     ) -> Load:
-        """`lengths` counts the documents of each length; packed ones fill `packed_rows` rows of `max_length`. `grouped` ones come
-        with those of like length."""
+        """The load of documents, of which `lengths` counts those of each length.
+
+        Packed documents fill `packed_rows` rows of `max_length`. `grouped` documents share batches with others of
+        similar length.
+        """
         tokens = sum(length * count for length, count in lengths.items())
         context = sum(length * length * count for length, count in lengths.items()) / tokens
         longest = max(lengths)
-        if packed_rows is not None:  # they may be cut where documents meet
+        if packed_rows is not None:  # packed rows may be cut between documents
             batch, documents = (batch_size * count / packed_rows for count in (tokens, sum(lengths.values())))
             return cls(max(1, round(documents)), (batch,), batch_size * max_length, longest, context)
         largest, missing = 0, batch_size
@@ -166,11 +172,11 @@ class Load:
         return cls(batch_size, batches, largest, longest, context)
 
 
-_BATCHES = 32  # that stand for all
+_BATCHES = 32  # batches that represent all
 
 
 def _batches(lengths: Mapping[int, int], batch_size: int, grouped: bool) -> tuple[float, ...]:
-    """Rows from the shortest to the longest, at even distances, in batches; their mean is that of all rows."""
+    """Tokens of representative batches: evenly spaced quantiles of the row lengths, scaled to the mean of all rows."""
     ordered = sorted(lengths)
     behind = list(itertools.accumulate(lengths[length] for length in ordered))
     rows = _BATCHES * batch_size
@@ -183,9 +189,9 @@ def _batches(lengths: Mapping[int, int], batch_size: int, grouped: bool) -> tupl
 
 
 def load_of(data_report: Mapping[str, Any], settings: Settings) -> Load:
-    """What prepared data means for one batch."""
+    """The load that the prepared data's report describes."""
     train, longest = data_report["train"], int(data_report["max_length"])
-    counted = train.get("lengths") or {longest: train["rows"]}  # a version before this one did not count
+    counted = train.get("lengths") or {longest: train["rows"]}  # earlier versions did not count lengths
     lengths = {int(length): count for length, count in counted.items()}
     batch_size = settings.per_device_train_batch_size
     return Load.of(lengths, batch_size, train.get("packed_rows"), longest, grouped=settings.group_by_length)

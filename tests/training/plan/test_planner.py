@@ -251,14 +251,14 @@ def test_the_plan_command_shows_what_a_named_card_would_do(job: Job) -> None:
     assert "A100-40GB, 39 GiB: how a batch of" in shown.stdout
     assert len([line for line in shown.stdout.splitlines() if line.startswith("→ ")]) == 1
     for settings, why in (
-        ({"FT_PLAN_GPU": "T4"}, "needs a GPU from Ampere on"),
+        ({"FT_PLAN_GPU": "T4"}, "needs an Ampere GPU or newer"),
         ({"FT_PLAN_GPU": "A100", "FT_FROZEN_PRECISION": "fp8", "FT_DEVICE": "cuda"}, "no 8-bit floats"),
         ({"FT_PLAN_GPU": "A100", "FT_DECODER_LAYERS": "plain"}, "FT_DECODER_LAYERS=plain"),
         ({"FT_PLAN_GPU": "A100", "FT_PADDING_FREE": "false"}, "rows without padding"),
     ):
         assert why in job.run("plan", **settings).stdout
     too_small = job.run("plan", FT_PLAN_GPU="A100-40GB", FT_GPU_MEMORY_GIB="0.1").stdout
-    assert "None fits: unset FT_GPU_MEMORY_GIB." in too_small
+    assert "None of them fits: unset FT_GPU_MEMORY_GIB." in too_small
     assert not [line for line in too_small.splitlines() if line.startswith("→")]
     refused = job.run("plan", FT_PLAN_GPU="A1000")
     assert refused.code == 78

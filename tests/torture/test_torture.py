@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_a_few_kills_at_random_points_leave_no_trace_in_the_result() -> None:
     command = [sys.executable, "-m", "tests.torture", "--kills", "4", "--seed", "9", "--jobs", "1", "--store", "folder"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=800)
