@@ -64,11 +64,11 @@ class JsonConsole:
 
     def stage_ended(self, record: StageRecord) -> None:
         message = f"Stage {record.stage}: {record.result} after {record.seconds:.1f} s."
-        self._write("info", {"event": "stage_ended", "message": message, **_as_fields(record)})
+        self._write("info", {"event": "stage_ended", **_as_fields(record), "message": message})
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
         message = f"{stage}: {_short(event['done'])} of {_short(event['total'])} {event['unit']}"
-        self._write("info", {"stage": stage, "message": message, **event})
+        self._write("info", {"stage": stage, **event, "message": message})
 
     def summary(self, records: list[StageRecord], closing: str, *, exit_code: int, reason: str) -> None:
         ended = {"event": "run_ended", "message": closing, "exit_code": exit_code, "reason": reason}
