@@ -17,6 +17,7 @@ from job.cluster import this_node
 from job.errors import InputError, SettingsError
 from job.local_files import missing_paths, unusable_files
 from job.settings import PREFIX, Settings, allowed_text, default_text, masked, secret_values, variable
+from job.storage import SCHEMES, scheme_of
 
 
 def load_settings() -> Settings:
@@ -141,8 +142,9 @@ def contradictions(settings: Settings) -> list[str]:
             problems.append(
                 f"FT_PUBLISH_TO={settings.publish_to!r} needs HF_TOKEN, a token with write access to the Hub."
             )
-    if settings.store_url and "://" in settings.store_url and not settings.store_url.startswith(("s3://", "file://")):
-        problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder or s3://bucket/prefix.")
+    if settings.store_url and scheme_of(settings.store_url) not in SCHEMES:
+        known = ", ".join(f"{scheme}://…" for scheme in SCHEMES if scheme)
+        problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder, or one of {known}.")
     return problems
 
 

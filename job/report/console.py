@@ -80,7 +80,7 @@ class JsonConsole:
         line = json.dumps(
             {"time": now(), "level": level, "run_id": self._run_id, **fields}, ensure_ascii=False, default=str
         )
-        with self._lock, contextlib.suppress(OSError):  # the reader may be gone, which is no reason to lose the work
+        with self._lock, contextlib.suppress(OSError):  # nobody may be reading any more; the work goes on
             self._stream.write(masked(line, self._secrets) + "\n")
             self._stream.flush()
 

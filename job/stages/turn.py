@@ -35,11 +35,11 @@ def await_turn(run: Run, *stages: str) -> None:
     if os.environ.get(STARTED_EARLY) != "1":
         return
     parent = int(os.environ.get("JOB_PARENT_PID") or os.getppid())
-    while not (begun := [when for stage, when in _given(run).items() if stage in stages]):
+    while not (started := [when for stage, when in _given(run).items() if stage in stages]):
         if os.getppid() != parent:
             sys.exit(ExitCode.TRY_AGAIN)
         time.sleep(_POLL_SECONDS)
-    os.environ["JOB_STAGE_BEGAN"] = str(max(begun))
+    os.environ["JOB_STAGE_BEGAN"] = str(max(started))
 
 
 def _given(run: Run) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Stores for checkpoints and results. To add one, write a file with these methods and add a line to `_SCHEMES`."""
+"""Stores for checkpoints and results. To add one, write a file with these methods and add a line to `SCHEMES`."""
 
 from __future__ import annotations
 
@@ -74,10 +74,14 @@ def _s3(url: str) -> Store:
     return S3Store(url)
 
 
-_SCHEMES: dict[str, Callable[[str], Store]] = {"": _local, "file": _local, "s3": _s3}
+SCHEMES: dict[str, Callable[[str], Store]] = {"": _local, "file": _local, "s3": _s3}
 
 
 def open_store(url: str) -> Store:
     """The store that `url` names. This touches neither disk nor network."""
-    scheme = urlsplit(url).scheme if "://" in url else ""
-    return _SCHEMES[scheme](url)
+    return SCHEMES[scheme_of(url)](url)
+
+
+def scheme_of(url: str) -> str:
+    """What is before `://`; empty for a plain path."""
+    return urlsplit(url).scheme if "://" in url else ""

@@ -33,11 +33,11 @@ class Ledger:
     def refuse_other_settings(self) -> None:
         """Raise SettingsError if the run was started with other settings. Writes nothing."""
         try:
-            begun = self._record()
+            first = self._record()
         except FileNotFoundError:
             return
         today, names = as_json(self._run.settings), self._run.settings.affecting("train")
-        before = {name: begun.get("settings", {}).get(name, default_value(name)) for name in names}
+        before = {name: first.get("settings", {}).get(name, default_value(name)) for name in names}
         differing = [name for name in names if before[name] != today[name]]
         if differing:
             lines = (f"  - {variable(name)}: was {before[name]!r}, is now {today[name]!r}" for name in differing)
@@ -172,8 +172,8 @@ class Ledger:
 
     def _compare(self, downloaded: manifest.Manifest, record: dict[str, Any]) -> None:
         files = {entry.path: entry.sha256 for entry in downloaded.files if entry.path != "sources.json"}
-        begun = record.setdefault("files", files)
-        differing = [name for name in sorted({*files, *begun}) if files.get(name) != begun.get(name)]
+        first = record.setdefault("files", files)
+        differing = [name for name in sorted({*files, *first}) if files.get(name) != first.get(name)]
         if differing:
             self._run.paths.marker_file("download").unlink(missing_ok=True)
             raise SettingsError(

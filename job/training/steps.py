@@ -28,7 +28,7 @@ class PlannedTrainer(SFTTrainer):
     def __init__(self, *args: Any, execution: Execution, **kwargs: Any) -> None:
         self.execution = execution
         self._total_train_tokens: Any = 0
-        self._step_begun = self._batches_of_step = -1
+        self._step_started = self._batches_of_step = -1
         super().__init__(*args, **kwargs)
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         switch_mode_only_if_another(self.model, execution.patches)
@@ -43,8 +43,8 @@ class PlannedTrainer(SFTTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        self._batches_of_step = self._batches_of_step + 1 if self.state.global_step == self._step_begun else 0
-        self._step_begun = self.state.global_step
+        self._batches_of_step = self._batches_of_step + 1 if self.state.global_step == self._step_started else 0
+        self._step_started = self.state.global_step
         if self.execution.plan is None:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
