@@ -20,7 +20,7 @@ LEVELS = (
     {"job.run"},
     {"job.environment"},
     {"job.storage"},
-    {"job.local_files", "job.trainer_arguments"},
+    {"job.local_files", "job.names", "job.trainer_arguments"},
     {"job.settings", "job.paths", "job.cluster"},
     {"job.errors", "job"},
 )
