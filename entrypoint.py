@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -20,9 +19,11 @@ from job import __version__
 from job.cluster import node_name, scheduler_run_id
 from job.environment import load_settings, settings_table
 from job.errors import ExitCode, JobError, SettingsError, from_os_error
+from job.escape import for_terminal, json_line
 from job.report.console import open_console
 from job.run import Run, now
-from job.settings import STAGE_NAMES, Settings, masked, secret_values
+from job.secrets import masked, masked_fields, secret_values
+from job.settings import STAGE_NAMES, Settings
 
 _VERSIONS_OF = (
     "torch",
@@ -172,11 +173,11 @@ def _report(error: JobError) -> int:
         "message": error.message,
         "hint": error.hint,
     }
-    line = masked(json.dumps(record, ensure_ascii=False), secrets)
+    line = json_line(masked_fields(record, secrets))
     as_text = os.environ.get("FT_LOG_FORMAT") == "text" or (
         os.environ.get("FT_LOG_FORMAT") != "json" and sys.stderr.isatty()
     )
-    print(masked(f"error: {error}", secrets) if as_text else line, file=sys.stderr, flush=True)
+    print(for_terminal(masked(f"error: {error}", secrets)) if as_text else line, file=sys.stderr, flush=True)
     _write_termination_message(line)
     return int(error.exit_code)
 

@@ -16,7 +16,8 @@ from job import trainer_arguments
 from job.cluster import this_node
 from job.errors import InputError, SettingsError
 from job.local_files import missing_paths, unusable_files
-from job.settings import PREFIX, Settings, allowed_text, default_text, masked, secret_values, variable
+from job.secrets import masked, secret_values
+from job.settings import PREFIX, Settings, allowed_text, default_text, variable
 from job.storage import SCHEMES, scheme_of
 
 

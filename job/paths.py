@@ -128,6 +128,11 @@ class Paths:
         return self.run_dir / "stop-request"
 
     @property
+    def meeting_file(self) -> Path:
+        """Where the ranks of one node meet; there only while they train."""
+        return self.run_dir / "ranks"
+
+    @property
     def kernels_dir(self) -> Path:
         """Triton's cache, shared by all runs below `output_dir`, unless TRITON_CACHE_DIR names another folder."""
         return self.output_dir / "cache" / "triton"

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import typing
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,16 +18,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "FT_"
 STAGE_NAMES = ("preflight", "download", "prepare", "train", "sample", "merge", "publish")
-
-# These names are fixed by the ecosystem. Their values are masked in everything the job writes.
-SECRET_VARIABLES = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "WANDB_API_KEY",
-)
 
 
 def _split(value: Any) -> Any:
@@ -410,20 +398,6 @@ def _since() -> dict[str, str | None]:
 def variable(field_name: str) -> str:
     """`lora_r` → `FT_LORA_R`."""
     return PREFIX + field_name.upper()
-
-
-def secret_values(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """The secrets in `environ`, longest first, so that masking one never leaves the tail of another."""
-    return tuple(
-        sorted({environ[name] for name in SECRET_VARIABLES if len(environ.get(name, "")) > 3}, key=len, reverse=True)
-    )
-
-
-def masked(text: str, secrets: Iterable[str]) -> str:
-    """`text` with every secret replaced by asterisks."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
 
 
 def default_value(field_name: str) -> Any:

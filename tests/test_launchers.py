@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from job.errors import ExitCode
-from job.settings import SECRET_VARIABLES, Settings, variable
+from job.secrets import KNOWN as SECRET_VARIABLES
+from job.settings import Settings, variable
 from tests.conftest import ROOT, unavailable
 
 KNOWN = {variable(name) for name in Settings.model_fields}

@@ -37,7 +37,7 @@ class Heartbeat:
         self._started = time.time()
         others = range(1, run.node.count) if run.node.leads else (0,)
         self.others = {index: OtherNode(index) for index in others}
-        self.record = NodeRecord(run.node.index, node_name(), uuid.uuid4().hex)
+        self.record = NodeRecord(run.node.index, node_name(), uuid.uuid4().hex, processes=run.processes_per_node)
         self.attempt = 0
         self.members: tuple[str, ...] = ()
         self._moved_at = self._looked_at = time.monotonic()

@@ -25,8 +25,10 @@ class NodeRecord:
     exit_code: int | None = None
     message: str = ""
     hint: str = ""
+    processes: int = 1  # that train on this node
     members: tuple[str, ...] = ()  # the holders, in the order of the nodes
-    endpoint: str = ""  # host:port where torchrun's agents meet
+    ranks: tuple[int, ...] = ()  # processes of each node, in the same order
+    endpoint: str = ""  # host:port where the ranks meet
     resume: str | None = None  # the commit to resume from: a folder of the run in the store
 
 
@@ -96,6 +98,8 @@ def parse(data: bytes) -> NodeRecord | None:
         raw = json.loads(data)
         known = {field.name for field in fields(NodeRecord)}
         found = {name: value for name, value in raw.items() if name in known}
-        return NodeRecord(**found | {"members": tuple(found.get("members", ()))})
+        return NodeRecord(
+            **found | {"members": tuple(found.get("members", ())), "ranks": tuple(found.get("ranks", ()))}
+        )
     except (ValueError, TypeError, AttributeError):
         return None

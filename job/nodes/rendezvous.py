@@ -15,7 +15,7 @@ from job.checkpoints.lease import Commit
 from job.cluster import free_port, own_address
 from job.errors import JobError, TransientError
 from job.nodes.heartbeat import Heartbeat
-from job.nodes.record import DEAD_SECONDS, OtherNode
+from job.nodes.record import DEAD_SECONDS, NodeRecord, OtherNode
 from job.run import Run
 
 _ABSENT_SECONDS = 900.0  # before giving up on a node that never started
@@ -28,6 +28,7 @@ class Rendezvous:
 
     endpoint: str  # host:port
     id: str
+    processes: tuple[int, ...]  # of each node, in their order
 
 
 class Member:
@@ -60,8 +61,8 @@ class Member:
                 f"reaches the store {self._run.store.url}. Then start the job again on all of them.",
             )
 
-    def _meeting_place(self, endpoint: str) -> Rendezvous:
-        return Rendezvous(endpoint, f"{self._run.id}-{self.heartbeat.attempt}")
+    def _meeting_place(self, record: NodeRecord) -> Rendezvous:
+        return Rendezvous(record.endpoint, f"{self._run.id}-{self.heartbeat.attempt}", record.ranks)
 
 
 class FirstNode(Member):
@@ -94,11 +95,14 @@ class FirstNode(Member):
         settings, heartbeat = self._run.settings, self.heartbeat
         address = own_address() if settings.master_addr == "auto" else settings.master_addr
         port = free_port() if settings.master_port == "auto" else settings.master_port
-        others = (other.record.holder for other in heartbeat.others.values() if other.record)
-        heartbeat.members = (heartbeat.record.holder, *others)
+        records = [heartbeat.record, *(other.record for other in heartbeat.others.values() if other.record)]
+        heartbeat.members = tuple(record.holder for record in records)
+        ranks = tuple(record.processes for record in records)
         folder = resume.folder if resume is not None else None
-        heartbeat.tell(state="training", members=heartbeat.members, endpoint=f"{address}:{port}", resume=folder)
-        return self._meeting_place(heartbeat.record.endpoint)
+        heartbeat.tell(
+            state="training", members=heartbeat.members, ranks=ranks, endpoint=f"{address}:{port}", resume=folder
+        )
+        return self._meeting_place(heartbeat.record)
 
 
 class OtherMember(Member):
@@ -126,7 +130,7 @@ class OtherMember(Member):
             if announced and record is not None and heartbeat.record.holder in record.members:
                 heartbeat.members = record.members
                 heartbeat.tell(state="training")
-                return self._meeting_place(record.endpoint), record.resume
+                return self._meeting_place(record), record.resume
             if trained():
                 return None
             heartbeat.refuse_ended(0)

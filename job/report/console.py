@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 import time
@@ -15,8 +14,9 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from job.escape import for_terminal, json_line
 from job.run import now
-from job.settings import masked, secret_values
+from job.secrets import masked, masked_fields, secret_values
 
 _LEVELS = ("debug", "info", "warning", "error")
 _STAGE_WIDTH, _RESULT_WIDTH = 11, 11
@@ -77,11 +77,10 @@ class JsonConsole:
     def _write(self, level: str, fields: dict[str, Any]) -> None:
         if _LEVELS.index(level) < self._least:
             return
-        line = json.dumps(
-            {"time": now(), "level": level, "run_id": self._run_id, **fields}, ensure_ascii=False, default=str
-        )
+        named = {"time": now(), "level": level, "run_id": self._run_id, **fields}
+        line = json_line(masked_fields(named, self._secrets))
         with self._lock, contextlib.suppress(OSError):  # nobody may be reading any more; the work goes on
-            self._stream.write(masked(line, self._secrets) + "\n")
+            self._stream.write(line + "\n")
             self._stream.flush()
 
 
@@ -151,7 +150,7 @@ class TextConsole:
             self._bar = None
 
     def _print(self, text: str, style: str) -> None:
-        self._rich.print(escape(masked(text, self._secrets)), style=style, soft_wrap=True)
+        self._rich.print(escape(for_terminal(masked(text, self._secrets))), style=style, soft_wrap=True)
 
 
 def _as_fields(record: StageRecord) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from job.secrets import AWS, HUB, WANDB
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -27,12 +29,9 @@ class Stage:
     secrets: tuple[str, ...] = ()
 
 
-_HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
 STAGES = (
     # Checks the machine, the sources, the store and the destination, so that what can fail fails now.
-    Stage(name="preflight", online=True, secrets=_HUB + _AWS),
+    Stage(name="preflight", online=True, secrets=HUB + AWS),
     # Fetches model and datasets from the Hub, a folder or S3, each at a recorded commit.
     Stage(
         name="download",
@@ -40,7 +39,7 @@ STAGES = (
         online=True,
         hashed_behind=True,
         resumable=True,
-        secrets=_HUB + _AWS,
+        secrets=HUB + AWS,
     ),
     # Turns rows into tokens and labels, once, as Arrow.
     Stage(name="prepare", starts_with="preflight", needs=("download",), hashed_behind=True),
@@ -51,7 +50,7 @@ STAGES = (
         needs=("download", "prepare"),
         kept=True,
         per_gpu=True,
-        secrets=("WANDB_API_KEY",),
+        secrets=WANDB,
     ),
     # Answers the prompts with the base model and with the tuned one.
     Stage(name="sample", needs=("download", "prepare", "train"), kept=True),
@@ -59,6 +58,6 @@ STAGES = (
     Stage(name="merge", starts_with="sample", needs=("download", "prepare", "train")),
     # Publishes merged model, adapter and model card to the Hub or a folder.
     Stage(
-        name="publish", needs=("download", "prepare", "train", "sample", "merge"), kept=True, online=True, secrets=_HUB
+        name="publish", needs=("download", "prepare", "train", "sample", "merge"), kept=True, online=True, secrets=HUB
     ),
 )

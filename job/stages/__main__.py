@@ -23,7 +23,8 @@ from job.errors import (
 )
 from job.report.events import emit
 from job.run import Run, write_json
-from job.settings import Settings, masked, secret_values
+from job.secrets import masked, secret_values
+from job.settings import Settings
 from job.stages import STAGES
 
 _PR_SET_PDEATHSIG = 1
@@ -48,7 +49,7 @@ def main(name: str) -> int:
         if launches:
             from job.training.launcher import launch
 
-            return launch(run.node, run.id, name, processes)
+            return launch(run.node, name, processes, run.paths.meeting_file)
         if settings.device == "cuda" and name in _WITH_MODEL:
             from job.model.startup import import_bitsandbytes_uncompiled
 

@@ -16,6 +16,7 @@ from datasets import Dataset, load_from_disk
 from peft.tuners.lora import Embedding as LoraEmbedding
 from transformers import PreTrainedModel
 
+from job.cluster import Node
 from job.data.templates import load_tokenizer
 from job.errors import InputError, Stopped, is_lost_contact
 from job.hub.sources import public_name
@@ -33,6 +34,7 @@ from job.training.choice import Choice, choose_steps, limit_memory
 from job.training.execution import Execution
 from job.training.launcher import unreachable
 from job.training.pace import SavePace
+from job.training.ranks import join
 from job.training.results import evaluated_at_the_end, summarized
 from job.training.trainer import AdapterTrainer
 
@@ -45,6 +47,9 @@ def train(run: Run) -> None:
     await_turn(run, "prepare", "train")  # the base model is here by now, and loads while the data is prepared
     config = read_json(run.paths.model_dir / "config.json")
     compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
+    if compute.on_gpu:
+        torch.cuda.set_device(compute.device)
+    _meet(run.node, compute, sharded=run.settings.sharding != "none")
     model = _load(run, compute)
     await_turn(run, "train")
     choice = choose_steps(run.settings, compute, config, read_json(run.paths.data_report_file))
@@ -77,10 +82,17 @@ def train(run: Run) -> None:
         _report(metrics, run.paths.adapter_dir)
 
 
+def _meet(node: Node, compute: Compute, *, sharded: bool) -> None:
+    try:
+        join(node, on_gpu=compute.on_gpu, sharded=sharded)
+    except Exception as error:
+        if is_lost_contact(error):
+            raise unreachable(error) from error
+        raise
+
+
 def _load(run: Run, compute: Compute) -> PreTrainedModel:
     """The base model, as training computes with it."""
-    if compute.on_gpu:
-        torch.cuda.set_device(compute.device)
     limit_memory(run.settings, compute.device)
     return load_base(
         run.paths.model_dir, run.settings, compute, quantized=run.settings.use_4bit, attention=compute.attention

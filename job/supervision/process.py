@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +18,11 @@ from typing import Any
 
 from job.checkpoints.kernels import cache_dir
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NodeError, from_code
+from job.escape import for_line
 from job.nodes.rendezvous import Rendezvous
-from job.report.events import parse
+from job.report.events import EVENTS_FD, LARGEST_EVENT, parse
 from job.run import Run, read_json
-from job.settings import SECRET_VARIABLES, masked, secret_values
+from job.secrets import masked, secret_values, visible_to
 from job.stages import Stage
 from job.stages.turn import STARTED_EARLY
 
@@ -27,6 +30,8 @@ from job.stages.turn import STARTED_EARLY
 _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 # Failures after which the supervisor starts the stage in another way
 _OTHERWISE = {kind.__name__: kind for kind in (MemoryFull, KernelsFault)}
+_POLL_SECONDS = 0.2  # between looks at whether the process is still there
+_LARGEST_MESSAGE = 4 * LARGEST_EVENT
 _JOB_BEGAN = float(os.environ.get("JOB_BEGAN") or time.time())
 _CODE_DIR = str(Path(__file__).parent.parent.parent)  # the job may be started from any folder
 
@@ -51,28 +56,30 @@ class StageProcess:
         self._said: list[dict[str, Any]] = []
         for stale in self._error_files():
             stale.unlink()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "job.stages", stage.name],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=_environment(stage, launch or Launch())
-            | {"TRITON_CACHE_DIR": str(cache_dir(run)), STARTED_EARLY: str(int(early))},
-            start_new_session=True,
-        )
+        self._events, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "job.stages", stage.name],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=_environment(stage, launch or Launch())
+                | {"TRITON_CACHE_DIR": str(cache_dir(run)), STARTED_EARLY: str(int(early))}
+                | {EVENTS_FD: str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
 
     def events(self) -> Iterator[dict[str, Any]]:
         """What the stage reports, until it exits.
 
         What its libraries print goes to the stage's log file and becomes events of level debug, with secrets masked.
         """
-        assert self._process.stdout is not None
         secrets = secret_values()
         with self._log_file.open("a", encoding="utf-8") as log:
-            for raw in self._process.stdout:
-                printed, event = parse(raw.decode("utf-8", "replace").rstrip("\r\n"))
-                if printed or event is None:
-                    plain = masked(printed.rsplit("\r", 1)[-1], secrets)  # only the last state of a progress bar
+            for printed, event in self._heard():
+                if printed is not None:
+                    plain = for_line(masked(printed.rstrip("\r\n").rsplit("\r", 1)[-1], secrets))  # a bar's last state
                     log.write(f"{plain}\n")
                     log.flush()
                     self.last_lines.append(plain)
@@ -82,6 +89,44 @@ class StageProcess:
                 elif event is not None:
                     yield event
 
+    def _heard(self) -> Iterator[tuple[str | None, dict[str, Any] | None]]:
+        """Lines that the stage printed and events that it reported, as they come, until it has exited.
+
+        Its exit ends this, not the end of its output: what it left behind may hold that open for ever. So the rest of
+        its process group is killed, and what was written until then is read.
+        """
+        out = self._process.stdout
+        assert out is not None
+        unfinished = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(out, selectors.EVENT_READ)
+            selector.register(self._events, selectors.EVENT_READ)
+            exited = False
+            while selector.get_map():
+                ready = [key.fileobj for key, _ in selector.select(0 if exited else _POLL_SECONDS)]
+                if exited and not ready:
+                    break
+                if self._events in ready:
+                    data = self._events.recv(_LARGEST_MESSAGE)
+                    if not data:
+                        selector.unregister(self._events)
+                    elif (event := parse(data)) is not None:
+                        yield None, event
+                if out in ready:
+                    data = os.read(out.fileno(), 1 << 16)
+                    if not data:
+                        selector.unregister(out)
+                    *lines, unfinished = (unfinished + data).split(b"\n")
+                    for line in lines:
+                        yield line.decode("utf-8", "replace"), None
+                if not exited and self._process.poll() is not None:
+                    exited = True
+                    self._kill_group()
+        self._process.wait()
+        self._kill_group()
+        if unfinished:
+            yield unfinished.decode("utf-8", "replace"), None
+
     def is_running(self) -> bool:
         return self._process.poll() is None
 
@@ -90,10 +135,13 @@ class StageProcess:
         return self._process.wait()
 
     def kill(self) -> None:
-        """Kill the stage immediately. Its torchrun workers die with it."""
+        """Kill the stage immediately, with its ranks and workers."""
         if self.is_running():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def why(self, code: int) -> JobError:
         """The error that ended the stage: what a rank reported, or else what the exit status says."""
@@ -122,12 +170,14 @@ class StageProcess:
 def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
     """Our environment, without the secrets that the stage does not need, and with quiet libraries."""
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if (name not in SECRET_VARIABLES or name in stage.secrets) and name not in _TORCHRUN_VARIABLES
+        name: value for name, value in visible_to(os.environ, stage.secrets).items() if name not in _TORCHRUN_VARIABLES
     }
     if launch.rendezvous is not None:
-        environment |= {"JOB_RDZV_ENDPOINT": launch.rendezvous.endpoint, "JOB_RDZV_ID": launch.rendezvous.id}
+        environment |= {
+            "JOB_RDZV_ENDPOINT": launch.rendezvous.endpoint,
+            "JOB_RDZV_ID": launch.rendezvous.id,
+            "JOB_RDZV_PROCESSES": ",".join(map(str, launch.rendezvous.processes)),
+        }
     environment |= {
         "JOB_PARENT_PID": str(os.getpid()),
         "JOB_BEGAN": str(_JOB_BEGAN),
@@ -139,6 +189,8 @@ def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_VERBOSITY": os.environ.get("TRANSFORMERS_VERBOSITY", "warning"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": os.environ.get(
             "TOKENIZERS_PARALLELISM", "true" if stage.name == "prepare" else "false"

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
 from job.errors import InputError
+from job.training.ranks import from_first
 
 
 class DataOrder:
@@ -106,9 +107,12 @@ def _share_generator() -> None:
     They would differ on the CPU: dropout uses the same generator there, and draws more or fewer numbers by row length.
     """
     if torch.distributed.is_initialized():
-        states = [torch.get_rng_state()]
-        torch.distributed.broadcast_object_list(states, src=0)
-        torch.set_rng_state(states[0].cpu())
+        device = torch.device("cuda", torch.cuda.current_device()) if _by_nccl() else torch.device("cpu")
+        torch.set_rng_state(from_first(torch.get_rng_state(), device))
+
+
+def _by_nccl() -> bool:
+    return "nccl" in str(torch.distributed.get_backend())
 
 
 class _Recorded(Sampler[int]):

@@ -1,62 +1,85 @@
-"""One training process per GPU, started and watched by torchrun's agent (torch.distributed.elastic)."""
+"""One training process per GPU: starts them, watches them, and explains why one exited."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from torch.distributed import DistNetworkError, DistStoreError
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from job.cluster import Node
 from job.errors import ExitCode, JobError, NodeError, TransientError
+from job.report.events import EVENTS_FD
+from job.training.ranks import environment_of
 
-_SHUTDOWN_SECONDS = 5  # the agent sends SIGTERM first, which our processes ignore
-_MEET_SECONDS = 900  # every node has reported that it is ready, but may still be downloading the checkpoint
+_SHUTDOWN_SECONDS = 5.0  # for the others to report that they lost contact, before they are killed
+_POLL_SECONDS = 0.1
 
 
-def launch(node: Node, run_id: str, stage: str, processes: int) -> int:
-    """Run `python -m job.stages STAGE` in `processes` processes on this node.
+def launch(node: Node, stage: str, processes: int, meeting_file: Path) -> int:
+    """Run `python -m job.stages STAGE` in `processes` processes on this node. Returns 0 or the exit code of one of them.
 
-    Returns 0, or the exit code of one that failed. Raises NodeError, TransientError or JobError if a signal killed one.
-    The others cannot continue alone and are stopped.
+    Raises NodeError or TransientError if a signal killed one. The others cannot continue without it and are killed too.
     """
-    endpoint = os.environ.get("JOB_RDZV_ENDPOINT")
-    # Without this every process would use all cores. torchrun's own default, one thread, leaves most of them idle.
+    # Without this every process would use all cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SHUTDOWN_SECONDS))
-    os.environ["JOB_PARENT_PID"] = str(os.getpid())  # for the processes started below
-    config = LaunchConfig(
-        min_nodes=node.count,
-        max_nodes=node.count,
-        nproc_per_node=processes,
-        run_id=os.environ.get("JOB_RDZV_ID", run_id),
-        rdzv_backend="static" if endpoint else "c10d",
-        rdzv_endpoint=endpoint or "localhost:0",
-        rdzv_configs={"rank": node.index, "timeout": _MEET_SECONDS} if endpoint else {},
-        max_restarts=0,  # the scheduler starts the job again, from a verified checkpoint
-        monitor_interval=0.1,
-        signals_to_handle="SIGHUP",  # on SIGTERM the agent would kill its processes after 30 s (pytorch#119856)
-    )
+    told = os.environ.get("JOB_RDZV_PROCESSES")
+    everywhere = tuple(map(int, told.split(","))) if told else (processes,)
+    meeting_file.unlink(missing_ok=True)  # an earlier start's
+    endpoint = os.environ.get("JOB_RDZV_ENDPOINT")
     before = _oom_kills()
+    ranks = [
+        _start(stage, environment_of(local, everywhere, node.index if told else 0, endpoint, meeting_file))
+        for local in range(processes)
+    ]
     try:
-        elastic_launch(config, sys.executable)("-m", "job.stages", stage)
-    except (DistNetworkError, DistStoreError, RendezvousError) as error:
-        raise unreachable(error) from error
-    except ChildFailedError as error:
-        by_signal = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
-        in_words = {failure.exitcode for failure in error.failures.values()} - {
-            -number for number in by_signal.values()
-        }
-        if by_signal and in_words <= {ExitCode.TRY_AGAIN}:  # the others only lost contact with it
-            raise _killed(by_signal, before, others=node.count > 1) from None
-        return max(in_words)
-    return ExitCode.OK
+        codes = _wait(ranks)
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                rank.kill()
+            rank.wait()
+        meeting_file.unlink(missing_ok=True)
+    first = sum(everywhere[: node.index]) if told else 0
+    by_signal = {first + local: -code for local, code in enumerate(codes) if code < 0}
+    in_words = {code for code in codes if code > 0}
+    if by_signal and in_words <= {ExitCode.TRY_AGAIN}:  # the others lost contact with it
+        raise _killed(by_signal, before, others=node.count > 1)
+    return max(in_words, default=int(ExitCode.OK))
+
+
+def _start(stage: str, told: dict[str, str]) -> subprocess.Popen[bytes]:
+    """One rank, in this process's group, so that whoever kills that kills the ranks too."""
+    passed = [int(os.environ[EVENTS_FD])] if EVENTS_FD in os.environ else []
+    return subprocess.Popen(
+        [sys.executable, "-m", "job.stages", stage],
+        env={**os.environ, "JOB_PARENT_PID": str(os.getpid()), **told},
+        pass_fds=passed,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit status of each. Once one has failed, the others have a moment to say what they saw of it.
+
+    A rank that was killed only because another had failed counts as stopped, not as killed.
+    """
+    deadline: float | None = None
+    while any(rank.poll() is None for rank in ranks):
+        if deadline is None and any(rank.returncode for rank in ranks):
+            deadline = time.monotonic() + _SHUTDOWN_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            late = [rank for rank in ranks if rank.poll() is None]
+            for rank in late:
+                rank.kill()
+                rank.wait()
+            return [int(ExitCode.TRY_AGAIN) if rank in late else rank.returncode for rank in ranks]
+        time.sleep(_POLL_SECONDS)
+    return [rank.returncode for rank in ranks]
 
 
 def unreachable(error: Exception) -> NodeError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 
 from job.errors import InputError
 
@@ -26,6 +26,21 @@ def save_tree(tree: Any, file: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     spelled = _spell(tree, tensors)
     save_file(tensors, file, metadata={_METADATA_KEY: json.dumps(spelled)})
+
+
+def to_bytes(tree: Any) -> bytes:
+    """What `save_tree` would write."""
+    tensors: dict[str, torch.Tensor] = {}
+    spelled = _spell(tree, tensors)
+    written: bytes = save(tensors, metadata={_METADATA_KEY: json.dumps(spelled)})
+    return written
+
+
+def from_bytes(data: bytes) -> Any:
+    """What `to_bytes` was given. Raises ValueError for anything else."""
+    size = int.from_bytes(data[:8], "little")
+    spelled = json.loads(data[8 : 8 + size])["__metadata__"][_METADATA_KEY]
+    return _build(json.loads(spelled), load(data))
 
 
 def load_tree(file: Path) -> Any:

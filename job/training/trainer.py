@@ -27,8 +27,9 @@ from job.training.data_order import DataOrder, row_lengths
 from job.training.execution import Execution
 from job.training.goodput import Goodput
 from job.training.pace import SavePace
+from job.training.ranks import gather_bytes
 from job.training.sharding import allow_on_cpu, keep_loss_exact, shard_optimizer_state, whole
-from job.training.state import load_tree, save_tree
+from job.training.state import from_bytes, load_tree, save_tree, to_bytes
 from job.training.steps import PlannedTrainer
 
 _TRAINER_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
@@ -176,9 +177,8 @@ class AdapterTrainer(PlannedTrainer):
         own = self._process_state()
         if not torch.distributed.is_initialized():
             return [own]
-        states: list[Any] | None = [None] * self.args.world_size if self.args.should_save else None
-        torch.distributed.gather_object(own, states)
-        return states or []
+        everyone = gather_bytes(to_bytes(own), self.args.world_size, self.args.device)
+        return [from_bytes(data) for data in everyone] if self.args.should_save else []
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

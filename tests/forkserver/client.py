@@ -61,9 +61,11 @@ def main():
     server = socket.socket(socket.AF_UNIX)
     server.connect(file)
     streams = array.array("i", [0, 1, 2])
+    if "JOB_EVENTS_FD" in os.environ:
+        streams.append(int(os.environ["JOB_EVENTS_FD"]))
     server.sendmsg([len(request).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     server.sendall(request)
-    for stream in (0, 1, 2):  # the fork alone must keep them open
+    for stream in streams:  # the fork alone must keep them open
         os.close(stream)
     status = server.recv(4)
     if len(status) < 4:

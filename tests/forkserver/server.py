@@ -81,7 +81,7 @@ def serve(file: str, client: str, owner: int) -> dict[str, Any] | None:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any] | None:
-    head, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(3 * 4))
+    head, ancillary, _, _ = connection.recvmsg(4, socket.CMSG_SPACE(4 * 4))
     if len(head) < 4 or not ancillary:
         return None
     streams = array.array("i")
@@ -98,13 +98,17 @@ def _receive(connection: socket.socket) -> dict[str, Any] | None:
 def _become(request: dict[str, Any], client: str) -> None:
     """Turn this fork into the process that was asked for, as far as Python allows."""
     os.setsid()
-    for number, stream in enumerate(request["streams"]):
+    standard, events = request["streams"][:3], request["streams"][3:]
+    for number, stream in enumerate(standard):
         os.dup2(stream, number)
         os.close(stream)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.environ["JOB_PARENT_PID"] = str(os.getppid())
+    if events:
+        os.environ["JOB_EVENTS_FD"] = str(events[0])
+        os.set_inheritable(events[0], True)
     os.chdir(request["cwd"])
     sys.executable = client
     sys.orig_argv = [client, *request["arguments"]]

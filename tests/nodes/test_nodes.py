@@ -221,7 +221,7 @@ def test_killing_one_rank_ends_the_job_in_time_with_75_and_the_next_start_resume
     os.kill(ranks[0], signal.SIGKILL)
     result = node.end(BOUND_SECONDS)
     assert result.code == 75, result.stderr
-    assert re.search(r"ended by SIGKILL \(ranks: (0, )?1\)", result.error["message"])
+    assert re.search(r"killed by SIGKILL \(ranks: (0, )?1\)", result.error["message"])
     again = job.run()
     assert again.code == 0, again.stderr
     assert resumed_step(again.events) >= 5
@@ -301,7 +301,7 @@ def test_the_first_node_does_not_wait_for_a_dead_one(make_run: Any, monkeypatch:
     stale = {"node": 1, "name": "there", "holder": "dead", "beat": 9, "state": "ready"}
     run.store.put("here/nodes/attempt-0001/node-0001.json", json.dumps(stale).encode())
     first = rendezvous.FirstNode(run, lambda: time.sleep(0.05), lambda text: None)
-    with pytest.raises(TransientError, match="Node 1 of 2 did not come"), first.leading(1):
+    with pytest.raises(TransientError, match="Node 1 of 2 did not start"), first.leading(1):
         first.gather()
     ending = json.loads(run.store.get("here/nodes/attempt-0001/node-0000.json"))
     assert (ending["state"], ending["exit_code"]) == ("ended", 75)
