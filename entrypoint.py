@@ -16,7 +16,8 @@ from types import FrameType
 from typing import NoReturn
 
 from job import __version__
-from job.cluster import node_name, scheduler_run_id
+from job.cluster import keep_private, node_name, scheduler_run_id
+from job.env_file import READ
 from job.environment import load_settings, settings_table
 from job.errors import ExitCode, JobError, SettingsError, from_os_error
 from job.escape import for_terminal, json_line
@@ -38,6 +39,9 @@ _VERSIONS_OF = (
 )
 
 
+# No library counts our uses on a server; `plan` and `status` use them in this process.
+_QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "DO_NOT_TRACK": "1"}
+
 COMMANDS = {
     "run": "run the job (the default): every requested stage that is not complete",
     "plan": "show what a run would do: sources, sizes, steps, disk, GPU memory and speed; changes nothing",
@@ -48,6 +52,9 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     """Parse the command, hand over, and turn what went wrong into a sentence and an exit code."""
+    os.umask(os.umask(0o077) | 0o007)  # logs and data reports are not for everyone on the machine
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _leave)  # until the supervisor listens; PID 1 of a container would ignore it
     try:
         return _dispatch(_parse(arguments))
@@ -116,8 +123,11 @@ def _run(run: Run) -> None:
     from job.supervision.follower import Follower
     from job.supervision.supervisor import Supervisor
 
+    keep_private()
     settings = run.settings
     console = open_console(settings.log_format, settings.log_level, run.id)
+    if (file := os.environ.get(READ)) is not None:
+        console.say(f"Settings also come from {file}.")
     console.say(f"Run {run.id}: {settings.model_name} on {settings.dataset_name}.", store=run.store.url)
     (Supervisor if run.node.leads else Follower)(run, console).supervise()
 

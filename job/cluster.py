@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pynvml
+
+_PR_SET_DUMPABLE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,12 @@ def this_node(
         world_size=int(environ.get("WORLD_SIZE", 1)),
         ends_at=float(ends_at) if ends_at.isdigit() else None,
     )
+
+
+def keep_private() -> None:
+    """Keep other processes of this user from reading this one's memory and environment, which hold secrets (prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
 
 
 def node_name(environ: Mapping[str, str] = os.environ) -> str:

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dotenv import load_dotenv
 from pydantic import ValidationError
 
+from job import env_file as env_file_variables
 from job import trainer_arguments
 from job.cluster import this_node
 from job.errors import InputError, SettingsError
@@ -34,7 +34,7 @@ def load_settings() -> Settings:
     elif env_file.is_file() and not os.access(env_file, os.R_OK):
         problems.append(f"FT_ENV_FILE={str(env_file)!r}: this user may not read it.")
     if env_file.is_file() and not problems:
-        load_dotenv(env_file, override=False)
+        problems += env_file_variables.load(env_file)
     problems += _unknown_names()
     try:
         settings = Settings()

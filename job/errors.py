@@ -115,6 +115,11 @@ def from_os_error(error: BaseException) -> JobError | None:
             f"No space left on the disk{where}.",
             "Free some space, or set FT_OUTPUT_DIR to a larger volume. Committed work is intact.",
         )
+    if error.errno == errno.EFBIG:
+        return InputError(
+            f"A file became larger than the disk has room for{where}.",
+            "The dataset unpacks to more than its files show. Set FT_OUTPUT_DIR to a larger volume if it is really that large.",
+        )
     if error.errno in (errno.EIO, errno.ESTALE, errno.ENOMEM):
         return NodeError(
             f"The disk or the memory failed{where}: {error.strerror}.",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from job.errors import InputError
+from job.model_files import check_config, read
 from job.settings import Settings, variable
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
@@ -60,10 +61,10 @@ def _broken_config(folder: Path) -> str | None:
     if not file.is_file():
         return None  # the listing says what is missing
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return f"its config.json cannot be read: {error}"
-    return None if isinstance(config, dict) else "its config.json is not a JSON object"
+        check_config(read(file))
+    except InputError as error:
+        return error.message
+    return None
 
 
 def _without_rows(path: Path) -> str | None:

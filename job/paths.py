@@ -133,6 +133,11 @@ class Paths:
         return self.run_dir / "ranks"
 
     @property
+    def inductor_dir(self) -> Path:
+        """torch.compile's cache, unless TORCHINDUCTOR_CACHE_DIR names another. Its default is in a folder of everyone's."""
+        return self.output_dir / "cache" / "inductor"
+
+    @property
     def kernels_dir(self) -> Path:
         """Triton's cache, shared by all runs below `output_dir`, unless TRITON_CACHE_DIR names another folder."""
         return self.output_dir / "cache" / "triton"

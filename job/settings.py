@@ -193,6 +193,11 @@ class Settings(BaseSettings):
         "Recompute activations in the backward pass to save memory: in all layers, in none, or (`auto`) in as many as needed.",
         since=None,
     )
+    keep_kernels: bool = _setting(
+        True,
+        "Keep compiled GPU kernels in the store, and use those that are there. `false` if others write to it.",
+        since=None,
+    )
     recomputed_layers: Auto | Annotated[int, Field(ge=0)] = _setting(
         "auto",
         "Number of layers that recompute activations when `FT_GRADIENT_CHECKPOINTING` is `auto`. `auto` is as many as needed.",
@@ -339,6 +344,9 @@ class Settings(BaseSettings):
         None,
         "Port for Prometheus metrics (`/metrics`) and the liveness probe (`/healthz`). Unset: neither is served.",
         since=None,
+    )
+    metrics_address: str = _setting(
+        "", "Address that the metrics port listens on, such as `127.0.0.1`. Unset: all of them.", since=None
     )
     stall_seconds: float = _setting(
         1800, "`/healthz` fails after this many seconds without progress.", since=None, ge=1, le=604800

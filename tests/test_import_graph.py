@@ -20,8 +20,10 @@ LEVELS = (
     {"job.run"},
     {"job.environment"},
     {"job.storage"},
-    {"job.local_files", "job.names", "job.trainer_arguments"},
-    {"job.settings", "job.paths", "job.cluster"},
+    {"job.env_file", "job.local_files", "job.trainer_arguments"},
+    {"job.model_files"},
+    {"job.escape", "job.limits", "job.names"},
+    {"job.settings", "job.paths", "job.cluster", "job.secrets"},
     {"job.errors", "job"},
 )
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors", "accelerate"}

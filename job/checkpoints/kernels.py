@@ -7,6 +7,7 @@ the GPU code and its description are stored. No host code ever comes out of a st
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from job.errors import JobError
+from job.errors import JobError, in_a_line
 from job.run import Run
 
 _MOST_BYTES = 32 * 2**20  # newest kernels first, since other jobs may share the folder
@@ -41,43 +42,60 @@ class CompiledKernels:
 
     def __init__(self, run: Run, say: Callable[[str, str], None]) -> None:
         self._run, self._say, self._folder = run, say, cache_dir(run)
-        self._key = f"{run.id}/kernels.tar.gz"
+        self._key, self._listing_key = f"{run.id}/kernels.tar.gz", f"{run.id}/kernels.json"
         self._known: frozenset[str] = frozenset()  # already stored, or left out for lack of room
 
     def fetch(self) -> None:
         """Copy kernels that are missing here from the store."""
+        if not self._run.settings.keep_kernels:
+            return
         try:
             packed = self._run.store.get(self._key)
+            self._verify(packed)
         except FileNotFoundError:
             return
-        except JobError as error:
-            self._say(f"Not using the compiled kernels in the store: {error.message}", "warning")
+        except Exception as error:
+            self._say(f"Not using the compiled kernels in the store: {in_a_line(error)}", "warning")
             return
         try:
             kernels = _unpack(packed)
             missing = {name: files for name, files in kernels.items() if not (self._folder / name).exists()}
             for name, files in missing.items():
                 self._place(name, files)
-        except (ValueError, OSError) as error:
-            self._say(f"Not using the compiled kernels in the store: {error}.", "warning")
+        except Exception as error:  # whatever somebody put there: kernels can be compiled again
+            self._say(f"Not using the compiled kernels in the store: {in_a_line(error)}.", "warning")
             return
         self._known = frozenset(kernels)
         self._say(f"Fetched {len(missing)} compiled kernels from the store.", "debug")
 
     def keep(self) -> None:
         """Store the local kernels if there are new ones. Called after every checkpoint."""
+        if not self._run.settings.keep_kernels:
+            return
         try:
             here = {path.parent for path in self._folder.glob(f"*/{_GROUP}*.json")}  # Triton writes this file last
             names = frozenset(folder.name for folder in here if _FOLDER.fullmatch(folder.name))
             if names <= self._known:
                 return
             kernels = self._newest(names)
-            self._run.store.put(self._key, _pack(kernels))
+            packed = _pack(kernels)
+            self._run.store.put(self._key, packed)
+            listing = {"sha256": hashlib.sha256(packed).hexdigest(), "size": len(packed), "kernels": sorted(kernels)}
+            self._run.store.put(self._listing_key, json.dumps(listing).encode())
         except (JobError, ValueError, OSError) as error:
             self._say(f"The compiled kernels were not stored: {getattr(error, 'message', error)}", "warning")
             return
         self._known = names
         self._say(f"Stored {len(kernels)} compiled kernels.", "debug")
+
+    def _verify(self, packed: bytes) -> None:
+        """Raise ValueError unless the archive is the one that its listing describes."""
+        try:
+            listing = json.loads(self._run.store.get(self._listing_key))
+        except FileNotFoundError:
+            raise ValueError("the archive has no listing") from None
+        if listing["size"] != len(packed) or listing["sha256"] != hashlib.sha256(packed).hexdigest():
+            raise ValueError("the archive differs from its listing")
 
     def _newest(self, names: frozenset[str]) -> dict[str, dict[str, bytes]]:
         """The newest kernels that fit in _MOST_BYTES: folder name → file name → content."""
@@ -120,17 +138,26 @@ def _pack(kernels: dict[str, dict[str, bytes]]) -> bytes:
 def _unpack(packed: bytes) -> dict[str, dict[str, bytes]]:
     kernels: dict[str, dict[str, bytes]] = {}
     try:
-        plain = gzip.decompress(packed)  # all at once: tarfile alone would stop before it reaches the checksum
-        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
+        with tarfile.open(fileobj=io.BytesIO(_decompressed(packed)), mode="r:") as archive:
             for entry in archive:
                 folder, _, file = entry.name.partition("/")
+                if not (entry.isreg() and _FOLDER.fullmatch(folder) and _FILE.fullmatch(file)):
+                    raise ValueError(f"{entry.name[:80]!r} is not a kernel file")
                 content = archive.extractfile(entry)
-                if content is None or not (_FOLDER.fullmatch(folder) and _FILE.fullmatch(file)):
-                    raise ValueError(f"{entry.name} is not a kernel file")
+                assert content is not None
                 kernels.setdefault(folder, {})[file] = content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(str(error)) from error
     return kernels
+
+
+def _decompressed(packed: bytes) -> bytes:
+    """All of it, checksum included, unless it is more than any job stores."""
+    inflate = zlib.decompressobj(wbits=31)  # gzip
+    plain = inflate.decompress(packed, 2 * _MOST_BYTES)
+    if not inflate.eof:
+        raise ValueError("the archive is incomplete, or holds more than the job ever stores")
+    return plain
 
 
 def _with_names(file: str, data: bytes) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from datasets import Dataset, DatasetBuilder
 from datasets.data_files import DataFilesDict, DataFilesList
 
+from job.data.bounds import refuse_bombs, refuse_deep_json
 from job.data.splits import Splits, find_splits, reader_of
 from job.errors import InputError, from_os_error
 from job.settings import Settings
@@ -131,6 +133,11 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
             "Check FT_DATASET_SPLIT and FT_EVAL_SPLIT.",
         )
     wanted = {name: files for name, files in splits.items() if not named or name in named}
+    listed = [path for files in wanted.values() for path in files]
+    refuse_bombs(listed, shutil.disk_usage(_existing(cache_dir)).free)
+    for path in listed:
+        if path.suffix in (".json", ".jsonl"):
+            refuse_deep_json(path)
     try:
         builder = _builder(wanted, cache_dir)
         builder.download_and_prepare()
@@ -149,6 +156,10 @@ def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) ->
     if len(loaded) == 0:
         raise _empty(split)
     return loaded
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def _builder(splits: Splits, cache_dir: Path) -> DatasetBuilder:

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from job.errors import InputError, SettingsError
+from job.errors import InputError, SettingsError, in_a_line
 
 # Meta's format for Llama-2-chat: https://github.com/meta-llama/llama (llama/generation.py, chat_completion)
 LLAMA_2 = (
@@ -52,9 +52,12 @@ def load_tokenizer(folder: Path) -> Any:
             truth = tokenizers.Tokenizer.from_file(str(file)).encode(probe, add_special_tokens=False).ids
             if tokenizer.encode(probe, add_special_tokens=False) != truth:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BaseException as error:  # the files are a stranger's, and the tokenizers library panics with a BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise InputError(
-            f"The tokenizer in {folder} cannot be loaded: {error}", "Check the model's tokenizer files."
+            f"The tokenizer in {folder} cannot be loaded: {in_a_line(error)}",
+            "Check the model's tokenizer files and its config.json.",
         ) from error
     if not tokenizer.is_fast:
         raise InputError(

@@ -60,12 +60,19 @@ def check_destination(run: Run) -> None:
         )
 
 
+def _let_everyone_read(folder: Path) -> None:
+    """What is published is for others, whatever this process keeps to itself."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
 def publish_folder(source: Path, target: Path) -> None:
     """Move `source` to `target`. A reader never sees a mix of the old model and the new one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, former = target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.former")
     for leftover in (partial, former):
         shutil.rmtree(leftover, ignore_errors=True)
+    _let_everyone_read(source)
     shutil.move(source, partial)  # a rename on the same volume, otherwise a copy
     if target.exists():
         os.replace(target, former)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,9 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from job.errors import InputError, SettingsError
 from job.hub import hub_errors
+from job.limits import bounded_json
 from job.local_files import DATA_SUFFIXES, local_path
+from job.model_files import check_config
 from job.names import UnsafeName, below, checked, refuse_conflicts
 from job.storage import Store, open_store
 
@@ -201,7 +202,15 @@ def model_config(source: Source) -> dict[str, Any]:
     else:
         with hub_errors(source.described):
             data = Path(hf_hub_download(source.place, "config.json", revision=source.revision)).read_bytes()
-    config: dict[str, Any] = json.loads(data)
+    try:
+        config = bounded_json(data, 1 << 20)
+    except ValueError as error:
+        raise InputError(
+            f"{source.described}: its config.json cannot be read: {error}.", "Choose another model."
+        ) from error
+    if not isinstance(config, dict):
+        raise InputError(f"{source.described}: its config.json is not a JSON object.", "Choose another model.")
+    check_config(config)
     return config
 
 

@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from job.model import generation
 from job.model.quantization import full_weight
 
 ADAPTER = "default"
@@ -48,11 +49,17 @@ def merged_weight(layer: Layer) -> torch.Tensor:
     return torch.addmm(weight, b, a, alpha=layer.scale)
 
 
+_CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate")  # name code that a loader may run
+
+
 def write_merged(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
     """Save base and adapter as one plain model in `dtype`: safetensors that transformers loads without peft."""
     base = model.get_base_model()
     config = AutoConfig.from_pretrained(base.config.name_or_path)
     config.dtype = dtype
+    for name in _CODE_FIELDS:
+        if hasattr(config, name):
+            delattr(config, name)
     with torch.device("meta"):  # only names and shapes, no memory
         plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     plain.load_state_dict(
@@ -63,7 +70,7 @@ def write_merged(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
     if left_out:
         raise RuntimeError(f"the trained model has no {', '.join(left_out)}")
     if base.generation_config is not None:
-        plain.generation_config = base.generation_config
+        plain.generation_config = generation.published(base)
     plain.save_pretrained(folder, max_shard_size="4GB")
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes files that only the owner can read

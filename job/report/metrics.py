@@ -5,17 +5,15 @@ Names start with `finetune_`. Units and suffixes follow Prometheus' conventions 
 
 from __future__ import annotations
 
-import socketserver
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Info, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
 from job.cluster import gpu_memory_used
+from job.report import endpoint
 from job.settings import STAGE_NAMES
 
 _FIGURES = {
@@ -103,8 +101,8 @@ class Metrics:
             memory.add_metric([str(index)], used)
         yield memory
 
-    def serve(self, port: int) -> None:
-        """Serve `/metrics` and `/healthz` on all interfaces from a thread. Raises OSError if the port is taken."""
+    def serve(self, address: str, port: int) -> None:
+        """Serve `/metrics` and `/healthz` from a thread. Raises OSError if the address or the port cannot be used."""
         metrics = make_wsgi_app(self._registry)
 
         def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -115,8 +113,7 @@ class Metrics:
             start_response(status, [("Content-Type", "text/plain")])
             return [f"no progress for {self.stalled_seconds():.0f} s\n".encode()]
 
-        server = make_server("", port, application, _Server, _Quiet)
-        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+        endpoint.serve(address, port, application)
 
 
 class _Now:
@@ -124,12 +121,3 @@ class _Now:
 
     def __init__(self, metrics: Metrics) -> None:
         self.collect = metrics.moments
-
-
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: a probe every few seconds is not news."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from job.escape import for_cell, for_terminal
 from job.report.goodput import speed_text, time_text
 from job.run import Run, read_json
 from job.settings import Settings, default_text, value_text, variable
@@ -138,7 +138,7 @@ def _sample(item: dict[str, str]) -> str:
 
 def _one_line(text: str) -> str:
     """Escape any text for a table cell."""
-    return re.sub(r"\s*\n\s*", "<br>", text.strip().replace("|", "\\|").replace("<", "&lt;"))
+    return "<br>".join(for_cell(line) for line in for_terminal(text).strip().splitlines() if line.strip())
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from job.cluster import keep_private
 from job.errors import (
     ExitCode,
     JobError,
@@ -28,12 +29,15 @@ from job.settings import Settings
 from job.stages import STAGES
 
 _PR_SET_PDEATHSIG = 1
+_WITH_SECRETS = ("preflight", "download", "publish")
 _WITH_MODEL = ("train", "sample", "merge")
 
 
 def main(name: str) -> int:
     """Run one stage to its end. Returns an exit code of `job.errors.ExitCode`. The reason is in the error file."""
     _die_with_parent()
+    if name in _WITH_SECRETS:
+        keep_private()  # not where GPUs work: NCCL reads its fellows' memory
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # stop requests come through the stop file, at a moment that we choose
     settings = Settings()  # the supervisor has checked them; some secrets are missing here on purpose

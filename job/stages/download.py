@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from rich.filesize import decimal
 
+from job import model_files
 from job.data.formats import check_columns, evaluation_split, training_splits
 from job.hub.sources import Source, fetch, look_up
+from job.limits import limit_files
 from job.report.events import message, progress
 from job.run import Run, write_json
 from job.stages.turn import await_turn
@@ -37,6 +40,8 @@ def recorded_commits(run: Run) -> dict[str, str]:
 def download(run: Run) -> None:
     """Fetch what is not here yet, at the commits that the run started with."""
     await_turn(run, "download")
+    run.paths.run_dir.mkdir(parents=True, exist_ok=True)
+    limit_files(shutil.disk_usage(run.paths.run_dir).free)
     commits, report = recorded_commits(run), {}
     sources = wanted_sources(run)
     listings = [look_up(source, commits.get(source.variable)) for source, _ in sources]
@@ -47,7 +52,9 @@ def download(run: Run) -> None:
             f"{source.described}: {decimal(listing.total_bytes)}" + (f" at {listing.commit}" if listing.commit else "")
         )
         fetch(source, listing, folder)
-        if source.kind == "dataset":
+        if source.kind == "model":
+            model_files.check(folder)
+        else:
             splits = training_splits(run.settings)
             if folder == run.paths.eval_dataset_dir:
                 splits = {evaluation_split(run.settings) or "train"}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
+from pyarrow.lib import ArrowException
 
 from job.data.formats import (
+    Example,
     Format,
     Malformed,
     choose_format,
@@ -21,13 +24,16 @@ from job.data.formats import (
 )
 from job.data.masking import IGNORED, encode
 from job.data.templates import load_tokenizer, set_chat_template
-from job.errors import InputError
+from job.errors import InputError, in_a_line
+from job.limits import TooMuch, limit_files, time_limit
 from job.report.events import message
 from job.run import Run, read_json, write_json
 from job.settings import Settings
 from job.stages.turn import await_turn
 
 _DEFAULT_LENGTH = 1024
+_LONGEST_TEXT = 4 << 20  # characters of a row; the tokenizer takes some 200 bytes for each
+_ROW_SECONDS = 20.0
 _MALFORMED_LIMIT = 0.1  # above this share the format was probably guessed wrong, and dropping rows would hide it
 
 
@@ -36,6 +42,7 @@ def prepare(run: Run) -> None:
     _import_the_rest(run.settings)
     await_turn(run, "prepare")
     disable_progress_bars()
+    limit_files(shutil.disk_usage(run.paths.run_dir).free)
     settings, paths = run.settings, run.paths
     tokenizer = load_tokenizer(paths.model_dir)
     template = set_chat_template(tokenizer, settings.chat_template)
@@ -43,7 +50,12 @@ def prepare(run: Run) -> None:
     report: dict[str, Any] = {"chat_template": template, "max_length": max_length, "packed": settings.packing}
     for name, rows, target in _splits(run):
         run.check_stop()
-        report[name] = _prepare_rows(run, name, rows, target, tokenizer, max_length)
+        try:
+            report[name] = _prepare_rows(run, name, rows, target, tokenizer, max_length)
+        except (UnicodeError, ArrowException, OverflowError) as error:
+            raise InputError(
+                f"The {name} rows cannot be read: {in_a_line(error)}", "Repair the data files, or leave the rows out."
+            ) from error
     tokenizer.save_pretrained(paths.tokenizer_dir)
     write_json(paths.data_report_file, report)
 
@@ -128,18 +140,33 @@ def _encode_all(settings: Settings, rows: Dataset, row_format: Format, tokenizer
     def one(row: dict[str, Any]) -> dict[str, Any]:
         try:
             example = row_format.read(row, settings.dataset_text_field)
-            encoding = encode(
-                example,
-                tokenizer,
-                completion_only=settings.completion_only_loss,
-                assistant_only=settings.assistant_only_loss,
-            )
-        except Malformed as error:
-            return {"input_ids": [], "labels": [], "malformed": str(error)}
+            if (size := _characters(example)) > _LONGEST_TEXT:
+                raise Malformed(f"it has {size:,} characters, and {_LONGEST_TEXT:,} are the most")
+            with time_limit(_ROW_SECONDS, "rendering and tokenizing it"):
+                encoding = encode(
+                    example,
+                    tokenizer,
+                    completion_only=settings.completion_only_loss,
+                    assistant_only=settings.assistant_only_loss,
+                )
+        except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
+            raise
+        except BaseException as error:  # a template is a program, and the tokenizer's Rust panics with a BaseException
+            reason = str(error) if isinstance(error, Malformed | TooMuch) else in_a_line(error)
+            return {"input_ids": [], "labels": [], "malformed": reason or "it cannot be rendered"}
         return {**asdict(encoding), "malformed": ""}
 
     processes = min(os.cpu_count() or 1, len(rows) // 5000) or None
     return rows.map(one, remove_columns=rows.column_names, num_proc=processes)
+
+
+def _characters(example: Example) -> int:
+    texts = [
+        example.text or "",
+        example.completion or "",
+        *(text for turn in example.messages or () for text in turn.values()),
+    ]
+    return sum(map(len, texts))
 
 
 def _cut(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,12 @@ from job.report.plots import draw_loss_curve
 from job.run import Run, now, read_json, write_json
 
 _CURVE = "loss_curve.png"
+# What is published of a folder: no more than the job puts there, whoever else may write to the store.
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MODEL_FILES = (
+    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
 
 def publish(run: Run) -> None:
@@ -44,8 +51,8 @@ def _lay_out(run: Run, published_name: str) -> Path:
     """The repository as others will see it: merged model, adapter in a subfolder, card, curve, samples, merge proof."""
     paths, repository = run.paths, run.paths.repository_dir
     shutil.rmtree(repository, ignore_errors=True)
-    _link_tree(paths.merged_dir, repository)
-    _link_tree(paths.adapter_dir, repository / "adapter")
+    _link_tree(paths.merged_dir, repository, _MODEL_FILES)
+    _link_tree(paths.adapter_dir, repository / "adapter", _ADAPTER_FILES)
     for file in (paths.samples_file, paths.merge_proof_file):
         shutil.copy(file, repository / file.name)
     history = read_json(paths.trainer_state_file)["log_history"]
@@ -71,10 +78,10 @@ def _record(run: Run) -> dict[str, object]:
     return {"job_version": __version__, "run_id": run.id, "settings": settings, "metrics": metrics}
 
 
-def _link_tree(source: Path, target: Path) -> None:
+def _link_tree(source: Path, target: Path, wanted: tuple[str, ...]) -> None:
     """Use hard links where the file system has them, since a second copy of 13 GB would take the space twice."""
     for path in source.rglob("*"):
-        if path.is_file():
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in wanted):
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 
 from job.data.masking import render_prompt
 from job.data.templates import load_tokenizer
+from job.errors import InputError, in_a_line
+from job.limits import time_limit
 from job.model.adapters import with_adapter
 from job.model.compute import Compute
+from job.model.generation import greedy
 from job.model.loading import load_base
 from job.report.events import message, output, progress
 from job.run import Run, read_json, write_json
+
+_PROMPT_SECONDS = 20.0
 
 
 def sample(run: Run) -> None:
@@ -22,12 +28,20 @@ def sample(run: Run) -> None:
     config = read_json(run.paths.model_dir / "config.json")
     compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
     base = load_base(run.paths.model_dir, run.settings, compute, quantized=run.settings.use_4bit)
+    base.generation_config = greedy(base)
     model = with_adapter(run.paths.adapter_dir, base)
     samples = []
     prompts = run.settings.sample_prompts
     for number, prompt in enumerate(prompts, 1):
         run.check_stop()
-        ids = render_prompt(prompt, tokenizer)
+        try:
+            with time_limit(_PROMPT_SECONDS, "rendering a prompt in the model's chat template"):
+                ids = render_prompt(prompt, tokenizer)
+        except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
+            raise InputError(
+                f"The chat template fails on a prompt of FT_SAMPLE_PROMPTS: {in_a_line(error)}",
+                "Set FT_CHAT_TEMPLATE, or change the prompt.",
+            ) from error
         with model.disable_adapter():
             before = answer(model, tokenizer, ids, run.settings.sample_max_new_tokens)
         after = answer(model, tokenizer, ids, run.settings.sample_max_new_tokens)
@@ -48,10 +62,6 @@ def answer(model: PeftModel, tokenizer: Any, prompt_ids: list[int], max_new_toke
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max(1, min(max_new_tokens, room)),
         do_sample=False,
-        temperature=None,  # Llama-2-chat's generation_config samples; unset what greedy decoding would warn about
-        top_p=None,
-        top_k=None,
-        max_length=None,
         pad_token_id=tokenizer.pad_token_id,
     )
     text: str = tokenizer.decode(generated[0, len(prompt_ids) :], skip_special_tokens=True)

@@ -7,9 +7,22 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from job.errors import InputError
+
+LARGEST_SMALL = 64 << 20  # bytes of an object that is read into memory: records, manifests, compiled kernels
+
 
 class Conflict(Exception):
     """A conditional write changed nothing, because the object was not in the expected state."""
+
+
+def refuse_large(key: str, size: int) -> None:
+    """Raise InputError for an object that is too large to be one of the job's records."""
+    if size > LARGEST_SMALL:
+        raise InputError(
+            f"The store's {key} has {size:,} bytes, and the job's own records are small.",
+            "Find out who wrote it, and remove it or choose another FT_RUN_ID.",
+        )
 
 
 class Store(Protocol):
@@ -35,7 +48,8 @@ class Store(Protocol):
         If it is no longer at `version`, raises `Conflict` and changes nothing.
         """
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str) -> bytes:
+        """A small object. One of more than `LARGEST_SMALL` bytes is not read: raises InputError."""
 
     def get_with_version(self, key: str) -> tuple[bytes, str]:
         """The object and its version, for `put_if_unchanged`."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from job.errors import NodeError, PermissionRefused, TransientError
-from job.storage import Conflict
+from job.storage import Conflict, refuse_large
 
 _PARTIAL = ".partial-"  # part of the name of a file that is still being written
 
@@ -64,7 +64,9 @@ class LocalStore:
 
     def get(self, key: str) -> bytes:
         with self._errors(key):
-            return self._path(key).read_bytes()
+            path = self._path(key)
+            refuse_large(key, path.stat().st_size)
+            return path.read_bytes()
 
     def upload(self, source: Path, key: str) -> None:
         with self._errors(key, writing=True):

@@ -28,7 +28,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from job.errors import PermissionRefused, SettingsError, TransientError, from_os_error
-from job.storage import Conflict
+from job.storage import Conflict, refuse_large
 from job.storage.partial import Partial
 
 _T = TypeVar("_T")
@@ -89,6 +89,7 @@ class S3Store:
 
     def _get(self, key: str, **conditions: str) -> tuple[bytes, str]:
         response = self.client.get_object(Bucket=self.bucket, Key=self._key(key), **conditions)
+        refuse_large(key, int(response["ContentLength"]))
         return response["Body"].read(), response["ETag"]
 
     def upload(self, source: Path, key: str) -> None:

@@ -32,7 +32,7 @@ class Journal:
         if port is None:
             return
         try:
-            self.metrics.serve(port)
+            self.metrics.serve(self._run.settings.metrics_address, port)
         except OSError as error:
             self.warn(f"No metrics: FT_METRICS_PORT={port} cannot be used: {error.strerror}.")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from job.checkpoints.kernels import cache_dir
-from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NodeError, from_code
+from job.errors import ExitCode, InputError, JobError, KernelsFault, MemoryFull, NodeError, from_code
 from job.escape import for_line
 from job.nodes.rendezvous import Rendezvous
 from job.report.events import EVENTS_FD, LARGEST_EVENT, parse
@@ -64,6 +64,7 @@ class StageProcess:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=_environment(stage, launch or Launch())
+                | {"TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(run.paths.inductor_dir))}
                 | {"TRITON_CACHE_DIR": str(cache_dir(run)), STARTED_EARLY: str(int(early))}
                 | {EVENTS_FD: str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
@@ -159,6 +160,11 @@ class StageProcess:
         if code >= 0:
             return JobError(f"Stage {self.stage.name} ended with exit code {code}.", hint)
         ended = f"Stage {self.stage.name} was killed by {signal.Signals(-code).name}."
+        if -code in (signal.SIGVTALRM, signal.SIGSEGV, signal.SIGXCPU) and self.stage.name in ("download", "prepare"):
+            return InputError(
+                f"{ended} A file of the model or the dataset asks for more than any real one does.",
+                f"Use another one if you do not trust its author. {hint}",
+            )
         if -code in (signal.SIGKILL, signal.SIGBUS, signal.SIGTERM):
             return NodeError(f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.", hint)
         return JobError(ended, hint)

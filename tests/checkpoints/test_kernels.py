@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from job.checkpoints.kernels import CompiledKernels
+from job.errors import InputError
 from job.run import Run
 from tests.conftest import ROOT
 
@@ -159,6 +161,59 @@ def test_a_file_list_in_an_unknown_format_stores_nothing_and_stops_nothing(
     assert not list((tmp_path / "store").rglob("kernels.tar.gz"))
 
 
+def list_archive(archive: Path) -> None:
+    """As whoever may write the archive may do too."""
+    data = archive.read_bytes()
+    listing = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "kernels": []}
+    archive.with_name("kernels.json").write_text(json.dumps(listing), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "attack", ["link", "zeros", "truncated", "not an archive", "deep listing", "no listing", "device"]
+)
+def test_nothing_in_the_store_about_kernels_ends_a_run(
+    machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path, attack: str
+) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        entry = tarfile.TarInfo(f"{'a' * 20}/_norm.cubin")
+        if attack == "link":
+            entry.type, entry.linkname = tarfile.SYMTYPE, "nowhere"
+        if attack == "device":
+            entry.type = tarfile.CHRTYPE
+        entry.size = 200 << 20 if attack == "zeros" else 0
+        archive.addfile(entry, io.BytesIO(bytes(entry.size)))
+    data = {"truncated": buffer.getvalue()[:-9], "not an archive": b"x" * 100}.get(attack, buffer.getvalue())
+    said: list[str] = []
+    _, kernels = machine("first", said)
+    target = tmp_path / "store" / "here" / "kernels.tar.gz"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(data)
+    if attack != "no listing":
+        list_archive(target)
+    if attack == "deep listing":
+        target.with_name("kernels.json").write_text("[" * 100_000, encoding="utf-8")
+    kernels.fetch()
+    assert "Not using the compiled kernels in the store" in said[0]
+
+
+def test_an_object_too_large_to_be_a_record_is_not_read(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(STORE_URL=str(tmp_path / "store"))
+    (tmp_path / "store/here").mkdir(parents=True)
+    with (tmp_path / "store/here/run.json").open("wb") as stream:
+        stream.truncate(3 << 30)
+    with pytest.raises(InputError, match="the job's own records are small"):
+        run.store.get("here/run.json")
+
+
+def test_one_setting_leaves_the_stores_kernels_out(make_run: Callable[..., Run]) -> None:
+    said: list[str] = []
+    run = make_run(KEEP_KERNELS="false")
+    run.store.put("here/kernels.tar.gz", b"anything")
+    CompiledKernels(run, lambda text, level: said.append(text)).fetch()
+    assert said == []
+
+
 def test_an_archive_with_paths_outside_the_cache_is_refused(
     machine: Callable[..., tuple[Path, CompiledKernels]], tmp_path: Path
 ) -> None:
@@ -171,6 +226,7 @@ def test_an_archive_with_paths_outside_the_cache_is_refused(
     target = tmp_path / "store" / "here" / "kernels.tar.gz"
     target.parent.mkdir(parents=True)
     target.write_bytes(buffer.getvalue())
+    list_archive(target)
     kernels.fetch()
     assert "is not a kernel file" in said[0]
     assert not (tmp_path / "evil").exists()

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 
 import pytest
 
 from job.report.console import StageRecord, open_console
-from job.report.events import emit, parse
+from job.report.events import EVENTS_FD, LARGEST_EVENT, emit, parse
 
 
-def emitted(capsys: pytest.CaptureFixture[str], event: str, **fields: object) -> str:
-    emit(event, **fields)
-    return capsys.readouterr().out.rstrip("\n")
+def received(event: str, **fields: object) -> bytes:
+    """What the supervisor's end of the socket gets."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, pytest.MonkeyPatch.context() as patched:
+        patched.setenv(EVENTS_FD, str(theirs.fileno()))
+        emit(event, **fields)
+        return ours.recv(4 * LARGEST_EVENT)
 
 
-def test_an_event_is_read_back_even_after_a_librarys_unfinished_line(capsys: pytest.CaptureFixture[str]) -> None:
-    line = emitted(capsys, "checkpoint", step=3)
-    assert parse(line) == ("", {"event": "checkpoint", "step": 3})
-    assert parse(f"loading 50%{line}") == ("loading 50%", {"event": "checkpoint", "step": 3})
+def test_an_event_arrives_whole_on_a_socket_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(received("checkpoint", step=3)) == {"event": "checkpoint", "step": 3}
+    assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("line", ["plain text", '{"event": "checkpoint"}', "\x1enot json", '\x1e["list"]'])
-def test_a_line_that_is_not_an_event_is_text(line: str) -> None:
-    assert parse(line) == (line, None)
+def test_a_long_text_is_cut_so_that_its_event_fits() -> None:
+    event = parse(received("message", level="info", text="ü" * 500_000))
+    assert event is not None and event["text"].startswith("üüü") and len(event["text"]) < 20_000
+
+
+@pytest.mark.parametrize(
+    "data", [b"plain text", b'["list"]', b'{"level": "info"}', b'{"event": 3}', b"\xff", b"[" * 50_000]
+)
+def test_a_message_that_is_not_an_event_is_ignored(data: bytes) -> None:
+    assert parse(data) is None
 
 
 def test_a_terminal_gets_text_and_everything_else_gets_json_lines() -> None:

@@ -44,7 +44,7 @@ def step(done: int, **figures: float) -> dict[str, object]:
 def test_the_metrics_of_a_training_can_be_scraped() -> None:
     clock, port = Clock(), free_port()
     metrics = Metrics("a-run", 60, clock)
-    metrics.serve(port)
+    metrics.serve("127.0.0.1", port)
     metrics.attempt(3)
     metrics.stage("train")
     metrics.training(True)
@@ -68,7 +68,7 @@ def test_the_metrics_of_a_training_can_be_scraped() -> None:
 def test_the_probe_fails_when_training_stalls_and_only_then() -> None:
     clock, port = Clock(), free_port()
     metrics = Metrics("a-run", 60, clock)
-    metrics.serve(port)
+    metrics.serve("127.0.0.1", port)
     clock.now += 1000
     assert answer(port, "/healthz")[0] == 200  # nothing trains yet: a download may take its time
     metrics.training(True)
