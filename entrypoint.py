@@ -17,13 +17,13 @@ from typing import NoReturn
 
 from job import __version__
 from job.cluster import keep_private, node_name, scheduler_run_id
-from job.env_file import READ
 from job.environment import load_settings, settings_table
+from job.environment.env_file import READ
 from job.errors import ExitCode, JobError, SettingsError, from_os_error
-from job.escape import for_terminal, json_line
+from job.guard.escape import for_terminal, json_line
+from job.guard.secrets import masked, masked_fields, secret_values
 from job.report.console import open_console
 from job.run import Run, now
-from job.secrets import masked, masked_fields, secret_values
 from job.settings import STAGE_NAMES, Settings
 
 _VERSIONS_OF = (

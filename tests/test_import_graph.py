@@ -20,10 +20,7 @@ LEVELS = (
     {"job.run"},
     {"job.environment"},
     {"job.storage"},
-    {"job.env_file", "job.local_files", "job.trainer_arguments"},
-    {"job.model_files"},
-    {"job.escape", "job.limits", "job.names"},
-    {"job.settings", "job.paths", "job.cluster", "job.secrets"},
+    {"job.settings", "job.paths", "job.cluster", "job.guard"},
     {"job.errors", "job"},
 )
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors", "accelerate"}

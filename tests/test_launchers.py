@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from job.errors import ExitCode
-from job.secrets import KNOWN as SECRET_VARIABLES
+from job.guard.secrets import KNOWN as SECRET_VARIABLES
 from job.settings import Settings, variable
 from tests.conftest import ROOT, unavailable
 

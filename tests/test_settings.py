@@ -12,7 +12,7 @@ import pytest
 
 from job.environment import as_json, load_settings, settings_table
 from job.errors import SettingsError
-from job.secrets import masked, secret_values
+from job.guard.secrets import masked, secret_values
 from job.settings import STAGE_NAMES, Settings
 from job.stages import STAGES
 from job.supervision.ledger import Ledger

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from job.errors import InputError
-from job.names import UnsafeName, checked
+from job.guard.names import UnsafeName, checked
 
 CARD = "README.md"
 _LARGEST_CARD = 1 << 20  # bytes of the card that are read

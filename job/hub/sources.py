@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from job.environment.local_files import DATA_SUFFIXES, local_path
 from job.errors import InputError, SettingsError
+from job.guard.limits import bounded_json
+from job.guard.model_files import check_config
+from job.guard.names import UnsafeName, below, checked, refuse_conflicts
 from job.hub import hub_errors
-from job.limits import bounded_json
-from job.local_files import DATA_SUFFIXES, local_path
-from job.model_files import check_config
-from job.names import UnsafeName, below, checked, refuse_conflicts
 from job.storage import Store, open_store
 
 # The files fetched from a model's top-level folder: weights that cannot run code when loaded, and their description.

@@ -1,4 +1,4 @@
-"""How answers are generated: settings made anew, with only what is plain in those that came with the model.
+"""How answers are generated: made by the job, with only the plain ones of those that came with the model.
 
 A model's own generation_config may ask for a hundred thousand beams, or for a search without an end.
 """

@@ -14,9 +14,9 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from job.escape import for_terminal, json_line
+from job.guard.escape import for_terminal, json_line
+from job.guard.secrets import masked, masked_fields, secret_values
 from job.run import now
-from job.secrets import masked, masked_fields, secret_values
 
 _LEVELS = ("debug", "info", "warning", "error")
 _STAGE_WIDTH, _RESULT_WIDTH = 11, 11

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from job.escape import for_cell, for_terminal
+from job.guard.escape import for_cell, for_terminal
 from job.report.goodput import speed_text, time_text
 from job.run import Run, read_json
 from job.settings import Settings, default_text, value_text, variable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from job.secrets import AWS, HUB, WANDB
+from job.guard.secrets import AWS, HUB, WANDB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from job.errors import (
     from_os_error,
     is_lost_contact,
 )
+from job.guard.secrets import masked, secret_values
 from job.report.events import emit
 from job.run import Run, write_json
-from job.secrets import masked, secret_values
 from job.settings import Settings
 from job.stages import STAGES
 
@@ -50,6 +50,8 @@ def main(name: str) -> int:
             _read_ahead(run)
         if stage.per_gpu:  # batches differ in length, and gaps between blocks of fixed size would be lost
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if stage.per_gpu and processes == 1 and settings.device_map == "auto":
+            _see_one_gpu()
         if launches:
             from job.training.launcher import launch
 
@@ -63,6 +65,12 @@ def main(name: str) -> int:
     except Exception as error:  # the boundary: everything becomes an exit code and a written reason
         return _write_down(run, name, error, launcher=launches)
     return ExitCode.OK
+
+
+def _see_one_gpu() -> None:
+    """A process that trains alone sees the first GPU only: transformers would spread it over all that it sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 
 def _read_ahead(run: Run) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from job import model_files
 from job.data.formats import check_columns, evaluation_split, training_splits
+from job.guard import model_files
+from job.guard.limits import limit_files
 from job.hub.sources import Source, fetch, look_up
-from job.limits import limit_files
 from job.report.events import message, progress
 from job.run import Run, write_json
 from job.stages.turn import await_turn

@@ -25,7 +25,7 @@ from job.data.formats import (
 from job.data.masking import IGNORED, encode
 from job.data.templates import load_tokenizer, set_chat_template
 from job.errors import InputError, in_a_line
-from job.limits import TooMuch, limit_files, time_limit
+from job.guard.limits import TooMuch, limit_files, time_limit
 from job.report.events import message
 from job.run import Run, read_json, write_json
 from job.settings import Settings

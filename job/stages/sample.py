@@ -11,7 +11,7 @@ from peft import PeftModel
 from job.data.masking import render_prompt
 from job.data.templates import load_tokenizer
 from job.errors import InputError, in_a_line
-from job.limits import time_limit
+from job.guard.limits import time_limit
 from job.model.adapters import with_adapter
 from job.model.compute import Compute
 from job.model.generation import greedy

@@ -18,11 +18,11 @@ from typing import Any
 
 from job.checkpoints.kernels import cache_dir
 from job.errors import ExitCode, InputError, JobError, KernelsFault, MemoryFull, NodeError, from_code
-from job.escape import for_line
+from job.guard.escape import for_line
+from job.guard.secrets import masked, secret_values, visible_to
 from job.nodes.rendezvous import Rendezvous
 from job.report.events import EVENTS_FD, LARGEST_EVENT, parse
 from job.run import Run, read_json
-from job.secrets import masked, secret_values, visible_to
 from job.stages import Stage
 from job.stages.turn import STARTED_EARLY
 

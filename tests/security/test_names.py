@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from job.data.splits import find_splits
 from job.errors import InputError, SettingsError
-from job.escape import for_cell, for_line, for_terminal, json_line
+from job.guard.escape import for_cell, for_line, for_terminal, json_line
+from job.guard.names import UnsafeName, below, refuse_conflicts
 from job.hub import sources
 from job.hub.sources import Listing, Source, fetch, look_up
-from job.names import UnsafeName, below, refuse_conflicts
 from job.report.events import parse
 
 MANY = settings(max_examples=10_000, deadline=None)

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from job import env_file, model_files
 from job.data.bounds import refuse_deep_json
 from job.data.formats import load_split
-from job.environment import load_settings
+from job.environment import env_file, load_settings
 from job.errors import InputError, SettingsError, in_a_line
+from job.guard import model_files
+from job.guard.limits import TooMuch, time_limit
+from job.guard.secrets import is_secret, secret_values, visible_to
 from job.hub.sources import Source, look_up
-from job.limits import TooMuch, time_limit
 from job.report.model_card import _one_line
 from job.run import Run
-from job.secrets import is_secret, secret_values, visible_to
 from tests.conftest import Job, published
 
 # -- secrets --------------------------------------------------------------------------------------------------------

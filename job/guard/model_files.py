@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import InputError
-from job.limits import TooMuch, bounded_json
+from job.guard.limits import TooMuch, bounded_json
 
 _MIB = 1 << 20
 _LARGEST = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from job.errors import InputError
-from job.model_files import check_config, read
+from job.guard.model_files import check_config, read
 from job.settings import Settings, variable
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
-from job.secrets import AWS, HUB, KNOWN
+from job.guard.secrets import AWS, HUB, KNOWN
 
 READ = "JOB_ENV_FILE_READ"  # names the file that was read, for the first log line
 _LARGEST = 1 << 20

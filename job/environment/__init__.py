@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job import env_file as env_file_variables
-from job import trainer_arguments
 from job.cluster import this_node
+from job.environment import env_file as env_file_variables
+from job.environment import trainer_arguments
+from job.environment.local_files import missing_paths, unusable_files
 from job.errors import InputError, SettingsError
-from job.local_files import missing_paths, unusable_files
-from job.secrets import masked, secret_values
+from job.guard.secrets import masked, secret_values
 from job.settings import PREFIX, Settings, allowed_text, default_text, variable
 from job.storage import SCHEMES, scheme_of
 
