@@ -87,7 +87,7 @@ def test_the_stage_names_in_the_settings_match_the_jobs() -> None:
         ("FT_RUN_ID", "../escape", "FT_RUN_ID"),
         ("FT_OPTIM", "adamw_trch", "Did you mean adamw_torch?"),
         ("FT_LR_SCHEDULER_TYPE", "cosinus", "Did you mean cosine"),
-        ("FT_STORE_URL", "gs://bucket", "must be a folder, or one of"),
+        ("FT_STORE_URL", "gs://bucket", "must be a folder or s3://"),
         ("FT_PUBLISH_TO", "hf://me/model", "needs HF_TOKEN"),
         ("FT_EVAL_STEPS", "5", "set FT_EVAL_SPLIT too"),
         ("FT_CHAT_TEMPLATE", "llama2", "use auto, llama-2 or chatml"),

@@ -144,8 +144,8 @@ def contradictions(settings: Settings) -> list[str]:
                 f"FT_PUBLISH_TO={settings.publish_to!r} needs HF_TOKEN, a token with write access to the Hub."
             )
     if settings.store_url and scheme_of(settings.store_url) not in SCHEMES:
-        known = ", ".join(f"{scheme}://…" for scheme in SCHEMES if scheme)
-        problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder, or one of {known}.")
+        known = " or ".join(f"{scheme}://…" for scheme in SCHEMES if scheme not in ("", "file"))
+        problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder or {known}.")
     return problems
 
 

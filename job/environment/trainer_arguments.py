@@ -90,8 +90,8 @@ def _unknown(field_name: str, value: str, known: Sequence[str]) -> str:
     likely = [name for name in known if name.startswith(value.lower())] or difflib.get_close_matches(
         value, known, 1, 0.3
     )
-    hint = f" Did you mean {likely[0]}?" if likely else ""
-    return f"{variable(field_name)}={value!r}: must be one of {', '.join(known)}.{hint}"
+    hint = f"unknown. Did you mean {likely[0]}? It " if likely else ""
+    return f"{variable(field_name)}={value!r}: {hint}must be one of {', '.join(known)}."
 
 
 def _bad_extras(arguments: Mapping[str, Any]) -> list[str]:
