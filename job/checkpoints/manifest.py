@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from job.errors import TransientError
+from job.guard.names import UnsafeName, below
 from job.run import now, write_json
 from job.storage import Conflict, Store
 
@@ -162,9 +163,10 @@ def restore(store: Store, prefix: str, folder: Path) -> Manifest:
 
 
 def _fetch_verified(store: Store, prefix: str, entry: Entry, folder: Path) -> None:
-    target = folder / entry.path
-    if folder.absolute() not in target.absolute().parents or ".." in target.parts:
-        raise Rejected(f"{prefix} lists a path outside itself: {entry.path}")
+    try:
+        target = below(folder, entry.path)
+    except UnsafeName as error:
+        raise Rejected(f"{prefix} lists a path outside itself: {error}") from error
     for _ in range(_FETCHES):  # a retry fixes damage in transit, but not damage in the store
         if target.is_file():
             if target.stat().st_size == entry.size and sha256(target) == entry.sha256:

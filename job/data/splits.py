@@ -78,7 +78,7 @@ def _is_hidden(path: Path) -> bool:
 def _by_card(configs: list[dict[str, Any]], wanted: str | None, files: Mapping[str, Path]) -> Splits:
     chosen = _chosen(configs, wanted)
     data_dir = chosen.get("data_dir")
-    prefix = f"{_safe(str(data_dir).strip('/'))}/" if data_dir else ""
+    prefix = f"{_safe(str(data_dir).removesuffix('/'))}/" if data_dir else ""
     found: dict[str, list[Path]] = {}
     for split, pattern in _patterns(chosen.get("data_files", "**")):
         expression = _compiled(prefix + _safe(pattern))

@@ -46,7 +46,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     file = folder / "tokenizer.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **({} if file.is_file() else {"legacy": True}))
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, **({} if file.is_file() else {"legacy": True})
+        )
         if file.is_file():
             probe = f"{tokenizer.bos_token or ''}[INST] A question? [/INST] An answer. {tokenizer.eos_token or ''}"
             truth = tokenizers.Tokenizer.from_file(str(file)).encode(probe, add_special_tokens=False).ids

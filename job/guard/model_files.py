@@ -48,6 +48,8 @@ def check(folder: Path) -> None:
             _check_tokenizer(found)
         elif name == "tokenizer_config.json":
             _check_tokenizer_config(found)
+        elif name == "model.safetensors.index.json":
+            _check_index(found, folder)
 
 
 def read(file: Path, largest: int | None = None) -> dict[str, Any]:
@@ -98,7 +100,20 @@ def _known(value: Any, allowed: set[Any], prefix: str = "") -> bool:
     return value is None or (isinstance(value, str) and value.removeprefix(prefix) in allowed)
 
 
+def _check_index(index: Mapping[str, Any], folder: Path) -> None:
+    """The weights must be in files of the model itself."""
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise _refused("model.safetensors.index.json", "weight_map does not name a file for each weight")
+    for name in sorted(set(weights.values())):
+        if "/" in name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise _refused("model.safetensors.index.json", f"{name[:80]!r} is not one of the model's weight files")
+
+
 def _check_tokenizer_config(config: Mapping[str, Any]) -> None:
+    for name, value in config.items():
+        if name.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value):
+            raise _refused("tokenizer_config.json", f"{name} is {value[:60]!r}, which is not a file of the model")
     added = config.get("added_tokens_decoder")
     if isinstance(added, dict) and len(added) > _MOST_ADDED_TOKENS:
         raise _refused("tokenizer_config.json", f"{len(added):,} added tokens: {_MOST_ADDED_TOKENS:,} are the most")

@@ -55,7 +55,7 @@ _CODE_FIELDS = ("auto_map", "custom_pipelines", "custom_generate")  # name code 
 def write_merged(model: PeftModel, folder: Path, dtype: torch.dtype) -> None:
     """Save base and adapter as one plain model in `dtype`: safetensors that transformers loads without peft."""
     base = model.get_base_model()
-    config = AutoConfig.from_pretrained(base.config.name_or_path)
+    config = AutoConfig.from_pretrained(base.config.name_or_path, trust_remote_code=False)
     config.dtype = dtype
     for name in _CODE_FIELDS:
         if hasattr(config, name):

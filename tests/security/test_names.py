@@ -128,6 +128,13 @@ def test_a_card_that_names_files_elsewhere_is_refused_with_65(tmp_path: Path, pa
         find_splits(folder, None)
 
 
+@pytest.mark.parametrize("data_dir", ["/etc", "..", "a/../..", "hf://datasets/x"])
+def test_a_cards_data_dir_stays_in_the_dataset(tmp_path: Path, data_dir: str) -> None:
+    folder = dataset(tmp_path / "set", [{"split": "train", "path": "*"}], data_dir=data_dir)
+    with pytest.raises(InputError):
+        find_splits(folder, None)
+
+
 def test_a_cards_own_files_and_configurations_are_read_as_the_hub_reads_them(tmp_path: Path) -> None:
     folder = dataset(tmp_path / "set", [{"split": "train", "path": "rows*"}, {"split": "test", "path": ["more.jsonl"]}])
     assert {name: [file.name for file in files] for name, files in find_splits(folder, None).items()} == {

@@ -194,6 +194,9 @@ def change(file: Path, **fields: Any) -> None:
         ("tokenizer.json", {"added_tokens": [{"id": n, "content": f"<{n}>", "special": True} for n in range(300_000)]}),
         ("tokenizer.json", {"normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}] * 5}}),
+        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}),
+        ("model.safetensors.index.json", {"weight_map": {"lm_head.weight": "../../secret.safetensors"}}),
+        ("model.safetensors.index.json", {"weight_map": "all"}),
         ("tokenizer_config.json", {"chat_template": "x" * (2 << 20)}),
     ],
     ids=lambda value: str(value)[:40],
