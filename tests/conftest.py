@@ -152,7 +152,10 @@ def session_folder() -> Path:
 
 def forking(environment: dict[str, str]) -> dict[str, str]:
     """An environment in which the job's stages are forked from a server instead of started."""
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "warning"}
+    quiet = {
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "TRANSFORMERS_VERBOSITY": "warning",
+    }  # fmt: skip
     online = {**os.environ, **OFFLINE, **quiet, "HF_HOME": str(session_folder() / "hf-home")}
     owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
     forkserver.start(session_folder(), [online, online | {"HF_DATASETS_OFFLINE": "1"}], owner)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from job.settings import STAGE_NAMES
 from tests.checkpoints.test_kernels import make_kernel
-from tests.conftest import LIGHTHOUSE, Job, contents, finished, is_running, published, read_until
+from tests.conftest import LIGHTHOUSE, Job, contents, finished, is_running, published, read_until, session_folder
 
 # One worker makes the uninterrupted run that all of these tests look at.
 shares_the_uninterrupted_run = pytest.mark.xdist_group("uninterrupted")
@@ -178,6 +179,14 @@ def test_an_adapter_in_bfloat16_is_resumed_in_bfloat16_bit_for_bit(job: Job, tmp
     assert job.run().code == 0
     stopped = Path(job.environment["FT_OUTPUT_DIR"]) / adapter
     assert stopped.read_bytes() == (tmp_path / "straight" / adapter).read_bytes()
+
+
+def test_the_stages_of_tests_are_forked_and_not_started(job: Job) -> None:
+    """Otherwise the tests only take much longer, and nobody would know why."""
+    result = job.run(FT_MAX_STEPS="1")
+    assert result.code == 0, result.stderr
+    forked = (session_folder() / "forks").read_text(encoding="utf-8").split()
+    assert set(STAGE_NAMES) <= set(forked)
 
 
 def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:

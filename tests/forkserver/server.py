@@ -65,6 +65,8 @@ def serve(file: str, client: str, owner: int) -> dict[str, Any] | None:
                 for stream in request["streams"]:
                     os.close(stream)
                 clients[pid] = connection
+                with (Path(file).parent / "forks").open("a", encoding="utf-8") as count:
+                    count.write(f"{request['arguments'][-1]}\n")
                 selector.register(connection, selectors.EVENT_READ, pid)
             elif key.fileobj == woken:
                 os.read(woken, 4096)
