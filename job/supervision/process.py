@@ -31,6 +31,7 @@ _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORL
 # Failures after which the supervisor starts the stage in another way
 _OTHERWISE = {kind.__name__: kind for kind in (MemoryFull, KernelsFault)}
 _POLL_SECONDS = 0.2  # between looks at whether the process is still there
+_LONGEST_LINE = 1 << 20
 _LARGEST_MESSAGE = 4 * LARGEST_EVENT
 _JOB_BEGAN = float(os.environ.get("JOB_BEGAN") or time.time())
 _CODE_DIR = str(Path(__file__).parent.parent.parent)  # the job may be started from any folder
@@ -118,13 +119,14 @@ class StageProcess:
                     if not data:
                         selector.unregister(out)
                     *lines, unfinished = (unfinished + data).split(b"\n")
+                    if len(unfinished) > _LONGEST_LINE:
+                        lines, unfinished = [*lines, unfinished], b""
                     for line in lines:
                         yield line.decode("utf-8", "replace"), None
                 if not exited and self._process.poll() is not None:
                     exited = True
                     self._kill_group()
         self._process.wait()
-        self._kill_group()
         if unfinished:
             yield unfinished.decode("utf-8", "replace"), None
 
