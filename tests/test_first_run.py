@@ -112,6 +112,33 @@ def test_a_schedule_with_what_it_needs_is_accepted(environment: Environment) -> 
     assert load_settings().extra_training_args == extra
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"FT_STORE_URL": "s3:/bucket/prefix"}, "with two slashes"),
+        ({"FT_STORE_URL": "s3:bucket"}, "with two slashes"),
+        ({"FT_PUBLISH_TO": "s3://bucket/model"}, "must be hf://user/name or a folder"),
+        ({"FT_PUBLISH_TO": "https://huggingface.co/me/model"}, "must be hf://user/name or a folder"),
+        ({"FT_PUBLISH_TO": "me/model"}, "hf://me/model for the Hub"),
+    ],
+)
+def test_a_near_miss_of_a_url_does_not_become_a_folder(
+    environment: Environment, variables: dict[str, str], said: str
+) -> None:
+    environment(**variables)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert said in caught.value.message
+
+
+def test_a_store_below_the_home_folder_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from job.storage import open_store
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_store("~/store").put("key", b"value")
+    assert (tmp_path / "store" / "key").read_bytes() == b"value"
+
+
 def test_choices_may_be_written_in_any_case(environment: Environment) -> None:
     environment(FT_DEVICE="CPU", FT_LOG_LEVEL="Debug", FT_STAGES="Train,SAMPLE", FT_PACKING="True", FT_BF16="AUTO")
     settings = load_settings()

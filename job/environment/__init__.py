@@ -136,6 +136,11 @@ def contradictions(settings: Settings) -> list[str]:
     problems += _contradictory_plans(settings)
     if not settings.stages:
         problems.append("FT_STAGES names no stage: unset it to run all of them.")
+    problems += [
+        f"{variable(name)}={value!r}: {problem}"
+        for name in ("store_url", "publish_to")
+        if (value := getattr(settings, name)) is not None and (problem := _near_miss(name, value)) is not None
+    ]
     if settings.publish_to and settings.publish_to.startswith("hf:"):
         if not settings.publish_to.removeprefix("hf://").strip("/") or not settings.publish_to.startswith("hf://"):
             problems.append(f"FT_PUBLISH_TO={settings.publish_to!r}: write a Hub repository as hf://user/name.")
@@ -147,6 +152,20 @@ def contradictions(settings: Settings) -> list[str]:
         known = " or ".join(f"{scheme}://…" for scheme in SCHEMES if scheme not in ("", "file"))
         problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder or {known}.")
     return problems
+
+
+def _near_miss(name: str, value: str) -> str | None:
+    """Why a text that would pass for a folder's name was surely meant as something else."""
+    misspelt = re.match(r"(s3|hf|gs|file|https?):/?(?!/)", value)
+    if misspelt is not None and not value.startswith("hf:"):
+        return f"write {misspelt[1]}://… with two slashes, or ./{value} for a folder of that name."
+    if name != "publish_to":
+        return None
+    if "://" in value and not value.startswith("hf://"):
+        return "must be hf://user/name or a folder."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not Path(value.partition("/")[0]).exists():
+        return f"write hf://{value} for the Hub, or ./{value} for a folder."
+    return None
 
 
 def _contradictory_plans(settings: Settings) -> list[str]:

@@ -79,7 +79,7 @@ class Store(Protocol):
 def _local(url: str) -> Store:
     from job.storage.local import LocalStore
 
-    return LocalStore(Path(url.removeprefix("file://")))
+    return LocalStore(Path(url.removeprefix("file://")).expanduser())
 
 
 def _s3(url: str) -> Store:

@@ -57,7 +57,11 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # as a stage does
     os.environ["JOB_TEST_CLIENT_PID"] = str(os.getpid())
-    request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "cwd": os.getcwd()}).encode()
+    umask = os.umask(0)
+    os.umask(umask)
+    request = json.dumps(
+        {"umask": umask, "arguments": arguments, "environment": dict(os.environ), "cwd": os.getcwd()}
+    ).encode()
     server = socket.socket(socket.AF_UNIX)
     server.connect(file)
     streams = array.array("i", [0, 1, 2])

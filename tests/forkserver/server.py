@@ -100,6 +100,7 @@ def _receive(connection: socket.socket) -> dict[str, Any] | None:
 def _become(request: dict[str, Any], client: str) -> None:
     """Turn this fork into the process that was asked for, as far as Python allows."""
     os.setsid()
+    os.umask(request["umask"])
     standard, events = request["streams"][:3], request["streams"][3:]
     for number, stream in enumerate(standard):
         os.dup2(stream, number)
