@@ -109,7 +109,7 @@ def test_other_settings_under_the_same_run_id_are_refused_by_name(uninterrupted:
     result = uninterrupted.run(FT_LORA_R="8", FT_LEARNING_RATE="0.5")
     assert result.code == 78
     assert "FT_LORA_R: was 4, is now 8" in result.error["message"]
-    assert "FT_LEARNING_RATE: was 0.01, is 0.5" in result.error["message"]
+    assert "FT_LEARNING_RATE: was 0.01, is now 0.5" in result.error["message"]
 
 
 @shares_the_uninterrupted_run
