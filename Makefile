@@ -9,7 +9,7 @@ DEMO_MODEL := results/demo-model
 # for example, BENCH="--runs 1 --only 'job;unsloth'"
 BENCH :=
 
-.PHONY: help demo test test-slow test-real torture bench-gpu check docs picture lock image image-test system-packages clean
+.PHONY: help demo test test-slow test-real torture bench-gpu check audit docs picture lock image image-test system-packages clean
 IMAGE := finetune-job:0.2.0
 SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
 # where uv finds PyTorch's CPU build
@@ -25,7 +25,8 @@ help:
 	@echo "make system-packages   (root, Debian) install Slurm, buildah and podman for the tests that need them"
 	@echo "make torture KILLS=20 SEED=0   kill the job KILLS times, then compare with an undisturbed run"
 	@echo "make bench-gpu   (needs a GPU) compare training speed with the other trainers installed"
-	@echo "make check  run ruff, mypy, shellcheck, hadolint and the manifest schemas"
+	@echo "make check  run ruff, mypy, shellcheck, hadolint, the manifest schemas and the audit"
+	@echo "make audit  look for known vulnerabilities in what the image installs"
 	@echo "make image  build the image with docker"
 	@echo "make image-test   build the CPU image with buildah and run its tests"
 	@echo "make docs   write the tables of the docs that the code decides"
@@ -68,6 +69,17 @@ check: $(INSTALLED)
 	.venv/bin/hadolint Dockerfile
 	for version in 1.30 1.37; do for file in k8s/finetune-*.yaml; do \
 	  .venv/bin/kubernetes-validate --strict -k $$version $$file; done; done
+	$(MAKE) --no-print-directory audit
+
+# A mirror of PyPI may lack the vulnerability data. pip-audit would then skip every package, which would look like a pass.
+AUDIT := .venv/audit/bin/python
+AUDITED := https://pypi.org/pypi/torch/$$(sed -n 's/^torch==//p' requirements.in)/json
+audit: $(INSTALLED)
+	if $(PYTHON) -c "import sys, urllib.request as web; web.urlopen(sys.argv[1], timeout=10)" $(AUDITED) 2>/dev/null; then \
+	  test -x $(AUDIT) || python3 -m venv .venv/audit; \
+	  $(AUDIT) -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; \
+	  $(AUDIT) -m pip_audit --strict --disable-pip --no-deps --progress-spinner off --requirement requirements.txt; \
+	else echo "Not audited: PyPI's vulnerability data cannot be reached from here."; fi
 
 image:
 	docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag $(IMAGE) .

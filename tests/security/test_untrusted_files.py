@@ -23,13 +23,16 @@ from job.guard.secrets import is_secret, secret_values, visible_to
 from job.hub.sources import Source, look_up
 from job.report.model_card import _one_line
 from job.run import Run
+from job.stages import STAGES
 from tests.conftest import Job, published
 
 # -- secrets --------------------------------------------------------------------------------------------------------
 
 STRANGE_SECRETS = (
     "GITHUB_TOKEN", "OPENAI_API_KEY", "AWS_CONTAINER_AUTHORIZATION_TOKEN", "PGPASSWORD", "SLACK_WEBHOOK", "MY_THING", "AZURE_CLIENT_SECRET",
-    "GOOGLE_APPLICATION_CREDENTIALS_JSON", "NPM_TOKEN", "DATABASE_URL", "COHERE_KEY", "sops_age_key",
+    "GOOGLE_APPLICATION_CREDENTIALS_JSON", "NPM_TOKEN", "DATABASE_URL", "COHERE_KEY", "sops_age_key", "GITLAB_PAT", "SENTRY_DSN",
+    "ANTHROPIC_API_KEY", "REPLICATE_API_TOKEN", "DOCKER_AUTH_CONFIG", "SSH_PRIVATE_KEY", "SESSION_COOKIE", "MINIO_ROOT_PASSWORD",
+    "REDIS_URL", "MYSQL_PWD", "TWINE_PASSWORD", "VAULT_TOKEN", "KUBE_TOKEN", "HMAC_SIGNATURE", "LICENSE", "CF_API_KEY",
 )  # fmt: skip
 
 _SHOWS_ITS_ENVIRONMENT = """
@@ -41,6 +44,7 @@ if "job.stages" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_no_secret_of_any_name_reaches_a_stage_a_log_or_a_file(job: Job, tmp_path: Path) -> None:
     canaries = {
         name: f"canary-{name.lower()}-0123456789" for name in (*STRANGE_SECRETS, "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
@@ -50,18 +54,31 @@ def test_no_secret_of_any_name_reaches_a_stage_a_log_or_a_file(job: Job, tmp_pat
     output = Path(job.environment["FT_OUTPUT_DIR"])
     output.mkdir()
     job.forks = False
-    result = job.run(PYTHONPATH=str(tmp_path), FT_STAGES="prepare", FT_LOG_LEVEL="debug", **canaries)
+    settings = {
+        "PYTHONPATH": str(tmp_path),
+        "FT_STORE_URL": str(tmp_path / "store"),
+        "FT_LOG_LEVEL": "debug",
+        **canaries,
+    }
+    result = job.run(**settings)
     assert result.code == 0, result.stderr
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"text": "one"}\n{"text": 2}\n', encoding="utf-8")
+    failed = job.run(FT_DATASET_NAME=str(wrong), FT_RUN_ID="failed", **settings)
+    assert failed.code == 65, failed.stderr
     seen = {file.stem.removeprefix("seen-"): json.loads(file.read_text()) for file in output.glob("seen-*.json")}
-    assert {"preflight", "download", "prepare"} <= seen.keys()
+    assert {stage.name for stage in STAGES} <= seen.keys()
     for stage, variables in seen.items():
         needed = {"AWS_CONTAINER_AUTHORIZATION_TOKEN"} if stage in ("preflight", "download") else set()  # boto3's
         assert set(STRANGE_SECRETS) & variables.keys() == needed, stage
-        assert ("HF_TOKEN" in variables) == (stage in ("preflight", "download"))
+        assert ("HF_TOKEN" in variables) == (stage in ("preflight", "download", "publish")), stage
     assert "printed: *** and ***" in result.stdout
-    everything = [result.stdout, result.stderr]
+    everything = [result.stdout, result.stderr, failed.stdout, failed.stderr]
     everything += [
-        path.read_text(errors="replace") for path in output.rglob("*") if path.is_file() and "seen-" not in path.name
+        path.read_text(errors="replace")
+        for folder in (output, tmp_path / "store")
+        for path in folder.rglob("*")
+        if path.is_file() and "seen-" not in path.name
     ]
     assert not [text for text in everything if "canary" in text]
 
