@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from job.checkpoints.kernels import CompiledKernels
+from job.checkpoints.kernels import CompiledKernels, _unpack
 from job.errors import InputError
 from job.run import Run
 from tests.conftest import ROOT
@@ -109,6 +113,61 @@ def test_only_new_kernels_are_stored_and_only_missing_ones_are_fetched(
     listed = json.loads((gate / "__grp___gate.json").read_text(encoding="utf-8"))["child_paths"]
     assert listed == {name: str(gate / name) for name in ("_gate.cubin", "_gate.json")}
     assert not list(folder.glob("*.partial-*"))
+
+
+entry_names = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(["A" * 20 + "/x.cubin", "A" * 20 + "/__grp__x.json", "../" + "A" * 20 + "/x.json"]),
+)
+entry_types = st.sampled_from([tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+entries = st.tuples(entry_names, entry_types, st.text(max_size=20), st.binary(max_size=40))
+damages = st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=4)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(st.lists(entries, max_size=3), st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), damages)
+def test_an_archive_is_refused_or_holds_kernel_files_alone(
+    contents: list[tuple[str, bytes, str, bytes]], form: int, damage: list[tuple[int, int]]
+) -> None:
+    buffer = io.BytesIO()
+    try:
+        with tarfile.open(fileobj=buffer, mode="w:", format=form) as archive:
+            for name, kind, target, data in contents:
+                entry = tarfile.TarInfo(name)
+                entry.type, entry.linkname, entry.size = kind, target, len(data) if kind == tarfile.REGTYPE else 0
+                archive.addfile(entry, io.BytesIO(data))
+    except ValueError:  # a name that no archive can hold
+        return
+    plain = bytearray(buffer.getvalue())
+    for place, byte in damage:
+        plain[place % len(plain)] = byte
+    try:
+        kernels = _unpack(gzip.compress(plain, compresslevel=0))
+    except ValueError:
+        return
+    names = [f"{folder}/{file}" for folder, files in kernels.items() for file in files]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{16,}/[^/\0]+\.(cubin|json)", name) for name in names)
+    assert sum(len(data) for files in kernels.values() for data in files.values()) <= len(plain)
+
+
+@pytest.mark.parametrize("sparse", ["old", "pax"])
+def test_an_entry_that_grows_when_it_is_read_is_refused(sparse: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:", format=tarfile.PAX_FORMAT) as archive:
+        entry = tarfile.TarInfo("A" * 20 + "/x.cubin")
+        if sparse == "pax":
+            entry.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**42), "GNU.sparse.numblocks": "1"}
+        archive.addfile(entry)
+    plain = bytearray(buffer.getvalue())
+    if sparse == "old":
+        plain[156:157] = tarfile.GNUTYPE_SPARSE
+        plain[386:410] = b"00000000000\0" * 2  # the first block: no byte, at offset 0
+        plain[483:495] = b"37777777777\0"  # the size once it is read: 4 GiB
+        plain[148:156] = b" " * 8
+        plain[148:156] = b"%06o\0 " % sum(plain[:512])
+    with pytest.raises(ValueError, match="is not a kernel file"):
+        _unpack(gzip.compress(plain))
 
 
 @pytest.mark.parametrize(
