@@ -179,7 +179,8 @@ def test_settings_come_from_the_named_file_and_a_container_from_its_image(
 ) -> None:
     """A stand-in for Apptainer shows how it was called, and runs the command outside a container."""
     checkout = slurm.folder / "checkout"
-    (checkout / "my.env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
+    lines = [f"{name}={value}\n" for name, value in settings.items() if name.startswith("FT_")]
+    (checkout / "my.env").write_text("".join(lines), encoding="utf-8")
     tool = slurm.folder / "bin" / "apptainer"
     tool.parent.mkdir()
     tool.write_text(
