@@ -40,7 +40,7 @@ $(INSTALLED): requirements.in requirements-dev.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-$(DEMO_MODEL)/config.json: $(INSTALLED) examples/fetch_demo_model.py
+$(DEMO_MODEL)/config.json: examples/fetch_demo_model.py | $(INSTALLED)
 	$(PYTHON) examples/fetch_demo_model.py $(DEMO_MODEL)
 
 demo: $(INSTALLED) $(DEMO_MODEL)/config.json

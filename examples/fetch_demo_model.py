@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,10 +57,12 @@ def convert(gguf_folder: Path, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)
     partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was interrupted
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an older one
     partial.rename(folder)
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
 
 from dotenv import dotenv_values
 
@@ -25,6 +30,23 @@ def test_the_demos_prompts_are_not_in_its_data() -> None:
         json.loads(line)["messages"][0]["content"] for line in LIGHTHOUSE.read_text(encoding="utf-8").splitlines()
     }
     assert not questions & set(prompts)
+
+
+def test_a_new_environment_does_not_fetch_the_demos_model_again(tmp_path: Path) -> None:
+    for file, age in (
+        ("examples/fetch_demo_model.py", 3),
+        ("results/demo-model/config.json", 2),
+        (".venv/installed", 1),
+    ):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+        os.utime(tmp_path / file, (time.time() - age * 3600,) * 2)
+    for file in ("Makefile", "requirements.in", "requirements-dev.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+        os.utime(tmp_path / file, (time.time() - 4 * 3600,) * 2)
+    planned = subprocess.run(["make", "--dry-run", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "entrypoint.py" in planned.stdout
+    assert "fetch_demo_model" not in planned.stdout
 
 
 def test_the_demos_settings_run_on_the_tiny_model(job: Job) -> None:
