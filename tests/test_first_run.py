@@ -81,6 +81,13 @@ def test_a_model_whose_config_cannot_be_read_is_refused_with_65(
         load_settings()
 
 
+def assert_refused(environment: Environment, variables: dict[str, str], said: str) -> None:
+    environment(**variables)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert said in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -100,10 +107,7 @@ def test_a_model_whose_config_cannot_be_read_is_refused_with_65(
 def test_what_would_only_fail_in_training_fails_in_the_settings(
     environment: Environment, variables: dict[str, str], said: str
 ) -> None:
-    environment(**variables)
-    with pytest.raises(SettingsError) as caught:
-        load_settings()
-    assert said in caught.value.message
+    assert_refused(environment, variables, said)
 
 
 def test_a_schedule_with_what_it_needs_is_accepted(environment: Environment) -> None:
@@ -117,6 +121,8 @@ def test_a_schedule_with_what_it_needs_is_accepted(environment: Environment) -> 
     [
         ({"FT_STORE_URL": "s3:/bucket/prefix"}, "with two slashes"),
         ({"FT_STORE_URL": "s3:bucket"}, "with two slashes"),
+        ({"FT_STORE_URL": "s3//bucket"}, "write s3://… with two slashes"),
+        ({"FT_PUBLISH_TO": "hf//me/model"}, "write hf://… with two slashes"),
         ({"FT_PUBLISH_TO": "s3://bucket/model"}, "must be hf://user/name or a folder"),
         ({"FT_PUBLISH_TO": "https://huggingface.co/me/model"}, "must be hf://user/name or a folder"),
         ({"FT_PUBLISH_TO": "me/model"}, "hf://me/model for the Hub"),
@@ -125,10 +131,7 @@ def test_a_schedule_with_what_it_needs_is_accepted(environment: Environment) -> 
 def test_a_near_miss_of_a_url_does_not_become_a_folder(
     environment: Environment, variables: dict[str, str], said: str
 ) -> None:
-    environment(**variables)
-    with pytest.raises(SettingsError) as caught:
-        load_settings()
-    assert said in caught.value.message
+    assert_refused(environment, variables, said)
 
 
 def test_a_store_below_the_home_folder_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def contradictions(settings: Settings) -> list[str]:
 
 def _near_miss(name: str, value: str) -> str | None:
     """Why a text that would pass for a folder's name was surely meant as something else."""
-    misspelt = re.match(r"(s3|hf|gs|file|https?):/?(?!/)", value)
+    misspelt = re.match(r"(s3|hf|gs|file|https?)(?::/?(?!/)|//)", value, re.IGNORECASE)
     if misspelt is not None and not value.startswith("hf:"):
         return f"write {misspelt[1]}://… with two slashes, or ./{value} for a folder of that name."
     if name != "publish_to":
