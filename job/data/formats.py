@@ -5,251 +5,374 @@ To add a format, add a `Format` to `FORMATS` and its name to the choices of FT_D
 
 from __future__ import annotations
 
-import importlib
+import functools
+import json
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetBuilder
-from datasets.data_files import DataFilesDict, DataFilesList
+from job.data.conversations import ROLES, Example, Reading, as_json, conversation
+from job.data.files.batch import Malformed, Row
+from job.errors import InputError
 
-from job.data.bounds import refuse_bombs, refuse_deep_json
-from job.data.splits import Splits, find_splits, reader_of
-from job.errors import InputError, from_os_error
-from job.settings import Settings
-
-Message = dict[str, str]
-Row = Mapping[str, Any]
 _TURN = re.compile(r"### (Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class Malformed(ValueError):
-    """A row does not match its format."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row: plain `text`, a prompt in `text` with its `completion`, or a conversation in `messages`.
-
-    If `learned_turns` is set, the last `learned_turns` messages are the completion of those before them.
-    """
-
-    text: str | None = None
-    completion: str | None = None
-    messages: Sequence[Message] | None = None
-    learned_turns: int | None = None
+_INSTRUCTION = re.compile(r"\[/?INST\]")
+_SYSTEM = re.compile(r"<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One row format: the `columns` it needs, `looks_right` to detect it in sample rows, and `read` for one row."""
+    """One row format.
+
+    It fits if the dataset has all `columns`, and one of `either` if there are any, and `looks_right` agrees on some rows.
+    `read` turns one row into an example. `also` are further columns that it reads. Rows of a `refused` format are not
+    trained on unless the format is asked for by name. A format of `trees` reads all rows together.
+    """
 
     name: str
-    columns: Callable[[str], tuple[str, ...]]
-    looks_right: Callable[[Sequence[Row], str], bool]
-    read: Callable[[Row, str], Example]
+    read: Callable[[Row, Reading], Example]
+    columns: tuple[str, ...] = ()
+    either: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    looks_right: Callable[[Sequence[Row], Reading], bool] = lambda rows, reading: True
+    refused: str | None = None
+    trees: bool = False
+    chat: bool = True
+
+    def needs(self, text_field: str) -> tuple[str, ...]:
+        """The columns without which it cannot be read, by their names in this dataset."""
+        return tuple(text_field.lower() if name == "text" else name for name in self.columns)
+
+    def uses(self, reading: Reading) -> frozenset[str]:
+        """All columns that it may read, in lower case, by their names in the files."""
+        names = {*self.needs(reading.text_field), *self.either, *self.also, *_EVERYWHERE}
+        return frozenset({*names, *(text.strip().lower() for text in reading.columns.values())})
 
 
-def _read_text(row: Row, text_field: str) -> Example:
-    return Example(text=_text(row, text_field))
+_EVERYWHERE = ("tools", "functions", "chat_template_kwargs", "system", "system_prompt")
+_CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 
 
-def _read_messages(row: Row, _text_field: str) -> Example:
-    return Example(messages=_messages(row["messages"]))
+def column(row: Row, name: str) -> Any:
+    """A row's value in a column, whose name may be written in another case; None if there is none."""
+    if name in row:
+        return row[name]
+    actual = _plain_names(tuple(row)).get(name)
+    return row[actual] if actual is not None else None
 
 
-def _read_prompt_completion(row: Row, _text_field: str) -> Example:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return Example(text=prompt, completion=completion)
-    answers = _messages(completion)
-    return Example(messages=[*_messages(prompt), *answers], learned_turns=len(answers))
+@functools.lru_cache(maxsize=1000)
+def _plain_names(columns: tuple[str, ...]) -> dict[str, str]:
+    """Names in lower case and without blanks around them → as they are written. The first of several counts."""
+    return {actual.strip().lower(): actual for actual in reversed(columns)}
 
 
-def _read_human_assistant(row: Row, text_field: str) -> Example:
+def _read_text(row: Row, reading: Reading) -> Example:
+    return Example(text=_text(row, reading.text_field, reading, may_be_number=False))
+
+
+def _conversation_of(row: Row) -> Any:
+    return next((value for name in _CONVERSATION_COLUMNS if (value := column(row, name)) is not None), None)
+
+
+def _read_messages(row: Row, reading: Reading) -> Example:
+    return conversation(row, _conversation_of(row), reading, system=_system(row))
+
+
+def _read_prompt_completion(row: Row, reading: Reading) -> Example:
+    prompt, completion = as_json(column(row, "prompt")), as_json(column(row, "completion"))
+    if isinstance(completion, list) and completion:
+        before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        return conversation(
+            row,
+            [*before, *completion],
+            reading,
+            system=_system(row),
+            learned_from=len(before) if reading.completion_only else 0,
+        )
+    if isinstance(prompt, list) and prompt and isinstance(completion, str):
+        turns = [*prompt, {"role": "assistant", "content": completion}]
+        return conversation(
+            row, turns, reading, system=_system(row), learned_from=len(prompt) if reading.completion_only else 0
+        )
+    text = _text(row, "prompt", reading, may_be_empty=True)
+    return Example(text=text, completion=_text(row, "completion", reading))
+
+
+def _pair(prompt: str, answer: str, *context: str) -> Callable[[Row, Reading], Example]:
+    """A reader of rows with a question, an answer and maybe more that belongs to the question."""
+
+    def read(row: Row, reading: Reading) -> Example:
+        asked = as_json(column(row, prompt))
+        if isinstance(asked, list) and asked and isinstance(asked[0], Mapping):
+            turns = [*asked, {"role": "assistant", "content": _text(row, answer, reading)}]
+            return conversation(row, turns, reading, system=_system(row), learned_from=len(asked))
+        parts = [_text(row, prompt, reading, may_be_empty=bool(context))]
+        parts += [_text(row, name, reading, may_be_empty=True) for name in context if column(row, name) is not None]
+        question = "\n".join(part for part in parts if part.strip())
+        if not question:
+            raise Malformed(f"column {prompt} is empty")
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, answer, reading)}]
+        earlier = [
+            {"role": role, "content": text}
+            for pair in as_json(column(row, "history")) or ()
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        return conversation(row, [*earlier, *turns], reading, system=_system(row))
+
+    return read
+
+
+# Question, answer, and what belongs to the question. The first pair whose columns are all there is meant.
+_PAIRS = (
+    ("instruction", "output", "input"),
+    ("instruction", "response", "context"),
+    ("instruction", "answer", "context"),
+    ("instruction", "completion", "input"),
+    ("prompt", "response", "context"),
+    ("prompt", "answer", "context"),
+    ("prompt", "output", "input"),
+    ("prompt", "chosen_response"),
+    ("question", "answer", "context"),
+    ("question", "response", "context"),
+    ("question", "output", "context"),
+    ("query", "response", "context"),
+    ("query", "answer", "context"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("input", "output"),
+    ("input", "response"),
+    ("source", "target"),
+)  # fmt: skip
+
+
+def _pair_of(row: Row) -> tuple[str, ...] | None:
+    names = {key.strip().lower() for key in row}
+    return next((pair for pair in _PAIRS if set(pair[:2]) <= names), None)
+
+
+def _read_pairs(row: Row, reading: Reading) -> Example:
+    pair = _pair_of(row)
+    if pair is None:
+        raise Malformed("it has no columns for a question and an answer")
+    return _pair(*pair)(row, reading)
+
+
+def _read_human_assistant(row: Row, reading: Reading) -> Example:
     """Turn `### Human: …### Assistant: …`, as in timdettmers/openassistant-guanaco, into a conversation.
 
     Only the role marks split the text, so headings (`###`) inside an answer survive. An unanswered question at the end
     is dropped.
     """
-    pieces = _TURN.split(_text(row, text_field))
+    pieces = _TURN.split(_text(row, reading.text_field, reading, may_be_number=False))
     turns = [
-        {"role": _ROLES[role], "content": content.strip()}
+        {"role": ROLES[role.lower()], "content": content.strip()}
         for role, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
     if turns and turns[-1]["role"] == "user":
         turns.pop()
     if not turns:
         raise Malformed("there is no ### Human: … ### Assistant: … pair")
-    return Example(messages=turns)
+    return conversation(row, turns, reading)
+
+
+def _read_llama_2(row: Row, reading: Reading) -> Example:
+    """Take `<s>[INST] … [/INST] … </s>` apart again, so that another template can be used."""
+    turns: list[dict[str, str]] = []
+    for document in re.split(r"</s>", _text(row, reading.text_field, reading)):
+        pieces = _INSTRUCTION.split(document.replace("<s>", ""))
+        if len(pieces) == 1 and not pieces[0].strip():
+            continue
+        if len(pieces) != 3 or pieces[0].strip():
+            raise Malformed("it is not [INST] … [/INST] … by turns")
+        asked = pieces[1].strip()
+        if (system := _SYSTEM.match(asked)) is not None and not turns:
+            turns.append({"role": "system", "content": system[1]})
+            asked = asked[system.end() :]
+        turns.append({"role": "user", "content": asked})
+        if pieces[2].strip():
+            turns.append({"role": "assistant", "content": pieces[2].strip()})
+    return conversation(row, turns, reading)
+
+
+def _read_chosen(row: Row, reading: Reading) -> Example:
+    """The better answer of a preference pair, as if it were the only one."""
+    chosen, prompt = as_json(column(row, "chosen")), as_json(column(row, "prompt"))
+    if isinstance(chosen, str):
+        if prompt is None:
+            pieces = re.split(r"\n\n(Human|Assistant): ", chosen)
+            turns = [
+                {"role": role, "content": text.strip()} for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
+            ]
+            return conversation(row, turns, reading, learned_from=len(turns) - 1) if turns else Example(text=chosen)
+        chosen = [{"role": "assistant", "content": chosen}]
+    if not isinstance(chosen, list):
+        raise Malformed("column chosen holds neither a text nor messages")
+    before = prompt if isinstance(prompt, list) else [] if prompt is None else [{"role": "user", "content": prompt}]
+    if before and len(chosen) > 1:  # many sets repeat the prompt in `chosen`
+        before = []
+    turns = [*before, *chosen]
+    return conversation(row, turns, reading, system=_system(row), learned_from=len(turns) - 1)
+
+
+def _read_kto(row: Row, reading: Reading) -> Example:
+    if _truth(column(row, "label")) is not True:
+        raise NotWanted
+    return _read_prompt_completion(row, reading)
+
+
+def _read_tree(row: Row, reading: Reading) -> Example:
+    """A thread: `messages` of a tree's rows, or a row that holds its whole tree in `prompt`."""
+    from job.data.trees import nested_thread
+
+    turns = row["thread"] if "thread" in row else nested_thread(column(row, "prompt"))
+    if not turns:
+        raise Malformed("nobody answered it")
+    return conversation({}, [{"role": turn["role"], "content": turn["text"]} for turn in turns], reading)
+
+
+class NotWanted(Exception):
+    """A row that its format leaves out on purpose. It is counted, and it is no fault."""
+
+
+def _truth(value: Any) -> bool | None:
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool) or value in (0, 1) else None
+
+
+def _looks_like_turns(rows: Sequence[Row], _: Reading) -> bool:
+    values = [value for row in rows if (value := as_json(_conversation_of(row))) is not None]
+    return not values or any(isinstance(value, list | dict) for value in values)
+
+
+def _looks_human(rows: Sequence[Row], reading: Reading) -> bool:
+    return any(str(column(row, reading.text_field)).lstrip().startswith("### Human:") for row in rows)
+
+
+def _looks_nested(rows: Sequence[Row], _: Reading) -> bool:
+    return any(isinstance(column(row, "prompt"), Mapping) for row in rows)
+
+
+def _looks_labelled(rows: Sequence[Row], _: Reading) -> bool:
+    return any(_truth(column(row, "label")) is not None for row in rows)
 
 
 FORMATS = (
-    Format("messages", lambda _: ("messages",), lambda rows, _: True, _read_messages),
-    Format("prompt_completion", lambda _: ("prompt", "completion"), lambda rows, _: True, _read_prompt_completion),
+    Format("oasst", _read_tree, ("message_id", "parent_id", "text", "role"), also=("rank", "deleted"), trees=True),
+    Format("oasst_trees", _read_tree, ("message_tree_id", "prompt"), looks_right=_looks_nested),
     Format(
-        "human_assistant",
-        lambda text_field: (text_field,),
-        lambda rows, text_field: any(str(row[text_field]).lstrip().startswith("### Human:") for row in rows),
-        _read_human_assistant,
+        "chosen",
+        _read_chosen,
+        ("chosen", "rejected"),
+        also=("prompt",),
+        refused="These are preference rows (chosen, rejected), and this job trains on examples, not on preferences",
     ),
-    Format("text", lambda text_field: (text_field,), lambda rows, _: True, _read_text),
+    Format(
+        "kto",
+        _read_kto,
+        ("prompt", "completion", "label"),
+        looks_right=_looks_labelled,
+        refused="These rows have a label of true or false beside each completion, as KTO has, and the bad ones would be learned too",
+        chat=False,
+    ),
+    Format("messages", _read_messages, either=_CONVERSATION_COLUMNS, looks_right=_looks_like_turns),
+    Format("prompt_completion", _read_prompt_completion, ("prompt", "completion"), chat=False),
+    Format("alpaca", _pair("instruction", "output", "input"), ("instruction", "input", "output"), also=("history",)),
+    Format("dolly", _pair("instruction", "response", "context"), ("instruction", "context", "response")),
+    Format(
+        "question_answer",
+        _read_pairs,
+        also=tuple(sorted({name for pair in _PAIRS for name in pair})),
+        looks_right=lambda rows, _: any(_pair_of(row) is not None for row in rows),
+    ),
+    Format("human_assistant", _read_human_assistant, ("text",), looks_right=_looks_human),
+    Format("llama2", _read_llama_2, ("text",), looks_right=lambda rows, _: False),
+    Format("text", _read_text, ("text",), chat=False),
 )
+_ASKED_FOR = {"chosen": "to train on the chosen answers alone", "kto": "to train on the rows labelled true"}
 
 
-def choose_format(wanted: str, text_field: str, columns: Sequence[str], sample: Sequence[Row]) -> Format:
+def choose_format(wanted: str, reading: Reading, columns: Sequence[str], sample: Sequence[Row]) -> Format:
     """The format named by FT_DATASET_FORMAT, or the first that fits. Raises InputError if its columns are missing."""
+    there = {name.strip().lower() for name in columns}
     for candidate in FORMATS:
-        present = set(candidate.columns(text_field)) <= set(columns)
-        if wanted == candidate.name and not present:
-            missing = ", ".join(sorted(set(candidate.columns(text_field)) - set(columns)))
-            raise InputError(
-                f"The dataset has no column {missing}, which FT_DATASET_FORMAT={wanted} needs. It has {', '.join(columns)}.",
-                "Set FT_DATASET_TEXT_FIELD to the column that holds the text, or FT_DATASET_FORMAT to another format.",
-            )
-        if wanted == candidate.name or (wanted == "auto" and present and candidate.looks_right(sample, text_field)):
+        needed = set(candidate.needs(reading.text_field))
+        present = needed <= there and (not candidate.either or bool(set(candidate.either) & there))
+        if wanted == candidate.name:
+            if not present:
+                missing = ", ".join(sorted(needed - there) or [" or ".join(candidate.either)])
+                raise InputError(
+                    f"The dataset has no column {missing}, which FT_DATASET_FORMAT={wanted} needs. It has {', '.join(columns)}.",
+                    "Set FT_DATASET_TEXT_FIELD or FT_DATASET_COLUMNS to the columns' names, or FT_DATASET_FORMAT to another format.",
+                )
             return candidate
-    forms = "; ".join(f"{item.name}: {', '.join(item.columns(text_field))}" for item in FORMATS)
+        if wanted == "auto" and present and candidate.looks_right(sample, reading):
+            _refuse(candidate, reading)
+            _tell_of_unused_text(candidate, there, reading)
+            return candidate
     raise InputError(
-        f"The dataset's columns ({', '.join(columns)}) match none of the known formats ({forms}).",
-        "Set FT_DATASET_TEXT_FIELD to the column that holds the text, or rename the columns.",
-    )
-
-
-def load_split(folder: Path, split: str, config: str | None, cache_dir: Path) -> Dataset:
-    """Read one split of the files below `folder`, such as `train` or `train[:100]`.
-
-    Opens no other file, whatever the dataset's card says. InputError if the split cannot be read or is empty.
-    """
-    splits = find_splits(folder, config)
-    named = {part.partition("[")[0].strip() for part in split.split("+")} - {"all"}
-    if missing := named - splits.keys():
-        raise InputError(
-            f"The dataset has no split {min(missing)!r}. It has {', '.join(sorted(splits))}.",
-            "Check FT_DATASET_SPLIT and FT_EVAL_SPLIT.",
-        )
-    wanted = {name: files for name, files in splits.items() if not named or name in named}
-    listed = [path for files in wanted.values() for path in files]
-    refuse_bombs(listed, shutil.disk_usage(_existing(cache_dir)).free)
-    for path in listed:
-        if path.suffix in (".json", ".jsonl"):
-            refuse_deep_json(path)
-    try:
-        builder = _builder(wanted, cache_dir)
-        builder.download_and_prepare()
-        loaded = builder.as_dataset(split=split)
-    except Exception as error:  # datasets raises many exception types for files that do not match their suffix
-        if isinstance(error, InputError) or from_os_error(error) is not None:
-            raise
-        reason = str(error.__cause__ or error).splitlines()[0]
-        if "corresponds to no data" in reason:
-            raise _empty(split) from error
-        raise InputError(
-            f"The dataset's split {split!r} cannot be read: {reason}",
-            "Check FT_DATASET_SPLIT, FT_DATASET_CONFIG, FT_EVAL_SPLIT and the data files.",
-        ) from error
-    assert isinstance(loaded, Dataset)
-    if len(loaded) == 0:
-        raise _empty(split)
-    return loaded
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
-
-
-def _builder(splits: Splits, cache_dir: Path) -> DatasetBuilder:
-    """The library's reader for these files, given each by its path.
-
-    `load_dataset` would follow the card's patterns, take brackets in names for patterns, and count the load on a server.
-    """
-    kinds = {reader_of(path) for files in splits.values() for path in files}
-    if len(kinds) != 1:
-        raise InputError(
-            f"The dataset mixes files of several kinds: {', '.join(sorted(map(str, kinds)))}.",
-            "Name one file or folder, or choose a split or configuration whose files are alike.",
-        )
-    module = importlib.import_module(_READERS[str(kinds.pop())])
-    reader = next(
-        item for item in vars(module).values()
-        if isinstance(item, type) and issubclass(item, DatasetBuilder) and item.__module__ == module.__name__
+        f"The dataset's columns ({', '.join(columns)}) are none that this job knows, such as messages, question and answer, "
+        "instruction and output, prompt and completion, or text.",
+        f"Set FT_DATASET_COLUMNS to say what they are, such as {_example(columns)}."
+        + _texts_only(columns, sample),
     )  # fmt: skip
-    listed = {
-        name: DataFilesList([str(path) for path in files], [_version(path) for path in files])
-        for name, files in splits.items()
-    }
-    found: DatasetBuilder = reader(cache_dir=str(cache_dir), data_files=DataFilesDict(listed))
-    return found
 
 
-_READERS = {kind: f"datasets.packaged_modules.{kind}.{kind}" for kind in ("json", "parquet", "csv", "arrow")}
+def _refuse(found: Format, reading: Reading) -> None:
+    if found.refused is not None:
+        others = ", or FT_DATASET_FORMAT=prompt_completion to train on all of them" if found.name == "kto" else ""
+        raise InputError(f"{found.refused}.", f"Set FT_DATASET_FORMAT={found.name} {_ASKED_FOR[found.name]}{others}.")
+    part = reading.text_field.lower()
+    if part != "text" and found.name not in ("text", "human_assistant") and part in found.uses(reading):
+        raise InputError(
+            f"FT_DATASET_TEXT_FIELD={reading.text_field} names one column of rows that look like {found.name}: "
+            "the rest of each row, such as the question, would not be trained on.",
+            "Unset FT_DATASET_TEXT_FIELD, or set FT_DATASET_FORMAT=text to train on that column alone.",
+        )
 
 
-def _version(path: Path) -> tuple[str, ...]:
-    """What distinguishes a file from an earlier one of its name, for the library's cache."""
-    state = path.stat()
-    return str(state.st_size), str(state.st_mtime_ns)
+def _tell_of_unused_text(found: Format, there: set[str], reading: Reading) -> None:
+    if "text" in there and "text" not in found.needs(reading.text_field):
+        reading.tell(f"the column text is not used, because the rows are {found.name} (FT_DATASET_FORMAT=text uses it)")
 
 
-def _empty(split: str) -> InputError:
-    return InputError(
-        f"The dataset's split {split!r} is empty.", "Set FT_DATASET_SPLIT and FT_EVAL_SPLIT to splits that have rows."
-    )
+def _example(columns: Sequence[str]) -> str:
+    names = [*columns, "…", "…"]
+    return json.dumps({"question": names[0], "answer": names[1]})
 
 
-def check_columns(settings: Settings, folder: Path, cache_dir: Path, *, splits: Iterable[str]) -> None:
-    """Fail before the model is downloaded if a split is missing or its columns cannot be used."""
-    for split in sorted(splits):
-        rows = load_split(folder, split, settings.dataset_config, cache_dir)
-        choose_format(settings.dataset_format, settings.dataset_text_field, rows.column_names, [rows[0]])
+def _texts_only(columns: Sequence[str], sample: Sequence[Row]) -> str:
+    """The advice for a dataset of plain documents, which is wrong for any other."""
+    long = [name for name in columns if any(isinstance(row.get(name), str) for row in sample)]
+    return f" If each row is a plain document, set FT_DATASET_TEXT_FIELD={long[0]}." if len(long) == 1 else ""
 
 
-def training_splits(settings: Settings) -> set[str]:
-    """The splits that are read from the training dataset."""
-    named = evaluation_split(settings)
-    shared = named is not None and settings.eval_dataset_name is None
-    return {settings.dataset_split} | ({str(named)} if shared else set())
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """A row with the names of FT_DATASET_COLUMNS, each for the column that it stands for."""
+    if not columns:
+        return row
+    found = {name: column(row, actual.strip().lower()) if actual not in row else row[actual] for name, actual in columns.items()}  # fmt: skip
+    return {**row, **found}
 
 
-def evaluation_split(settings: Settings) -> str | None:
-    """The split to evaluate on, or None if FT_EVAL_SPLIT is a fraction or there is nothing to evaluate on."""
-    named = settings.eval_split
-    if named is not None and _is_fraction(named):
-        return None
-    return named or ("train" if settings.eval_dataset_name else None)
+def _system(row: Row) -> Any:
+    value = column(row, "system")
+    return value if value is not None else column(row, "system_prompt")
 
 
-def held_out_fraction(settings: Settings) -> float | None:
-    """The fraction of the training data that FT_EVAL_SPLIT holds out, or None."""
-    named = settings.eval_split
-    return float(named) if named is not None and _is_fraction(named) else None
-
-
-def _is_fraction(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
-
-
-def _text(row: Row, text_field: str) -> str:
-    value = row[text_field]
-    if not isinstance(value, str) or not value.strip():
-        raise Malformed(f"column {text_field} is empty or not text")
+def _text(row: Row, name: str, reading: Reading, *, may_be_empty: bool = False, may_be_number: bool = True) -> str:
+    value = column(row, name.lower()) if name not in row else row[name]
+    if may_be_number and isinstance(value, bool | int | float):
+        reading.tell(f"numbers in column {name} are read as text")
+        value = json.dumps(value)
+    if may_be_empty and (value is None or value == ""):
+        return ""
+    if not isinstance(value, str):
+        raise Malformed(f"column {name} is empty" if value is None else f"column {name} is not text")
+    if not value.strip() and not may_be_empty:
+        raise Malformed(f"column {name} is empty")
     return value
-
-
-def _messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise Malformed("there are no messages")
-    turns = []
-    for turn in value:
-        if (
-            not isinstance(turn, Mapping)
-            or not isinstance(turn.get("role"), str)
-            or not isinstance(turn.get("content"), str)
-        ):
-            raise Malformed("a message must have the text fields role and content")
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    return turns

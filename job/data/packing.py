@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from datasets import Dataset
-from trl import pack_dataset
+from collections import defaultdict, deque
+from typing import Any
+
+import numpy as np
+
+TOGETHER = 1000  # rows that are packed at a time, which bounds memory
 
 
-def pack(rows: Dataset, max_length: int) -> Dataset:
-    """Best-fit-decreasing packing (Ding et al. 2024, arXiv:2404.10830) of `input_ids` and `labels`.
+def bins(lengths: np.ndarray[Any, Any], max_length: int) -> list[list[int]]:
+    """Indices of rows that together have at most `max_length` tokens, by best-fit decreasing.
 
-    The result's `seq_lengths` tell the collator where each document starts. Positions restart there, and attention does
-    not cross. Rows of at most `max_length` tokens are never cut.
+    Ding et al. 2024, arXiv:2404.10830. Gives the bins of `trl.pack_dataset`. No length may exceed `max_length`.
     """
-    return pack_dataset(rows.select_columns(["input_ids", "labels"]), max_length, "bfd")
+    order = np.argsort(-lengths, kind="stable")
+    found: list[list[int]] = []
+    with_room: defaultdict[int, deque[list[int]]] = defaultdict(deque)
+    rooms = 0  # bit n: there is a bin with room for exactly n tokens
+    for index in order.tolist():
+        length = int(lengths[index])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            chosen = with_room[room].popleft()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, chosen = max_length, []
+            found.append(chosen)
+        chosen.append(index)
+        left = room - length
+        if left > 0:
+            with_room[left].append(chosen)
+            rooms |= 1 << left
+    return found

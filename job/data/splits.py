@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from job.data.files import kind_of
 from job.errors import InputError
+from job.guard.front_matter import front_matter
 from job.guard.names import UnsafeName, checked
 
 CARD = "README.md"
-_LARGEST_CARD = 1 << 20  # bytes of the card that are read
 _MOST_PATTERNS = 1000
-_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-_PACKED = (".gz", ".bz2", ".zst", ".xz")
+# What lies beside data and is none: descriptions that libraries write, and notes for people
+_NO_DATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state|metadata|croissant|config|generation_config|tokenizer.*|special_tokens_map|"
+    r"package(-lock)?|schema|MANIFEST)\.json|(readme|licen[cs]e|notice|requirements|changelog|checksums?|sha256sums?).*\.txt|indices-.*\.arrow",
+    re.IGNORECASE,
+)
 _KEYWORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -34,28 +37,17 @@ _SPLIT = re.compile(r"\w+(\.\w+)*")
 Splits = Mapping[str, Sequence[Path]]
 
 
-def reader_of(path: Path) -> str | None:
-    """The kind of file that `path` is: json, parquet, csv or arrow; None for any other."""
-    name = path.name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
-    return _SUFFIXES.get(f".{name.rpartition('.')[2]}") if "." in name else None
-
-
 def find_splits(folder: Path, config: str | None) -> Splits:
     """Split → its files, for a dataset below `folder`. InputError for a card that cannot be followed.
 
     A single data file is the split `train`, whatever its name.
     """
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and reader_of(path) is not None and not _is_hidden(path.relative_to(folder))
-    }
+    files = _data_files(folder)
     card = folder / CARD
     configs = _configs(card) if card.is_file() else []
     if configs:
-        return _by_card(configs, config, files)
+        return _of_one_kind(_by_card(configs, config, files))
+    files = _without_notes(files)
     if config is not None and config != "default":
         files = {name: path for name, path in files.items() if name.startswith(f"{config}/")}
         if not files:
@@ -63,9 +55,55 @@ def find_splits(folder: Path, config: str | None) -> Splits:
                 f"The dataset has no configuration {config!r}: its card names none, and it has no folder of that name.",
                 "Unset FT_DATASET_CONFIG.",
             )
+    if not files:
+        raise InputError(
+            "The dataset holds no data files.", "Provide Parquet, JSON, JSON lines, CSV, Arrow or text files."
+        )
+    saved = folder / "dataset_dict.json"
+    if saved.is_file():
+        return _of_one_kind(_by_folders(files))
     if len(files) == 1:
         return {"train": list(files.values())}
-    return _by_names(files)
+    return _of_one_kind(_by_names(files))
+
+
+def _data_files(folder: Path) -> dict[str, Path]:
+    """Name → path of all files that may hold rows."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and kind_of(path.name) is not None and not _is_hidden(path.relative_to(folder))
+    }
+
+
+def _without_notes(files: Mapping[str, Path]) -> dict[str, Path]:
+    """The files without descriptions that libraries write, and without texts for people beside the data."""
+    kept = {name: path for name, path in files.items() if not _NO_DATA.fullmatch(path.name)}
+    data = {name: path for name, path in kept.items() if kind_of(path.name) != "text"}
+    return data or kept
+
+
+def _of_one_kind(splits: Splits) -> Splits:
+    """The splits. InputError if one has files of several kinds, which may hold the same rows."""
+    for files in splits.values():
+        kinds: dict[str, str] = {}
+        for path in files:
+            kinds.setdefault(kind_of(path.name) or "", path.name)
+        if len(kinds) > 1:
+            listed = ", ".join(f"{name} ({kind})" for kind, name in sorted(kinds.items()))
+            raise InputError(
+                f"The dataset mixes files of several kinds, which may hold the same rows: {listed}.",
+                "Set FT_DATASET_NAME to one of them, or to several with commas between them.",
+            )
+    return splits
+
+
+def _by_folders(files: Mapping[str, Path]) -> Splits:
+    """The layout of `DatasetDict.save_to_disk`: each split is a folder."""
+    found: dict[str, list[Path]] = {}
+    for name, path in files.items():
+        found.setdefault(name.split("/")[0], []).append(path)
+    return found
 
 
 def _is_hidden(path: Path) -> bool:
@@ -148,28 +186,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(f"{expression}(?:/.+)?")
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML without aliases, with which a small text becomes a large structure."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read")
-        return super().compose_node(parent, index)
-
-
 def _configs(card: Path) -> list[dict[str, Any]]:
     """The card's `configs`; empty where it has none."""
-    with card.open(encoding="utf-8", errors="replace") as stream:
-        text = stream.read(_LARGEST_CARD)
-    found = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
-    if found is None:
-        return []
     try:
-        metadata = yaml.load(found[1], Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"The metadata of the dataset's {CARD} cannot be read: {first}", "It needs repair.") from error
-    configs = metadata.get("configs") if isinstance(metadata, dict) else None
+        metadata = front_matter(card)
+    except ValueError as error:
+        raise InputError(f"The metadata of the dataset's {CARD} cannot be read: {error}", "It needs repair.") from error
+    configs = metadata.get("configs")
     if configs is None:
         return []
     if not isinstance(configs, list) or not all(isinstance(config, dict) for config in configs):
