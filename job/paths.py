@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+WITHOUT_WEIGHTS = "JOB_WITHOUT_WEIGHTS"  # set to 1 in the environment of a run that only looks at its data
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -43,14 +45,15 @@ class Paths:
         return self.stage_dir("download") / "eval_dataset"
 
     @property
+    def earlier_adapter_dir(self) -> Path:
+        """The adapter that FT_ADAPTER_NAME names: at the top of what was fetched, or in its folder `adapter`."""
+        fetched = self.stage_dir("download") / "adapter"
+        return fetched if (fetched / "adapter_config.json").is_file() else fetched / "adapter"
+
+    @property
     def sources_file(self) -> Path:
         """Where the model and the datasets came from, and at which commits."""
         return self.stage_dir("download") / "sources.json"
-
-    @property
-    def datasets_cache_dir(self) -> Path:
-        """Where the datasets library keeps its Arrow copies of this run's data."""
-        return self.run_dir / "datasets-cache"
 
     # prepare
     @property
@@ -70,6 +73,11 @@ class Paths:
     def data_report_file(self) -> Path:
         """Counts of rows and tokens, what was truncated or dropped, and one row as the model sees it."""
         return self.stage_dir("prepare") / "data_report.json"
+
+    @property
+    def data_page_file(self) -> Path:
+        """The same for people, as one page of HTML."""
+        return self.stage_dir("prepare") / "data_report.html"
 
     # train
     @property
@@ -107,9 +115,28 @@ class Paths:
         return self.stage_dir("merge") / "merge_proof.json"
 
     @property
+    def merged_hashes_file(self) -> Path:
+        """The SHA-256 of each file with merged weights, taken while it was written."""
+        return self.stage_dir("merge") / "sha256.json"
+
+    @property
     def repository_dir(self) -> Path:
         """The repository to publish, with hard links to the merged model. It is removed after publishing."""
         return self.run_dir / "repository"
+
+    @property
+    def exports_dir(self) -> Path:
+        """The merged model in the formats that FT_EXPORT names."""
+        return self.stage_dir("export") / "files"
+
+    @property
+    def exports_file(self) -> Path:
+        """What each export is, and how far it is from the merged model."""
+        return self.stage_dir("export") / "exports.json"
+
+    @property
+    def adapter_published_file(self) -> Path:
+        return self.stage_dir("publish_adapter") / "published.json"
 
     @property
     def published_file(self) -> Path:
@@ -121,6 +148,11 @@ class Paths:
     def lock_file(self) -> Path:
         """Locked by the one start that works in this folder. Its content names that start."""
         return self.run_dir / "lock"
+
+    @property
+    def starts_file(self) -> Path:
+        """How many starts in a row stored nothing new."""
+        return self.run_dir / "starts.json"
 
     @property
     def stop_file(self) -> Path:

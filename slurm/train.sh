@@ -6,8 +6,9 @@
 ##SBATCH --account=my-account               # EDIT
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=1
-#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=1                   # several: sbatch --gpus-per-node=8 slurm/train.sh
+#SBATCH --cpus-per-gpu=8
+##SBATCH --mem-per-gpu=64G                  # EDIT where the site's default is too little for the model's weights
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -46,6 +47,25 @@ case "${FT_CONTAINER:-}" in
     ;;
 esac
 
+# Slurm's controller may be away for a minute, when it restarts or is busy. Asks again for five, then gives up.
+patiently() {
+  local answer
+  for pause in 1 4 10 15 30 60 60 60 60 0; do
+    answer=$("$@" 2>"$FT_TERMINATION_LOG/refusal") && echo "$answer" && return 0
+    grep -qiE 'invalid|denied|disabled|not (support|permit|allow)' "$FT_TERMINATION_LOG/refusal" && return 1 # its last word
+    sleep "$pause"
+  done
+  return 1
+}
+
+# An administrator may extend the time limit. The job reads here when it ends, before it stops for that reason.
+export JOB_END_TIME_FILE="$FT_TERMINATION_LOG/end-time"
+(while sleep "${ASK_SECONDS:-60}"; do
+  ends=$(squeue --noheader --jobs="$job" --format=%e 2>/dev/null) && date --date="$ends" +%s >"$JOB_END_TIME_FILE.new" 2>/dev/null &&
+    mv "$JOB_END_TIME_FILE.new" "$JOB_END_TIME_FILE"
+done) &
+asking=$!
+
 # Slurm signals the time limit only to this shell, and a preemption only to the step. A failing node stops the others
 # itself, with time to store a checkpoint, and some nodes finish early. Hence --kill-on-bad-exit=0 and --wait=0.
 srun "${options[@]}" "${launch[@]}" run &
@@ -57,26 +77,40 @@ while :; do # a trapped signal interrupts wait, which then returns a status that
   code=$?
   [ "$interrupted" = 1 ] || break
 done
+kill "$asking" 2>/dev/null
 
-# A failure on any node fails the job. Otherwise an unfit node is recorded. Otherwise the job was stopped.
-for wanted in 65 77 78 70; do
-  if grep -qs "\"exit_code\": $wanted," "$FT_TERMINATION_LOG"/*.json; then code=$wanted && break; fi
-done
-(cd "$FT_TERMINATION_LOG" && grep -ls '"exit_code": 69,' -- *.json) | sed 's/\.json$//' >>"$unfit_nodes"
+# Each node's record says whether another start may succeed, and where. One that says "no" speaks for the job. Without any
+# record the job had to leave in the middle of something, and its code speaks.
+ends=("$FT_TERMINATION_LOG"/*.json)
+case "$code" in 75 | 69) retry=yes ;; *) retry=no ;; esac
+! grep -qs '"retry": "\(anywhere\|elsewhere\)"' "${ends[@]}" || retry=yes
+if final=$(grep -ls '"retry": "no"' "${ends[@]}" | head -1) && [ -n "$final" ]; then
+  retry=no
+  code=$(sed -n 's/.*"exit_code": \([0-9]*\).*/\1/p' "$final" | head -1)
+fi
+(cd "$FT_TERMINATION_LOG" && grep -ls '"retry": "elsewhere"' -- *.json) | sed 's/\.json$//' >>"$unfit_nodes"
+
+# If the job was cancelled or preempted, Slurm itself ends or requeues it. If Slurm does not say, the job is not given up.
+state=$(patiently squeue --noheader --jobs="$job" --format=%T) || state=RUNNING
+if [ "$state" != RUNNING ]; then
+  rm -rf "$FT_TERMINATION_LOG"
+  exit "$code"
+fi
+if [ "$retry" = yes ]; then
+  if [ "$(sort -u "$unfit_nodes" | wc -l)" -gt 3 ]; then
+    echo "Not requeued: four nodes were unfit, so the nodes may not be the cause." >&2
+    exit 69
+  fi
+  excluded=$(patiently scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
+  trap '' TERM # Slurm sends TERM on a requeue. Excluded nodes can only be changed after it
+  if patiently scontrol requeue "$job" >/dev/null; then
+    [ ! -s "$unfit_nodes" ] || patiently scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$(sort -u "$unfit_nodes" | paste -sd,)"
+  else
+    echo "Not requeued: Slurm refuses it: $(cat "$FT_TERMINATION_LOG/refusal")" >&2
+    echo "Start it again by hand: FT_RUN_ID=${FT_RUN_ID:-slurm-${job/_/-}} sbatch slurm/train.sh. It resumes from its last checkpoint." >&2
+  fi
+else
+  rm -f "$unfit_nodes"
+fi
 rm -rf "$FT_TERMINATION_LOG"
-# If the job was cancelled or preempted, Slurm itself ends or requeues it.
-[ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ] || exit "$code"
-case "$code" in
-  75 | 69)
-    if [ "$(sort -u "$unfit_nodes" | wc -l)" -gt 3 ]; then
-      echo "Not requeued: four nodes were unfit, so the nodes may not be the cause." >&2
-      exit 69
-    fi
-    excluded=$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ (]*\).*/\1/p')
-    trap '' TERM # Slurm sends TERM on a requeue. Excluded nodes can only be changed after it
-    scontrol requeue "$job"
-    [ ! -s "$unfit_nodes" ] || scontrol update "JobId=$job" "ExcNodeList=${excluded:+$excluded,}$(sort -u "$unfit_nodes" | paste -sd,)"
-    ;;
-  *) rm -f "$unfit_nodes" ;;
-esac
 exit "$code"

@@ -13,8 +13,9 @@ from job.errors import TransientError
 class FolderLock:
     """A lock that keeps a second start out of a local folder. The kernel releases it when its holder dies.
 
-    `holder` identifies this start. `former` lists the previous holders: since we have the lock, they are dead. It is
-    empty on a file system without locks. Raises TransientError if another start has the lock.
+    `holder` identifies this start, and `boot` the kernel it runs on. Since we have the lock, the previous holders on this
+    kernel are dead. Of those on another machine it says nothing: its lock may not have reached this one. Raises
+    TransientError if another start has the lock.
     """
 
     def __init__(self, file: Path) -> None:
@@ -32,13 +33,26 @@ class FolderLock:
         except OSError:
             locked = False  # this file system has no locks, but the lease in the store still protects the run
         self._stream.seek(0)
-        self.former = frozenset(self._stream.read().split()) if locked else frozenset()
+        self._former = frozenset(self._stream.read().split()) if locked else frozenset()
         self.holder = uuid.uuid4().hex
+        self.boot = _boot()
         self._stream.write(f"{self.holder}\n")
         self._stream.flush()
 
+    def has_died(self, holder: str, boot: str) -> bool:
+        """Whether a start that had this lock, on the kernel `boot`, is certainly over."""
+        return bool(boot) and boot == self.boot and holder in self._former
+
     def close(self) -> None:
         self._stream.close()
+
+
+def _boot() -> str:
+    """The id of this boot of this machine's kernel (random(4)), the same in all its containers; empty elsewhere."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _lock_patiently(descriptor: int) -> None:

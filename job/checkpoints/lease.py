@@ -21,10 +21,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from job.checkpoints.folder_lock import FolderLock
 from job.checkpoints.manifest import MANIFEST
 from job.errors import JobError, Stopped, TransientError
+from job.guard.secrets import masked, secret_values
 from job.run import Run
 from job.storage import Conflict
 
 RENEW_SECONDS, EXPIRE_SECONDS = 5.0, 30.0
+# where every renewal leaves a version that is paid for: 5,760 a day instead of 17,280
+VERSIONED_RENEW_SECONDS, VERSIONED_EXPIRE_SECONDS = 15.0, 60.0
 _KEY = re.compile(r"(?P<artefact>.+)/attempt-(?P<attempt>\d{4,})/(?P<file>.+)")
 
 
@@ -55,6 +58,10 @@ class LeaseRecord:
     renewed: float = 0.0  # seconds since the epoch, by the holder's clock
     released: bool = True
     inherited: tuple[str, ...] = ()
+    boot: str = ""  # of the holder's kernel, whose locks say whether it is alive
+    expires_seconds: float = EXPIRE_SECONDS  # without a renewal, by the store's clock
+    idle: int = 0  # attempts in a row, before this one, that committed nothing new
+    ended: str = ""  # how the attempt ended; for a new one, how the last one did
 
     @classmethod
     def read(cls, run: Run) -> LeaseRecord:
@@ -72,6 +79,9 @@ class LeaseRecord:
         return sorted(found, reverse=True)
 
 
+SHARED = "stages/prepare/"  # what a store keeps for other machines' convenience only
+
+
 class Lease:
     """The lease, held by this process until `release`. `record` says which commits count."""
 
@@ -85,15 +95,18 @@ class Lease:
         """Become the next attempt. Waits for a holder that may be alive, and raises TransientError if it is."""
         lock = FolderLock(run.paths.lock_file)
         try:
-            former, version = _await_end(run, lock.former, say, stop_requested)
+            former, version = _await_end(run, lock, say, stop_requested)
             if not version:  # the lease is missing or was deleted, so every commit counts
                 commits = list(every_commit(run, ""))
                 attempt = max((commit.attempt for commit in commits), default=0)
                 former = replace(former, attempt=attempt, inherited=tuple(commit.folder for commit in commits))
             inherited = [commit.folder for commit in former.commits(run, "")]
+            # prepared rows are no work that another start could not repeat
+            new = {folder for folder in inherited if not folder.startswith(SHARED)} - set(former.inherited)
             record = LeaseRecord(
-                former.attempt + 1, lock.holder, socket.gethostname(), time.time(), False, tuple(inherited)
-            )
+                former.attempt + 1, lock.holder, socket.gethostname(), time.time(), False, tuple(inherited), lock.boot,
+                _pace(run)[1], former.idle + 1 if former.attempt and not new else 0, former.ended,
+            )  # fmt: skip
             lease = cls(run, lock, record, version)
             lease._write(record)
             # The former holder may have committed between our listing and our write. That commit is valid.
@@ -112,18 +125,22 @@ class Lease:
     def renew(self) -> None:
         """Prove that the lease is still ours. Raises Superseded if it is not."""
         with self._writing:
-            self._write(replace(self.record, renewed=time.time()))
+            self._write(replace(self.record, renewed=time.time(), expires_seconds=_pace(self._run)[1]))
 
-    def release(self) -> None:
-        """Let the next attempt start immediately. If this fails, it only has to wait."""
+    def release(self, ended: str = "", *, final: bool = False) -> None:
+        """Let the next attempt start immediately, and know how this one ended. If this fails, it only has to wait.
+
+        A `final` ending, a success or an error that no scheduler retries, sets the count of idle attempts back.
+        """
         self._ended.set()
         with self._writing:
             with contextlib.suppress(JobError, OSError):
-                self._write(replace(self.record, released=True))
+                idle = -1 if final else self.record.idle
+                self._write(replace(self.record, released=True, ended=masked(ended, secret_values())[:500], idle=idle))
             self._folder_lock.close()
 
     def _renew_until_ended(self, on_lost: Callable[[Superseded], None]) -> None:
-        while not self._ended.wait(RENEW_SECONDS):
+        while not self._ended.wait(_pace(self._run)[0]):
             try:
                 self.renew()
             except Superseded as error:
@@ -159,29 +176,47 @@ class Lease:
             self.record = record
 
 
+def _pace(run: Run) -> tuple[float, float]:
+    """Seconds between two renewals, and without any until the lease has expired."""
+    if run.store.keeps_versions:
+        return VERSIONED_RENEW_SECONDS, VERSIONED_EXPIRE_SECONDS
+    return RENEW_SECONDS, EXPIRE_SECONDS
+
+
 def _await_end(
-    run: Run, dead: frozenset[str], say: Callable[[str], None], stop_requested: Callable[[], bool]
+    run: Run, lock: FolderLock, say: Callable[[str], None], stop_requested: Callable[[], bool]
 ) -> tuple[LeaseRecord, str]:
-    """Wait until the holder has released the lease, is dead, or has not renewed it for EXPIRE_SECONDS. Returns it."""
+    """Wait until the holder has released the lease, is dead, or has not renewed it for long enough. Returns it.
+
+    Only the store's clock says how long that is: the holder's and ours may differ by any amount.
+    """
     record, version = first = _read(run)
     began = time.monotonic()
-    while not (record.released or record.holder in dead or time.time() - record.renewed > EXPIRE_SECONDS):
-        if time.monotonic() - began > EXPIRE_SECONDS:
+    while not (record.released or lock.has_died(record.holder, record.boot) or _age(run) > record.expires_seconds):
+        if time.monotonic() - began > record.expires_seconds:
             if (record, version) == first:
-                break  # its clock is ahead of ours, but it did not renew while we watched
+                break  # the store's clock is of no use, but the lease was not renewed while we watched
             raise TransientError(
                 f"Attempt {record.attempt} of run {run.id!r} is still working on {record.host}.",
                 "Wait for it or stop it. To train something else, set another FT_RUN_ID.",
             )
         if (record, version) == first and time.monotonic() - began < 1:
             say(
-                f"Attempt {record.attempt}, on {record.host}, may still be alive. Waiting up to {EXPIRE_SECONDS:.0f} s for it."
+                f"Attempt {record.attempt}, on {record.host}, may still be alive. "
+                f"Waiting up to {record.expires_seconds:.0f} s for it."
             )
         if stop_requested():
             raise Stopped("Stopped, as requested.", "Start the job again.")
         time.sleep(1)
         record, version = _read(run)
     return record, version
+
+
+def _age(run: Run) -> float:
+    try:
+        return run.store.age_seconds(f"{run.id}/lease.json")
+    except FileNotFoundError:
+        return 0.0
 
 
 def _read(run: Run) -> tuple[LeaseRecord, str]:

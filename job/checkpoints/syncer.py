@@ -8,11 +8,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from job.checkpoints.lease import Lease, Superseded
-from job.checkpoints.manifest import commit
+from job.checkpoints.manifest import Manifest, commit, mark
 from job.checkpoints.restore import Restored, checkpoint_at
 from job.checkpoints.retention import apply_retention
 from job.errors import JobError, TransientError, from_os_error
@@ -27,6 +28,7 @@ _NICENESS = 10  # so that hashing does not slow down training on few cores
 class _Checkpoint:
     step: int
     folder: Path
+    manifest: Manifest
 
 
 def give_way() -> None:
@@ -36,12 +38,13 @@ def give_way() -> None:
 
 
 class Syncer:
-    """A supervisor thread that commits the newest local checkpoint to the store.
+    """Two supervisor threads: one marks each local checkpoint as whole and durable, one commits the newest to the store.
 
-    The trainer never waits for it. While an upload runs, a newer checkpoint replaces the waiting one. So the local disk
-    holds at most three: one uploading, one waiting, one being written. A failed upload is retried until a newer
-    checkpoint is waiting. `failure` says why the newest checkpoint offered is not in the store, or is None.
-    The thread calls `on_commit(step, seconds)`, `on_failure(message)` and `may_store`. The last returns once storing is
+    The trainer never waits for them. While an upload runs, a newer checkpoint replaces the waiting one once it is marked.
+    So the local disk holds at most four: one uploading, one waiting, one being marked, one being written. A failed upload
+    is retried until a newer checkpoint is waiting. What is not in the store when the job ends stays on the disk, where the
+    next start finds it. `failure` says why the newest checkpoint offered is not in the store, or is None.
+    The threads call `on_commit(step, seconds)`, `on_failure(message)` and `may_store`. The last returns once storing is
     allowed, or raises.
     """
 
@@ -58,8 +61,10 @@ class Syncer:
         self._on_commit, self._on_failure, self._may_store = on_commit, on_failure, may_store
         self._waiting: _Checkpoint | None = None
         self._busy = False
+        self._marking = 0
         self._closed = False
         self._changed = threading.Condition()
+        self._marker = ThreadPoolExecutor(1, "marker", give_way)
         self._thread = threading.Thread(target=self._work, name="syncer", daemon=True)
         self._thread.start()
         self.failure: JobError | None = None
@@ -67,21 +72,42 @@ class Syncer:
     def offer(self, step: int, folder: Path) -> None:
         """Hand over a checkpoint that is complete on the local disk."""
         with self._changed:
-            skipped, self._waiting = self._waiting, _Checkpoint(step, folder)
-            self._changed.notify_all()
-        if skipped is not None:
-            shutil.rmtree(skipped.folder, ignore_errors=True)
+            self._marking += 1
+        self._marker.submit(self._mark, step, folder)
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until nothing is waiting or uploading. Returns False if the time ran out first."""
+        """Wait until nothing is being marked, waiting or uploading. Returns False if the time ran out first."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._waiting is None and not self._busy, timeout_seconds)
+            return self._changed.wait_for(
+                lambda: self._waiting is None and not self._busy and not self._marking, timeout_seconds
+            )
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._marker.shutdown(wait=False)
         self._thread.join(timeout=1)
+
+    def _mark(self, step: int, folder: Path) -> None:
+        """Hash a checkpoint and make it durable, so that it counts on this disk whatever becomes of the store."""
+        skipped = None
+        try:
+            manifest = Manifest.of(folder, self._run.fingerprint("train"))
+            mark(folder, manifest)
+        except Exception as error:
+            known = error if isinstance(error, JobError) else from_os_error(error)
+            self.failure = known or TransientError(f"{type(error).__name__}: {error}", "Start the job again.")
+            _tell(self._on_failure, f"Checkpoint of step {step} was not stored: {self.failure.message}")
+        else:
+            with self._changed:
+                skipped, self._waiting = self._waiting, _Checkpoint(step, folder, manifest)
+        finally:
+            with self._changed:
+                self._marking -= 1
+                self._changed.notify_all()
+        if skipped is not None:
+            shutil.rmtree(skipped.folder, ignore_errors=True)
 
     def _work(self) -> None:
         give_way()
@@ -120,10 +146,12 @@ class Syncer:
             pause = _PAUSES_SECONDS[min(tries, len(_PAUSES_SECONDS)) - 1]
             with self._changed:
                 if self._changed.wait_for(lambda: self._waiting is not None or self._closed, pause):
+                    replaced = self._waiting is not None
                     break
             if isinstance(failure, Superseded):
-                break
-        shutil.rmtree(checkpoint.folder, ignore_errors=True)
+                return
+        if replaced:
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _told_when_slow(self, checkpoint: _Checkpoint) -> Iterator[None]:
@@ -146,10 +174,12 @@ class Syncer:
 
     def _try(self, checkpoint: _Checkpoint) -> JobError | None:
         place = checkpoint_at(checkpoint.step, self._lease.record.attempt)
-        fingerprint = self._run.settings.fingerprint("train")
         try:
             self._may_store()
-            commit(self._run.store, f"{self._run.id}/{place.folder}", checkpoint.folder, fingerprint, self._lease.renew)
+            commit(
+                self._run.store, f"{self._run.id}/{place.folder}", checkpoint.folder, checkpoint.manifest.fingerprint,
+                self._lease.renew, hashed=checkpoint.manifest,
+            )  # fmt: skip
         except JobError as error:
             return error
         except Exception as error:

@@ -22,6 +22,7 @@ from job.nodes.record import DEAD_SECONDS, NodeRecord, OtherNode, parse
 from job.run import Run
 
 BEAT_SECONDS = 3.0
+VERSIONED_BEAT_SECONDS = 15.0
 _SKEW_SECONDS = 5.0  # between the clocks of two nodes that start together
 _LAST_WORDS_SECONDS = 3 * BEAT_SECONDS
 
@@ -40,7 +41,7 @@ class Heartbeat:
         self.record = NodeRecord(run.node.index, node_name(), uuid.uuid4().hex, processes=run.processes_per_node)
         self.attempt = 0
         self.members: tuple[str, ...] = ()
-        self._moved_at = self._looked_at = time.monotonic()
+        self._moved_at = self._looked_at = self._told_at = time.monotonic()
         self._on_lost: Callable[[JobError], None] | None = None
         self._lock, self._over = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._beat_until_over, name="heartbeat", daemon=True)
@@ -86,7 +87,9 @@ class Heartbeat:
     def tell(self, **news: object) -> None:
         """Change this node's record and write it. A failure to write is left to the next beat."""
         with self._lock:
-            self.record = replace(self.record, beat=self.record.beat + 1, written=time.time(), **news)  # type: ignore[arg-type]
+            every = VERSIONED_BEAT_SECONDS if self._run.store.keeps_versions else BEAT_SECONDS
+            now = {"beat": self.record.beat + 1, "written": time.time(), "every_seconds": every}
+            self.record, self._told_at = replace(self.record, **{**now, **news}), time.monotonic()  # type: ignore[arg-type]
             if self.attempt:
                 with contextlib.suppress(JobError, OSError):
                     self._run.store.put(self._key(self.record.node), json.dumps(asdict(self.record)).encode())
@@ -153,7 +156,8 @@ class Heartbeat:
             self._follow_lease()
         if not self.attempt or self._over.is_set():
             return
-        self.tell()
+        if not self._run.store.keeps_versions or time.monotonic() - self._told_at > VERSIONED_BEAT_SECONDS:
+            self.tell()
         seen, now = self._look(), time.monotonic()
         blind = now - self._looked_at - (2 * BEAT_SECONDS if seen else 0)  # a slow store says nothing about the nodes
         self._looked_at = now
@@ -191,16 +195,16 @@ class Heartbeat:
         """Report a node that training can no longer count on."""
         if self.record.state != "training":
             return
-        moves = time.monotonic() - self._moved_at < DEAD_SECONDS / 2
+        unmoved = time.monotonic() - self._moved_at
         for other in self.others.values():
             if other.record is not None and other.record.holder not in self.members:
                 self._lose(TransientError(f"{other.described} has started again.", "Start the job again."))
             elif other.has_ended and other.silent_seconds > _LAST_WORDS_SECONDS and not other.succeeded:
                 self._lose(other.ending())
-            elif not other.has_ended and other.silent_seconds > DEAD_SECONDS and not moves:
+            elif not other.has_ended and other.silent_seconds > other.dead_seconds and unmoved > other.dead_seconds / 2:
                 self._lose(
                     TransientError(
-                        f"{other.described} has not been heard from for {DEAD_SECONDS:.0f} s.",
+                        f"{other.described} has not been heard from for {other.dead_seconds:.0f} s.",
                         "Start the job again: it resumes from the last checkpoint.",
                     )
                 )

@@ -29,6 +29,7 @@ class NodeRecord:
     members: tuple[str, ...] = ()  # the holders, in the order of the nodes
     ranks: tuple[int, ...] = ()  # processes of each node, in the same order
     endpoint: str = ""  # host:port where the ranks meet
+    every_seconds: float = 0.0  # between two of its beats
     resume: str | None = None  # the commit to resume from: a folder of the run in the store
 
 
@@ -44,7 +45,12 @@ class OtherNode:
     @property
     def alive(self) -> bool:
         """Whether its record has been seen to change. A dead start's record stays as it was."""
-        return self._changes > 1 and self.silent_seconds < DEAD_SECONDS
+        return self._changes > 1 and self.silent_seconds < self.dead_seconds
+
+    @property
+    def dead_seconds(self) -> float:
+        """How long it may be silent. It beats less often where every beat leaves a version that is paid for."""
+        return max(DEAD_SECONDS, 4 * self.record.every_seconds if self.record is not None else 0.0)
 
     @property
     def silent_seconds(self) -> float:

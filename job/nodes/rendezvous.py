@@ -15,7 +15,7 @@ from job.checkpoints.lease import Commit
 from job.cluster import free_port, own_address
 from job.errors import JobError, TransientError
 from job.nodes.heartbeat import Heartbeat
-from job.nodes.record import DEAD_SECONDS, NodeRecord, OtherNode
+from job.nodes.record import NodeRecord, OtherNode
 from job.run import Run
 
 _ABSENT_SECONDS = 900.0  # before giving up on a node that never started
@@ -144,7 +144,7 @@ class OtherMember(Member):
             first = self.heartbeat.others[0]
             if first.has_ended and not trained():
                 raise first.ending()
-            if first.silent_seconds > DEAD_SECONDS:
+            if first.silent_seconds > first.dead_seconds:
                 raise TransientError(
                     f"{first.described} fell silent before it had stored the adapter.", "Start the job again."
                 )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from job.errors import InputError
 
 LARGEST_SMALL = 64 << 20  # bytes of an object that is read into memory: records, manifests, compiled kernels
+
+
+_UNFINISHED = re.compile(r"\.partial-([0-9a-f]{8,}(-parts)?|lock)$")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file's name is one that the job gives to files it is still writing."""
+    return _UNFINISHED.search(name) is not None
 
 
 class Conflict(Exception):
@@ -29,8 +37,9 @@ class Store(Protocol):
     """A flat map from keys (`a/b/c`) to bytes.
 
     Every store raises the same errors: FileNotFoundError only for a missing key, `PermissionRefused` if access is
-    denied, `NodeError` if the disk is full, and `TransientError` if the network failed after all retries. A store that
-    confuses "absent" with "refused" or "unreachable" breaks resume.
+    denied, `NodeError` if the disk is full, `SettingsError` for an answer that no further try will change, and
+    `TransientError` if the network failed after all retries. A store that confuses "absent" with "refused" or
+    "unreachable" breaks resume. One that confuses "never" with "not now" makes a scheduler start the job for ever.
     """
 
     @property
@@ -54,8 +63,8 @@ class Store(Protocol):
     def get_with_version(self, key: str) -> tuple[bytes, str]:
         """The object and its version, for `put_if_unchanged`."""
 
-    def upload(self, source: Path, key: str) -> None:
-        """Copy a local file of any size to the key."""
+    def upload(self, source: Path, key: str, *, always_in_parts: bool = False) -> None:
+        """Copy a local file of any size to the key. A store that sends large files in parts can do so with a small one."""
 
     def download(self, key: str, target: Path) -> None:
         """Copy the object to a local file. `target` appears only when complete.
@@ -66,6 +75,9 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Every (key, size in bytes) below `prefix/`, in no particular order."""
 
+    def entries(self, prefix: str) -> Iterator[tuple[str, int, str]]:
+        """The same, with a text that differs whenever the object's content was replaced, such as its ETag."""
+
     def delete(self, key: str) -> None:
         """Remove a key. A missing key is not an error."""
 
@@ -74,6 +86,13 @@ class Store(Protocol):
 
     def sweep(self, prefix: str) -> int:
         """Remove leftovers of killed uploads below `prefix/`, which no listing shows. Returns their number."""
+
+    def age_seconds(self, key: str) -> float:
+        """How long ago the object was written, by the store's own clock. FileNotFoundError for a missing key."""
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Whether every write of an object leaves a former version that is paid for, as far as its answers have shown."""
 
 
 def _local(url: str) -> Store:
@@ -98,4 +117,4 @@ def open_store(url: str) -> Store:
 
 def scheme_of(url: str) -> str:
     """What is before `://`; empty for a plain path."""
-    return urlsplit(url).scheme if "://" in url else ""
+    return url.partition("://")[0].lower() if "://" in url else ""

@@ -13,14 +13,19 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.errors import NodeError, PermissionRefused, TransientError
-from job.storage import Conflict, refuse_large
+from job import durability
+from job.errors import NodeError, PermissionRefused, SettingsError, TransientError
+from job.storage import Conflict, is_unfinished, refuse_large
 
+# What a file system without locks or hard links answers (flock(2), link(2)). Trying again changes nothing.
+_NEVER = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
 _PARTIAL = ".partial-"  # part of the name of a file that is still being written
 
 
 class LocalStore:
-    """Keys are files below `root`. Each file is written under a temporary name, synced with fsync, then renamed."""
+    """Keys are files below `root`. Each is written under a temporary name, synced, renamed, and its folder synced."""
+
+    keeps_versions = False
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -31,22 +36,27 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         with self._errors(key, writing=True):
-            os.replace(self._write_aside(key, data), self._path(key))
+            durability.replace(self._write_aside(key, data), self._path(key))
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         with self._errors(key, writing=True):
             aside = self._write_aside(key, data)
             try:
                 os.link(aside, self._path(key))  # unlike rename, link fails if the name exists
+                durability.sync_folder(aside.parent)
             except FileExistsError:
                 raise Conflict(key) from None
+            except PermissionError as error:
+                if error.errno == errno.EPERM:  # link(2): the file system does not support hard links
+                    raise OSError(errno.EOPNOTSUPP, "it has no hard links") from error
+                raise
             finally:
                 aside.unlink(missing_ok=True)
 
     def put_if_unchanged(self, key: str, data: bytes, version: str) -> str:
         with self._errors(key):
             path = self._path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            durability.make_folder(path.parent)
             with path.with_name(f"{path.name}{_PARTIAL}lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when its holder dies
                 try:
@@ -68,7 +78,7 @@ class LocalStore:
             refuse_large(key, path.stat().st_size)
             return path.read_bytes()
 
-    def upload(self, source: Path, key: str) -> None:
+    def upload(self, source: Path, key: str, *, always_in_parts: bool = False) -> None:
         with self._errors(key, writing=True):
             _copy_aside(source, self._path(key))
 
@@ -77,13 +87,18 @@ class LocalStore:
             _copy_aside(self._path(key), target)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return ((key, size) for key, size, _ in self.entries(prefix))
+
+    def entries(self, prefix: str) -> Iterator[tuple[str, int, str]]:
         with self._errors(prefix):
             for folder, _, names in os.walk(self._path(prefix)):
                 for name in names:
                     path = Path(folder) / name
-                    if _PARTIAL not in name:
+                    if not is_unfinished(name):
                         with contextlib.suppress(FileNotFoundError):  # deleted since we looked
-                            yield path.relative_to(self.root).as_posix(), path.stat().st_size
+                            stat = path.stat()
+                            key = path.relative_to(self.root).as_posix()
+                            yield key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}"
 
     def delete(self, key: str) -> None:
         with self._errors(key):
@@ -98,10 +113,22 @@ class LocalStore:
 
     def sweep(self, prefix: str) -> int:
         with self._errors(prefix):
-            leftovers = [path for path in self._path(prefix).rglob(f"*{_PARTIAL}*") if not path.name.endswith("-lock")]
+            found = self._path(prefix).rglob(f"*{_PARTIAL}*")
+            leftovers = [path for path in found if is_unfinished(path.name) and not path.name.endswith("-lock")]
             for path in leftovers:
                 path.unlink(missing_ok=True)
             return len(leftovers)
+
+    def age_seconds(self, key: str) -> float:
+        """By the clock of the file system, which may be another machine's: that of a file written now."""
+        with self._errors(key):
+            written = self._path(key).stat().st_mtime
+            probe = _aside(self._path(key))
+            probe.touch()
+            try:
+                return probe.stat().st_mtime - written
+            finally:
+                probe.unlink()
 
     def _path(self, key: str) -> Path:
         path = self.root / key
@@ -111,7 +138,7 @@ class LocalStore:
 
     def _write_aside(self, key: str, data: bytes) -> Path:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        durability.make_folder(path.parent)
         aside = _aside(path)
         with aside.open("wb") as stream:
             stream.write(data)
@@ -140,6 +167,13 @@ class LocalStore:
                     f"No space left for {key!r} in the store folder {self.root}.",
                     "Free some space there, or set FT_STORE_URL to a larger volume. Committed work is intact.",
                 ) from error
+            if error.errno in _NEVER:
+                raise SettingsError(
+                    f"The file system of the store folder {self.root} cannot do what the job needs, for {key!r}: "
+                    f"{error.strerror}.",
+                    "Set FT_STORE_URL to a folder on a file system with locks, hard links and fsync, or to s3://bucket/prefix. "
+                    "Lustre needs its mount option flock; SMB mounts often have no hard links.",
+                ) from error
             raise TransientError(
                 f"The store folder {self.root} failed on {key!r}: {error}.", "Start the job again."
             ) from error
@@ -154,14 +188,14 @@ def _aside(path: Path) -> Path:
 
 
 def _copy_aside(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    durability.make_folder(target.parent)
     aside = _aside(target)
     try:
         with source.open("rb") as reader, aside.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 16 * 1024 * 1024)
             writer.flush()
             os.fsync(writer.fileno())
-        os.replace(aside, target)
+        durability.replace(aside, target)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from job import durability
+
 PART_BYTES = 16 * 1024 * 1024
 
 
@@ -28,7 +30,7 @@ class Partial:
 
     @contextmanager
     def open(self) -> Iterator[Partial]:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        durability.make_folder(self.target.parent)
         for other in self.target.parent.glob(f"{self.target.name}.partial-*"):
             if other not in (self._file, self._journal):
                 other.unlink()
@@ -54,8 +56,9 @@ class Partial:
             journal.write(f"{begin} {len(data)} {zlib.crc32(data)}\n")
 
     def finish(self) -> None:
-        """Rename the complete file to `target`."""
-        os.replace(self._file, self.target)
+        """Rename the complete file to `target`. Its bytes are durable first: its size alone would prove nothing."""
+        durability.sync_file(self._file)
+        durability.replace(self._file, self.target)
         self._journal.unlink(missing_ok=True)
 
     def _believed(self) -> Iterator[tuple[int, int]]:

@@ -47,10 +47,15 @@ class BackgroundHashing:
         if self._failure is not None:
             raise self._failure
 
-    def abandon(self) -> None:
-        """Run nothing more. Once this returns, nothing is written."""
-        self._abandoned = True
+    def settle_quietly(self) -> None:
+        """Return when everything that was added is done or has failed."""
         self._waiting.join()
+
+    def abandon(self, *, wait: bool = True) -> None:
+        """Run nothing more. Once this returns, nothing is written; without `wait`, nothing new is started."""
+        self._abandoned = True
+        if wait:
+            self._waiting.join()
 
     def _work(self) -> None:
         give_way()

@@ -48,6 +48,8 @@ class Follower(Supervisor):
                 self._run_stage(stage, None, None)
         announced = nodes.await_announcement(self._trained)
         if announced is not None:
+            self._ledger.refuse_other_settings(bound=True)
+            self._keep_decisions()
             self._ledger.refuse_other_sources()  # by now the first node has recorded what it downloaded
             training = FollowerTraining(self._run, self._journal, nodes, *announced)
             self._run_stage(next(stage for stage in STAGES if stage.per_gpu), None, training)

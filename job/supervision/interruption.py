@@ -21,8 +21,8 @@ class Interruption:
     started with. Other threads report this.
     """
 
-    def __init__(self, run: Run, warn: Callable[[str], None]) -> None:
-        self.stop = StopRequest(run, self._kill, warn)
+    def __init__(self, run: Run, say: Callable[[str], None], stalled: Callable[[], bool] = lambda: False) -> None:
+        self.stop = StopRequest(run, self._kill, say, self._doing, stalled)
         self._lost: Exception | None = None
         self._process: StageProcess | None = None
 
@@ -56,6 +56,14 @@ class Interruption:
         """Sleep briefly on behalf of a caller that is waiting. Raises if the start must end."""
         self.refuse_if_ending()
         time.sleep(_POLL_SECONDS)
+
+    def _doing(self) -> str:
+        process = self._process
+        if process is None:
+            return "storing what is done"
+        if process.stage.per_gpu:
+            return "finishing this step and storing a checkpoint"
+        return f"ending stage {process.stage.name}"
 
     def _kill(self) -> None:
         process = self._process

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from job.checkpoints.kernels import cache_dir
-from job.errors import ExitCode, InputError, JobError, KernelsFault, MemoryFull, NodeError, from_code
+from job.errors import ExitCode, InputError, JobError, KernelsFault, MemoryFull, NodeError, Retry, from_code
 from job.guard.escape import for_line
 from job.guard.secrets import masked, secret_values, visible_to
 from job.nodes.rendezvous import Rendezvous
+from job.paths import WITHOUT_WEIGHTS
 from job.report.events import EVENTS_FD, LARGEST_EVENT, parse
 from job.run import Run, read_json
 from job.stages import Stage
@@ -32,6 +33,7 @@ _TORCHRUN_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORL
 _OTHERWISE = {kind.__name__: kind for kind in (MemoryFull, KernelsFault)}
 _POLL_SECONDS = 0.2  # between looks at whether the process is still there
 _LONGEST_LINE = 1 << 20
+_BYTES_OF_A_SECOND = 1 << 20  # of transfer that count as a second of work
 _LARGEST_MESSAGE = 4 * LARGEST_EVENT
 _JOB_BEGAN = float(os.environ.get("JOB_BEGAN") or time.time())
 _CODE_DIR = str(Path(__file__).parent.parent.parent)  # the job may be started from any folder
@@ -130,6 +132,13 @@ class StageProcess:
         if unfinished:
             yield unfinished.decode("utf-8", "replace"), None
 
+    def activity(self) -> float:
+        """How much its processes have done: CPU seconds and bytes read and written, on a scale on which any use counts.
+
+        For a stage that waits on a network that never answers, this stays where it is.
+        """
+        return _activity_of(self._process.pid)
+
     def is_running(self) -> bool:
         return self._process.poll() is None
 
@@ -157,7 +166,7 @@ class StageProcess:
             first = written[0]
             if (kind := _OTHERWISE.get(first.get("kind"))) is not None:
                 return kind(first["message"], first["hint"])
-            return from_code(first["exit_code"], first["message"], first["hint"])
+            return from_code(first["exit_code"], first["message"], first["hint"], first.get("retry"))
         hint = f"Its output is in {self._log_file}."
         if code >= 0:
             return JobError(f"Stage {self.stage.name} ended with exit code {code}.", hint)
@@ -168,11 +177,31 @@ class StageProcess:
                 f"Use another one if you do not trust its author. {hint}",
             )
         if -code in (signal.SIGKILL, signal.SIGBUS, signal.SIGTERM):
-            return NodeError(f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.", hint)
+            return NodeError(
+                f"{ended} The kernel does this when the machine's memory, or /dev/shm, runs out.",
+                f"Ask for more memory (--mem, the pod's limit, docker's --shm-size). {hint}",
+                retry=Retry.ANYWHERE,  # the job asked for too little, which no other machine changes
+            )
         return JobError(ended, hint)
 
     def _error_files(self) -> list[Path]:
         return sorted(self._run.paths.error_file(self.stage.name, 0).parent.glob(f"{self.stage.name}-rank*.json"))
+
+
+def _activity_of(group: int) -> float:
+    """The same for a process group (proc(5)). Processes that have ended no longer count."""
+    ticks, transferred = 0, 0
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it ended meanwhile, or is not ours to read
+            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[2]) != group:
+                continue
+            ticks += int(fields[11]) + int(fields[12])
+            counters = dict(line.split(": ") for line in (folder / "io").read_text(encoding="ascii").splitlines())
+            transferred += int(counters["rchar"]) + int(counters["wchar"])
+    return ticks / os.sysconf("SC_CLK_TCK") + transferred / _BYTES_OF_A_SECOND
 
 
 def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
@@ -191,6 +220,9 @@ def _environment(stage: Stage, launch: Launch) -> dict[str, str]:
         "JOB_BEGAN": str(_JOB_BEGAN),
         "JOB_STAGE_BEGAN": str(time.time()),
         "JOB_PLAN_STEPS_DOWN": str(launch.plan_steps_down),
+        "JOB_COMPUTE_DTYPE": os.environ.get("JOB_COMPUTE_DTYPE", ""),
+        "JOB_TRAIN_ON": os.environ.get("JOB_TRAIN_ON", ""),
+        WITHOUT_WEIGHTS: os.environ.get(WITHOUT_WEIGHTS, ""),
         "JOB_WITHOUT_KERNELS": str(int(not launch.kernels)),
         "PYTHONPATH": os.pathsep.join(filter(None, [_CODE_DIR, os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",  # a folder `job` in the user's working directory is not this package

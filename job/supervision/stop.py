@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from job.cluster import time_limit
 from job.errors import ExitCode
 from job.run import Run, write_json
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _REPEAT_SECONDS = 2.0
 _LONGEST_RESERVE_SECONDS = 3.0
 
@@ -23,16 +24,25 @@ class StopRequest:
 
     A reserve of the grace time is kept for the supervisor's own exit. At `deadline` the stage is killed. A little later
     this process exits with code 75, whatever it is doing. What is not committed by then does not count, so exiting
-    midway is always safe. `kill` kills the running stage, and `say` informs a person.
+    midway is always safe. `kill` kills the running stage, `say` informs a person, `doing` says what a stop will do now,
+    and `stalled` whether the stage hangs. A stop while it hangs is a liveness probe's: it ends with 69, so that it counts.
     """
 
-    def __init__(self, run: Run, kill: Callable[[], None], say: Callable[[str], None]) -> None:
-        self._run, self._kill, self._say = run, kill, say
+    def __init__(
+        self,
+        run: Run,
+        kill: Callable[[], None],
+        say: Callable[[str], None],
+        doing: Callable[[], str] = lambda: "storing what is done",
+        stalled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._run, self._kill, self._say, self._doing, self._is_stalled = run, kill, say, doing, stalled
         self._grace = run.settings.stop_grace_seconds
         self._reserve = min(_LONGEST_RESERVE_SECONDS, self._grace / 4)
         self._requested_at = 0.0
         self._passed_on = False
         self.deadline: float | None = None
+        self.while_stalled = False  # the stage was hanging when the request came
 
     @property
     def requested(self) -> bool:
@@ -46,12 +56,14 @@ class StopRequest:
     @contextlib.contextmanager
     def heeded(self) -> Iterator[None]:
         """Within this block, signals and the scheduler's time limit become stop requests."""
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        timer = self._at_time_limit()
+        heeded = [
+            number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
+        ]
+        before = {number: signal.signal(number, self._on_signal) for number in heeded}  # nohup's wish is kept
         try:
-            yield
+            with self._at_time_limit():
+                yield
         finally:
-            timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -63,30 +75,39 @@ class StopRequest:
         self._run.paths.stop_file.unlink(missing_ok=True)
         self._passed_on = True
 
-    def _at_time_limit(self) -> threading.Timer:
-        ends = self._run.node.ends_at
-        timer = threading.Timer(max(0.0, (ends or 0.0) - self._grace - time.time()), self._on_time_limit)
-        timer.daemon = True
-        if ends is not None:
-            timer.start()
-        return timer
+    @contextlib.contextmanager
+    def _at_time_limit(self) -> Iterator[None]:
+        """Within this block, request a stop when the scheduler's time limit is near."""
+        over = threading.Event()
+        if self._run.node.ends_at is not None:
+            threading.Thread(target=self._watch_time_limit, args=(over,), name="time limit", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
-    def _on_time_limit(self) -> None:
-        if self.deadline is None:
-            self._request()
-            self._say(f"The scheduler's time limit is {self._grace:g} s away: stopping.")
+    def _watch_time_limit(self, over: threading.Event) -> None:
+        """Wait for the limit as it is then: it may be extended while the job runs."""
+        while (left := (time_limit() or self._run.node.ends_at or 0.0) - self._grace - time.time()) > 0:
+            if over.wait(left):
+                return
+        if self.deadline is None and not over.is_set():
+            self._request(f"The scheduler's time limit is {self._grace:g} s away")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """On the first signal, ask the stage to stop and enforce the deadline. On a later one, kill it immediately."""
         if self.deadline is None:
-            self._request()
+            self._request("Stopping" if number == signal.SIGINT else f"Stopping ({signal.Signals(number).name})")
         elif time.time() > self._requested_at + _REPEAT_SECONDS:  # schedulers tend to signal twice
             self._kill()
 
-    def _request(self) -> None:
+    def _request(self, why: str) -> None:
         self._requested_at = time.time()
+        self.while_stalled = self._is_stalled()
         self.deadline = self._requested_at + self._grace - self._reserve
-        for act in (self._kill_in_time, self._leave_in_time):  # in their own threads, since writing may fail or block
+        told = f"{why}: {self._doing()}, at most {self._grace:g} s. Ask again to quit now."
+        # In their own threads: writing may fail or block, and what a signal interrupts may hold the console's lock.
+        for act in (lambda: self._say(told), self._kill_in_time, self._leave_in_time):
             threading.Thread(target=act, daemon=True).start()
         if self._passed_on:
             try:
@@ -103,4 +124,4 @@ class StopRequest:
     def _leave_in_time(self) -> None:
         """Exit. Only a transfer can still be running, and without its manifest it does not count."""
         time.sleep(self._grace - self._reserve * 0.2)
-        os._exit(ExitCode.TRY_AGAIN)
+        os._exit(ExitCode.NODE_UNFIT if self.while_stalled else ExitCode.TRY_AGAIN)

@@ -5,24 +5,29 @@ It imports neither torch nor transformers: signals, uploads and exit codes must 
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from job.checkpoints.lease import Lease
 from job.checkpoints.retention import sweep
-from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, Stopped
+from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NoProgress, Retry, Stopped, in_a_line
+from job.guard.secrets import masked, secret_values
 from job.nodes.rendezvous import FirstNode
 from job.report.console import Console, StageRecord
 from job.run import Run
-from job.stages import STAGES, Stage, turn
-from job.supervision.background_hashing import BackgroundHashing
+from job.stages import STAGES, Stage, stages_of, turn
+from job.storage.proof import prove
+from job.supervision.background_hashing import BackgroundHashing, Completion, GoOn
 from job.supervision.checkpointing import Checkpointing
+from job.supervision.idle import IdleStarts, refuse
 from job.supervision.interruption import Interruption
 from job.supervision.journal import Journal
 from job.supervision.ledger import Ledger
 from job.supervision.prestart import Prestarted
 from job.supervision.process import Launch, StageProcess
+from job.supervision.stall import StallWatch, stalled
 from job.supervision.training import LeadTraining, Training
 
 _BY_NAME = {stage.name: stage for stage in STAGES}
@@ -34,9 +39,12 @@ class Supervisor:
     def __init__(self, run: Run, console: Console) -> None:
         self._run = run
         self._journal = Journal(run, console)
-        self._interruption = Interruption(run, self._journal.warn)
+        metrics = self._journal.metrics
+        self._interruption = Interruption(run, self._journal.say, lambda: not metrics.healthy())
+        self._stall = StallWatch(metrics, run.settings.stall_seconds, self._interruption.lose)
         self._ledger = Ledger(run)
         self._hashing = BackgroundHashing(self._interruption.lose)
+        self._sharing = BackgroundHashing(self._tell_unshared)
 
     def supervise(self) -> None:
         """Run the requested stages that are not complete, in order. Always prints the closing table."""
@@ -57,27 +65,60 @@ class Supervisor:
         self._ledger.refuse_other_settings()
         if not self._ledger.missing():
             return self._run_missing(None)
+        starts = IdleStarts(self._run)
+        starts.begin()
+        self._ledger.on_commit = starts.stored
+        try:
+            closing = self._work_as_an_attempt()
+        except BaseException as error:
+            if _is_final(error):
+                starts.stored()
+            elif not isinstance(error, NoProgress):
+                starts.ended(masked(_reason(error), secret_values()))
+            raise
+        starts.stored()
+        return closing
+
+    def _work_as_an_attempt(self) -> str:
+        prove(self._run.store, self._run.id)
         lease = Lease.take(self._run, self._journal.say, lambda: self._interruption.stop.requested)
+        ended, final = "", True
         try:
             return self._run_under(lease)
+        except BaseException as error:
+            ended = lease.record.ended if isinstance(error, NoProgress) else _reason(error)
+            final = _is_final(error)
+            raise
         finally:
-            lease.release()
+            lease.release(ended, final=final)
 
     def _run_under(self, lease: Lease) -> str:
         """Run what is missing under the lease, while no other start writes to the run."""
         attempt = lease.record.attempt
         lease.keep_alive(self._interruption.lose)
+        refuse(self._run, lease.record.idle, lease.record.ended)
         self._ledger.begin(lease)
+        self._keep_decisions()
         self._interruption.stop.pass_on()
         self._journal.metrics.attempt(attempt)
         self._journal.say(f"Attempt {attempt} of the run.", "debug", attempt=attempt)
         self._sweep(lease)
-        checkpointing = Checkpointing(self._run, self._journal, self._interruption.stop, self._hashing.settle)
+        checkpointing = Checkpointing(
+            self._run, self._journal, self._interruption.stop, self._hashing.settle, self._ledger.on_commit
+        )
         if self._run.node.count == 1 or "train" not in self._ledger.missing():
             return self._run_missing(LeadTraining(self._run, checkpointing, lease, None))
         nodes = FirstNode(self._run, self._interruption.wait, self._journal.say)
         with nodes.leading(attempt):
             return self._run_missing(LeadTraining(self._run, checkpointing, lease, nodes))
+
+    def _keep_decisions(self) -> None:
+        """Tell the stages' processes what the run's first start decided."""
+        dtype = self._ledger.decided("compute_dtype")
+        if dtype in ("float16", "bfloat16", "float32"):
+            os.environ["JOB_COMPUTE_DTYPE"] = dtype
+        if self._ledger.decided("train_on") == "all":
+            os.environ["JOB_TRAIN_ON"] = "all"
 
     def _sweep(self, lease: Lease) -> None:
         try:
@@ -92,21 +133,25 @@ class Supervisor:
         missing = self._ledger.missing()
         prestarted = Prestarted(self._run, missing, self._journal.warn)
         try:
-            for stage in STAGES:
+            for stage in stages_of(self._run.settings):
                 if stage.name in missing:
                     self._run_stage(stage, prestarted, training)
                 elif stage.name in self._run.settings.stages:
                     self._journal.skipped(stage)
             self._hashing.settle()
+            self._sharing.settle_quietly()
         finally:
             prestarted.kill()
             self._hashing.abandon()
+            self._sharing.abandon(wait=False)
         return "complete" if missing else f"complete already; nothing to do{self._whereabouts()}"
 
     def _whereabouts(self) -> str:
         """Where a complete run's model is, for the closing line."""
-        where = self._ledger.published_at()
-        return f". The model is at {where}" if where is not None else ""
+        record = self._ledger.published()
+        if record is None:
+            return ""
+        return f". The model is at {record.get('page') or record['destination']}"
 
     # -- one stage --------------------------------------------------------------------------------------------------
 
@@ -118,6 +163,12 @@ class Supervisor:
                 self._hashing.settle()  # what leaves this machine must count here first
             for name in stage.needs:
                 self._ledger.bring_back(_BY_NAME[name])
+            if self._ledger.take_shared(stage):
+                self._journal.say(f"Stage {stage.name} was finished by an earlier start, and its result is stored.")
+                return
+            if self._ledger.adopt(stage):
+                self._journal.say(f"Stage {stage.name} was finished by an earlier start, and is stored now.")
+                return
             if stage.per_gpu:
                 assert training is not None, "only a start that may write trains"
                 self._train(stage, prestarted, training, record)
@@ -141,12 +192,8 @@ class Supervisor:
                 self._journal.warn(f"{error.message} Starting the training again {way}.")
 
     def _train_once(self, stage: Stage, prestarted: Prestarted | None, training: Training, record: StageRecord) -> None:
-        self._journal.metrics.training(True)
-        try:
-            process = self._start(stage, prestarted, training.launch)
-            code = self._follow(process, record, training)
-        finally:
-            self._journal.metrics.training(False)
+        process = self._start(stage, prestarted, training.launch)
+        code = self._follow(process, record, training)
         training.finish()
         self._judge(stage, process, code, training)
 
@@ -157,7 +204,7 @@ class Supervisor:
 
     def _follow(self, process: StageProcess, record: StageRecord, training: Training | None = None) -> int:
         """Read the events of a stage's process until it exits. Returns its exit status."""
-        with self._interruption.may_kill(process):
+        with self._interruption.may_kill(process), self._stall.watching(process):
             if training is None:
                 return self._listen(process, record, None)
             with training.watched(self._interruption.lose):
@@ -165,6 +212,8 @@ class Supervisor:
 
     def _listen(self, process: StageProcess, record: StageRecord, training: Training | None) -> int:
         for event in process.events():
+            if not process.stage.per_gpu:
+                self._journal.metrics.moved()
             self._heed(process.stage, event, record, training)
         return process.wait()
 
@@ -180,6 +229,8 @@ class Supervisor:
             case "output":
                 record.outputs.append(f"{event['what']}: {event['where']}")
                 record.figures |= event.get("figures", {})
+            case "decided":
+                self._ledger.note(event["facts"])
             case "checkpoint":
                 assert training is not None, "only training writes checkpoints"
                 training.offer(int(event["step"]), Path(event["folder"]))
@@ -193,7 +244,9 @@ class Supervisor:
         if code == 0:
             return
         stopped = self._interruption.stop.requested
-        error = process.why(code)
+        error = self._explain(stage, process, code)
+        if self._interruption.stop.while_stalled:
+            raise stalled(stage.name, self._run.settings.stall_seconds)
         if error.exit_code == ExitCode.BUG and not stopped:
             for line in process.last_lines:
                 self._journal.say(line, "error")
@@ -204,6 +257,16 @@ class Supervisor:
             raise Stopped(f"Stage {stage.name} was stopped on request.", again)
         raise error
 
+    def _explain(self, stage: Stage, process: StageProcess, code: int) -> JobError:
+        """What ended the stage. Before a file is blamed, its bytes are compared with those that its source lists."""
+        error = process.why(code)
+        if error.exit_code in (ExitCode.BAD_INPUT, ExitCode.BUG) and not stage.online:
+            self._hashing.settle()
+        if error.exit_code == ExitCode.BAD_INPUT and stage.name in ("download", "prepare"):
+            self._hashing.abandon()
+            self._ledger.forget_sources()
+        return error
+
     def _complete(self, stage: Stage) -> None:
         """Make the stage's files count.
 
@@ -211,7 +274,32 @@ class Supervisor:
         before they train, so they do not hash in the background.
         """
         if stage.hashed_behind and self._run.node.count == 1:
-            self._hashing.add(stage.name, self._ledger.completion(stage))
+            self._hashing.add(stage.name, self._then_share(stage, self._ledger.completion(stage)))
             return
         self._hashing.settle()
-        self._ledger.complete(stage)
+        self._then_share(stage, self._ledger.completion(stage))(lambda: None)
+
+    def _then_share(self, stage: Stage, completion: Completion) -> Completion:
+        """The completion of a stage, after which its result is stored in the background, if it is to be shared."""
+        if not stage.shared:
+            return completion
+
+        def complete(go_on: GoOn) -> None:
+            completion(go_on)
+            self._sharing.add(stage.name, lambda go_on: self._ledger.share(stage, go_on))
+
+        return complete
+
+    def _tell_unshared(self, error: Exception) -> None:
+        self._journal.warn(
+            f"The prepared data was not stored, so another machine would prepare it again: {_reason(error)}"
+        )
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether no scheduler starts the job again after this error, so that it is no turn of a loop."""
+    return isinstance(error, JobError) and error.retry is Retry.NO and not isinstance(error, NoProgress)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "message", None) or in_a_line(error)

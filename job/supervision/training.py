@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from job.checkpoints.lease import Lease
-from job.checkpoints.restore import committed_checkpoints, step_of
+from job.checkpoints.restore import committed_checkpoints, local_checkpoints, local_step, step_of
 from job.errors import JobError, KernelsFault, MemoryFull
 from job.nodes.rendezvous import FirstNode
 from job.run import Run
@@ -97,7 +97,12 @@ class LeadTraining:
         return "without the job's own kernels, which is slower"
 
     def resumes_from(self) -> str:
-        stored = committed_checkpoints(self._run, self._lease.record)
-        if not stored:
+        here = [local_step(folder) for folder in local_checkpoints(self._run)]
+        stored = [step_of(commit) for commit in committed_checkpoints(self._run, self._lease.record)]
+        if not stored and not here:
             return "Start the job again. No checkpoint is stored yet."
-        return f"Start the job again: it resumes from step {step_of(stored[0])}."
+        if max(here, default=0) > max(stored, default=0):
+            return (
+                f"Start the job again on this machine: it resumes from step {max(here)}, which the store does not have."
+            )
+        return f"Start the job again: it resumes from step {max(stored)}."

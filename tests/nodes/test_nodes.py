@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from job.nodes import heartbeat, rendezvous
+from job.nodes import heartbeat, record, rendezvous
 from tests.conftest import Job, Result, finished
 from tests.supervision.test_interruptions import resumed_step, signal_tree, tree_of
 
@@ -313,7 +313,7 @@ def test_a_silent_node_is_reported_but_not_while_the_store_is_unreachable(
     from job.errors import JobError, TransientError
 
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(heartbeat, "DEAD_SECONDS", 0.6)
+    monkeypatch.setattr(record, "DEAD_SECONDS", 0.6)
     first_run, second_run = make_run(NNODES="2", NODE_RANK="0"), make_run(NNODES="2", NODE_RANK="1")
     first_run.store.put("here/lease.json", b'{"attempt": 1, "released": false, "inherited": []}')
     first = rendezvous.FirstNode(first_run, lambda: time.sleep(0.02), lambda text: None)

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import LIGHTHOUSE, Job, unavailable
+from tests.checkpoints.test_local_checkpoints import refusing_checkpoints
+from tests.conftest import LIGHTHOUSE, Job, free_port, unavailable
 from tests.real.slurm_cluster import NEEDED, Slurm, slurm_cluster
 
 pytestmark = pytest.mark.xdist_group("slurm")
-SMALL = ("--cpus-per-task=2", "--mem=2000")
+SMALL = ("--cpus-per-gpu=2", "--mem=2000")
 ADAPTER = "train/adapter/adapter_model.safetensors"
 
 
@@ -202,3 +203,109 @@ def test_settings_come_from_the_named_file_and_a_container_from_its_image(
         called[1]
         == f"exec --nv --bind {checkout},{checkout}/results:/work --pwd {checkout} --env FT_OUTPUT_DIR={checkout}/results image.sif python3 /app/entrypoint.py run"
     )
+
+
+# -- no loop that burns money ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3_settings(slurm: Slurm, tmp_path: Path, s3_server: str) -> Iterator[dict[str, str]]:
+    with refusing_checkpoints(s3_server) as proxy:
+        yield {
+            "FT_STORE_URL": f"s3://bucket/{tmp_path.name}", "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        }  # fmt: skip
+
+
+@pytest.mark.timeout(1200)
+def test_a_job_whose_every_start_fails_to_store_ends_by_itself_after_five(
+    slurm: Slurm, settings: dict[str, str], s3_settings: dict[str, str]
+) -> None:
+    job = slurm.submit(*SMALL, settings=settings | s3_settings)
+    ended = slurm.await_end(job, seconds=900)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "69:0", "5"), slurm.log(job)
+    assert "5 starts of this run in a row have stored nothing new" in slurm.log(job)
+
+
+@pytest.mark.timeout(1200)
+def test_a_job_on_nodes_without_a_route_to_its_sources_ends_by_itself(
+    slurm: Slurm, settings: dict[str, str], tmp_path: Path
+) -> None:
+    away = {
+        "FT_MODEL_NAME": "me/model", "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "HF_HOME": str(tmp_path), "FT_MAX_IDLE_STARTS": "2",
+    }  # fmt: skip
+    job = slurm.submit(*SMALL, settings=settings | away)
+    ended = slurm.await_end(job, seconds=900)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "69:0", "2"), slurm.log(job)
+    assert "The Hub cannot be reached" in slurm.log(job)
+
+
+@pytest.mark.timeout(600)
+def test_a_time_limit_that_was_extended_while_the_job_runs_is_used(slurm: Slurm, settings: dict[str, str]) -> None:
+    job = slurm.submit(
+        *SMALL, "--time=1", "--signal=B:USR1@40", settings=settings | {"FT_MAX_STEPS": "100000", "ASK_SECONDS": "1"}
+    )
+    slurm.await_log(job, '"event": "stage_started"')
+    old_end = datetime.fromisoformat(slurm.facts(job)["EndTime"]).timestamp()
+    slurm.command("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    await_training(slurm, job)
+    while time.time() < old_end - 5:  # it would have stopped 20 s before its old end
+        time.sleep(0.5)
+    before = steps_shown(slurm, job)
+    time.sleep(5)
+    assert steps_shown(slurm, job) > before, slurm.log(job)
+    assert "time limit" not in slurm.log(job)
+    slurm.command("scancel", job)
+    assert slurm.await_end(job)["Restarts"] == "0"
+
+
+def stand_in(slurm: Slurm, folder: Path, command: str, condition: str, refusal: str) -> str:
+    """A PATH on which `command` fails with `refusal` while `condition` holds, and is Slurm's own otherwise."""
+    real = shutil.which(command)
+    tool = folder / "bin" / command
+    tool.parent.mkdir(exist_ok=True)
+    count = folder / f"{command}.count"
+    text = f"""#!/bin/bash
+echo >>{count}
+if {condition.format(count=count)}; then echo '{refusal}' >&2; exit 1; fi
+exec {real} "$@"
+"""
+    tool.write_text(text, encoding="utf-8")
+    tool.chmod(0o755)
+    return f"{tool.parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.timeout(600)
+def test_a_controller_that_is_away_for_a_moment_does_not_lose_the_job(
+    slurm: Slurm, settings: dict[str, str], tmp_path: Path
+) -> None:
+    away = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    path = stand_in(slurm, tmp_path, "squeue", '[[ "$*" == *%T* ]] && [ "$(wc -l <{count})" -lt 3 ]', away)
+    job = slurm.submit(*SMALL, settings=settings | {"FT_DEVICE": "cuda", "PATH": path, "ASK_SECONDS": "600"})
+    deadline = time.monotonic() + 120
+    while int(slurm.facts(job)["Restarts"]) < 1:
+        assert time.monotonic() < deadline, slurm.log(job)
+        time.sleep(0.5)
+    slurm.command("scancel", job)
+
+
+def test_a_requeue_that_slurm_refuses_is_told_with_the_command_that_resumes(
+    slurm: Slurm, settings: dict[str, str], tmp_path: Path
+) -> None:
+    refusal = "Requested operation is presently disabled"
+    path = stand_in(slurm, tmp_path, "scontrol", '[ "$1" = requeue ]', refusal)
+    job = slurm.submit(*SMALL, settings=settings | {"FT_DEVICE": "cuda", "PATH": path})
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "69:0")
+    assert f"Not requeued: Slurm refuses it: {refusal}" in slurm.log(job)
+    assert f"FT_RUN_ID=slurm-{job} sbatch slurm/train.sh" in slurm.log(job)
+
+
+def test_cpus_grow_with_the_number_of_gpus(slurm: Slurm, settings: dict[str, str]) -> None:
+    job = slurm.submit(
+        "--gpus-per-node=2", "--cpus-per-gpu=2", "--mem=2000", settings=settings | {"FT_STAGES": "preflight"}
+    )
+    ended = slurm.await_end(job)
+    assert ended["JobState"] == "COMPLETED", slurm.log(job)
+    assert ended["NumCPUs"] == "4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -30,7 +31,8 @@ def tree_of(pid: int) -> list[int]:
     found = [pid]
     for parent in found:
         for listing in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += map(int, listing.read_text(encoding="ascii").split())
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                found += map(int, listing.read_text(encoding="ascii").split())
     return found
 
 
