@@ -6,6 +6,7 @@ neither torch nor transformers, so a mistake is reported in well under a second.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "FT_"
-STAGE_NAMES = ("preflight", "download", "prepare", "train", "sample", "merge", "publish")
+STAGE_NAMES = ("preflight", "download", "prepare", "train", "publish_adapter", "sample", "merge", "export", "publish")
 
 
 def _split(value: Any) -> Any:
@@ -39,6 +40,13 @@ def _fraction_or_split(value: str | None) -> str | None:
     return value
 
 
+def _known_encoding(value: str) -> str:
+    try:
+        return codecs.lookup(value).name
+    except LookupError:
+        raise ValueError("not the name of an encoding, such as utf-8, utf-16, cp1252 or latin-1") from None
+
+
 def _in_stage_order(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in STAGE_NAMES if name in value)
 
@@ -46,12 +54,23 @@ def _in_stage_order(value: tuple[str, ...]) -> tuple[str, ...]:
 Auto = Literal["auto"]
 CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Stages = Annotated[
-    tuple[Literal["preflight", "download", "prepare", "train", "sample", "merge", "publish"], ...],
+    tuple[
+        Literal["preflight", "download", "prepare", "train", "publish_adapter", "sample", "merge", "export", "publish"],
+        ...,
+    ],
     NoDecode,
     BeforeValidator(lambda value: _split(value.lower() if isinstance(value, str) else value)),
     AfterValidator(_in_stage_order),
 ]
+CommaFormats = Annotated[
+    tuple[Literal["gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "fp8"], ...],
+    NoDecode,
+    BeforeValidator(lambda value: _split(value.lower() if isinstance(value, str) else value)),
+]
 Prompts = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], NoDecode, BeforeValidator(_json)]
+TextMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_json)]
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+NumberMap = Annotated[dict[str, Annotated[int, Field(ge=1, le=65536)]], NoDecode, BeforeValidator(_json)]
 JsonObject = Annotated[dict[str, Any], NoDecode, BeforeValidator(_json)]
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -96,7 +115,7 @@ class Settings(BaseSettings):
     )
     dataset_name: NonEmpty = _setting(
         "mlabonne/guanaco-llama2-1k",
-        "Training data: a Hub id, `id@revision`, a local file or folder, or an `s3://` prefix.",
+        "Training data: a Hub id, `id@revision`, a local file or folder, or an `s3://` prefix. Several, separated by commas, are mixed: `id@revision:config:split*weight`, or a JSON list.",
         since="download",
     )
     dataset_config: NonEmpty | None = _setting(
@@ -105,11 +124,41 @@ class Settings(BaseSettings):
     dataset_split: NonEmpty = _setting(
         "train", "Split to train on. Slices such as `train[:1000]` work.", since="prepare"
     )
-    dataset_format: Literal["auto", "text", "messages", "prompt_completion", "human_assistant"] = _setting(
-        "auto", "Row format. `auto` detects it from the columns and the first rows.", since="prepare"
-    )
+    dataset_format: Literal[
+        "auto", "text", "messages", "prompt_completion", "alpaca", "dolly", "question_answer", "human_assistant", "llama2", "oasst", "oasst_trees", "chosen", "kto"
+    ] = _setting(
+        "auto",
+        "Row format. `auto` detects it from the columns and the first rows. `chosen`, `kto` and `llama2` are used only if they are set.",
+        since="prepare",
+    )  # fmt: skip
     dataset_text_field: NonEmpty = _setting(
-        "text", "Column that holds the text in `text` and `human_assistant` rows.", since="prepare"
+        "text", "Column that holds the text in `text`, `human_assistant` and `llama2` rows.", since="prepare"
+    )
+    dataset_columns: TextMap = _setting(
+        {},
+        'What the columns are, as a JSON object: `{"question": "ask", "answer": "reply"}` reads the columns `ask` and `reply`.',
+        since="prepare",
+    )
+    dataset_roles: TextMap = _setting(
+        {},
+        'What unusual roles mean, as a JSON object: `{"customer": "user", "agent": "assistant"}`.',
+        since="prepare",
+    )
+    dataset_encoding: Encoding | None = _setting(
+        None,
+        "Text encoding of JSON, CSV and text files, such as `cp1252`. Unset: UTF-8, or what the file shows.",
+        since="prepare",
+    )
+    dataset_separator: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = _setting(
+        None,
+        "Character between the columns of CSV files. Unset: comma, semicolon, tab or bar, by the first line.",
+        since="prepare",
+    )
+    dataset_sample: int | None = _setting(
+        None, "Train on this many rows, drawn at random with `FT_SEED`. Unset: on all.", since="prepare", ge=1
+    )
+    deduplicate: bool = _setting(
+        False, "Leave out training rows whose tokens are those of an earlier row.", since="prepare"
     )
     eval_dataset_name: NonEmpty | None = _setting(
         None, "Evaluation dataset, if it is not the training dataset.", since="download"
@@ -118,6 +167,11 @@ class Settings(BaseSettings):
         None,
         "Evaluation data: a split such as `test` or `train[:100]`, or a fraction of the training data to hold out, such as `0.05`.",
         since="prepare",
+    )
+    adapter_name: NonEmpty | None = _setting(
+        None,
+        "Adapter to go on from: a Hub id, `id@revision`, a local folder or an `s3://` prefix, or what this job published. Without `train` in `FT_STAGES` it is only merged and published.",
+        since="download",
     )
     new_model: NonEmpty = _setting(
         "auto",
@@ -129,21 +183,57 @@ class Settings(BaseSettings):
         "Chat template: `auto` (the tokenizer's own, else `llama-2`), `llama-2`, `chatml`, or a Jinja file.",
         since="prepare",
     )
+    system_prompt: NonEmpty | None = _setting(None, "System prompt for conversations that have none.", since="prepare")
+    system_role: Literal["keep", "fold", "drop"] = _setting(
+        "keep",
+        "System prompts of conversations: keep them, fold them into the user's first message, or drop them.",
+        since="prepare",
+    )
+    ignored_message_keys: CommaList = _setting(
+        (),
+        "Keys of messages to leave out, such as `reasoning_content,name`. A key that the chat template would leave out is an error otherwise.",
+        since="prepare",
+    )
+    train_on: Literal["auto", "all", "assistant", "last"] = _setting(
+        "auto",
+        "Tokens that are learned: all, the assistant's, or only its last answer. `auto` is all of `text` rows, the completion of `prompt_completion` rows, and the assistant's part of conversations.",
+        since="prepare",
+    )
     max_seq_length: Auto | Annotated[int, Field(ge=8, le=1_048_576)] = _setting(
         "auto",
-        "Maximum tokens per row. Longer rows are truncated. `auto` is 1024, or the model's limit if that is lower.",
+        "Maximum tokens per row. `auto` is 1024, or the model's limit if that is lower.",
         since="prepare",
+    )
+    too_long: Literal["auto", "cut", "cut_left", "drop", "split"] = _setting(
+        "auto",
+        "Rows longer than that: cut their end, cut their beginning, drop them, or split them. `auto` cuts the end, and refuses data of which more than half would be cut.",
+        since="prepare",
+    )
+    bad_rows: Literal["auto", "drop", "fail"] = _setting(
+        "auto",
+        "Rows that cannot be used: `drop` leaves them out, `fail` ends the job at the first. `auto` leaves out rows that do not fit the format, and ends the job for a broken file or what the chat template would leave out.",
+        since="prepare",
+    )
+    max_bad_rows: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _setting(
+        0.1, "Most rows that may be left out: a fraction below 1, or a number of rows.", since="prepare"
     )
     packing: bool = _setting(
         False,
         "Pack several short rows into one full-length row. Packed rows do not attend to each other.",
         since="prepare",
     )
-    completion_only_loss: bool = _setting(
-        True, "Train only on the completions of prompt/completion rows.", since="prepare"
+    new_tokens: CommaList = _setting(
+        (),
+        "Tokens to add to the vocabulary, such as `<call>,</call>`. Their rows in embedding and head are trained with the adapter.",
+        since="prepare",
     )
-    assistant_only_loss: bool = _setting(
-        False, "Train only on the assistant's turns of conversations.", since="prepare"
+    completion_only_loss: bool = _setting(
+        True, "Train only on the completions of prompt/completion rows. `FT_TRAIN_ON` overrides it.", since="prepare"
+    )
+    assistant_only_loss: Auto | bool = _setting(
+        "auto",
+        "Earlier name of a choice of `FT_TRAIN_ON`: `true` is `assistant`, `false` is `all` for conversations.",
+        since="prepare",
     )
 
     # -- the adapter --------------------------------------------------------------------------------------------
@@ -155,6 +245,24 @@ class Settings(BaseSettings):
     lora_target_modules: Auto | Literal["all-linear"] | CommaList = _setting(
         "auto",
         "Layers to adapt: `auto` (peft's default, q_proj and v_proj for Llama), `all-linear`, or a list of names.",
+        since="train",
+    )
+
+    use_rslora: bool = _setting(
+        False, "Scale the adapter's output by alpha / √r instead of alpha / r (rsLoRA).", since="train"
+    )
+    use_dora: bool = _setting(
+        False, "Train the length of each weight's rows apart from their direction (DoRA).", since="train"
+    )
+    lora_rank_pattern: NumberMap = _setting(
+        {}, 'Other ranks for some layers, as a JSON object: `{"down_proj": 128}`.', since="train"
+    )
+    lora_alpha_pattern: NumberMap = _setting(
+        {}, 'Other alphas for some layers, as a JSON object: `{"down_proj": 32}`.', since="train"
+    )
+    modules_to_save: CommaList = _setting(
+        (),
+        "Layers to train in full beside the adapter, such as `lm_head,embed_tokens`. Only layers that are not in 4 bits.",
         since="train",
     )
 
@@ -279,6 +387,30 @@ class Settings(BaseSettings):
         200, "Maximum length of an answer, in tokens.", since="sample", ge=1, le=32768
     )
 
+    # -- merging ------------------------------------------------------------------------------------------------
+    merge_base: Literal["quantized", "original"] = _setting(
+        "quantized",
+        "Weights that the adapter is merged into: those it was trained on (dequantized from 4 bits), or the base model's original ones.",
+        since="merge",
+    )
+    merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting(
+        "auto", "Data type of the merged model. `auto` is the base model's.", since="merge"
+    )
+    merge_max_kl: Auto | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _setting(
+        "auto",
+        "Largest mean KL divergence of the merged model from the trained one, in nats per token, with which it is published. `auto` is 0.02, and none for `FT_MERGE_BASE=original`, whose cost is told.",
+        since="merge",
+    )
+    max_shard_gb: float = _setting(
+        4, "Largest size of one file of the merged model, in GB.", since="merge", ge=0.001, le=50
+    )
+
+    export: CommaFormats = _setting(
+        (),
+        "Formats to publish beside the merged model, each compared with it: `gguf-f16`, `gguf-q8_0`, `gguf-q4_k_m` and `fp8`. Needs `requirements-export.txt`.",
+        since="export",
+    )
+
     # -- where things go ----------------------------------------------------------------------------------------
     output_dir: Path = _setting(Path("results"), "Local folder for everything the job writes.", since=None)
     store_url: NonEmpty | None = _setting(
@@ -293,7 +425,12 @@ class Settings(BaseSettings):
     )
     publish_to: NonEmpty | None = _setting(
         None,
-        "Where to publish: `hf://user/name` for the Hub, or a folder. Unset: `published/NEW_MODEL` in the output folder.",
+        "Where to publish: `hf://user/name` or `hf://user/name@branch` for the Hub, `s3://bucket/prefix`, a folder, or several of these, separated by commas. Unset: `published/NEW_MODEL` in the output folder, and with an S3 store also `RUN_ID/published` there.",
+        since="publish",
+    )
+    publish: Literal["both", "adapter", "merged"] = _setting(
+        "both",
+        "What to publish: the merged model with the adapter in `adapter/`, or only one of them. With `adapter` nothing is merged.",
         since="publish",
     )
     hub_private: bool = _setting(True, "Make the Hub repository private if the job creates it.", since="publish")
@@ -349,7 +486,18 @@ class Settings(BaseSettings):
         "", "Address that the metrics port listens on, such as `127.0.0.1`. Unset: all of them.", since=None
     )
     stall_seconds: float = _setting(
-        1800, "`/healthz` fails after this many seconds without progress.", since=None, ge=1, le=604800
+        1800,
+        "Seconds without any progress in a stage after which `/healthz` fails and the job ends with exit code 69.",
+        since=None,
+        ge=1,
+        le=604800,
+    )
+    max_idle_starts: int = _setting(
+        5,
+        "Give up after this many starts in a row that stored nothing new: the next one ends with exit code 69. 0: never.",
+        since=None,
+        ge=0,
+        le=1000,
     )
     termination_log: Path = _setting(
         Path("/dev/termination-log"),
@@ -371,24 +519,37 @@ class Settings(BaseSettings):
         """What the trained model is called: FT_NEW_MODEL, else the names of the base model and the dataset."""
         if self.new_model != "auto":
             return self.new_model
-        parts = (text.partition("@")[0].rstrip("/").rsplit("/", 1)[-1] for text in (self.model_name, self.dataset_name))
-        stems = (
-            re.sub(r"\.(jsonl?|csv|parquet|arrow)(\.(gz|bz2|zst))?$", "", part, flags=re.IGNORECASE) for part in parts
-        )
+        one = not re.search(r"[,*]|^\[", self.dataset_name)
+        dataset = self.dataset_name if one else "mixture"
+        parts = (text.partition("@")[0].rstrip("/").rsplit("/", 1)[-1] for text in (self.model_name, dataset))
+        ending = r"\.(jsonl?|ndjson|[ct]sv|parquet|arrow|feather|txt)(\.(gz|bz2|zst|xz))?$"
+        stems = (re.sub(ending, "", part, flags=re.IGNORECASE) for part in parts)
         name = re.sub(r"[^A-Za-z0-9._-]+|(?<=[.-])[.-]+", "-", "-".join(stems)).strip("-.")
         return name[:96].rstrip("-.") or "model"
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """The places that FT_PUBLISH_TO names."""
+        return tuple(part.strip() for part in (self.publish_to or "").split(",") if part.strip())
+
+    @property
+    def publishes_adapter_first(self) -> bool:
+        """Whether the adapter goes to a branch of a Hub repository when training ends."""
+        on_hub = any(place.startswith("hf://") for place in self.destinations)
+        return on_hub and self.publish == "both" and "publish_adapter" in self.stages
 
     @property
     def evaluates(self) -> bool:
         """Whether there is anything to evaluate on."""
         return self.eval_split is not None or self.eval_dataset_name is not None
 
-    def fingerprint(self, stage: str) -> str:
-        """SHA-256 of the settings that the result of `stage` depends on.
+    def fingerprint(self, stage: str, but: tuple[str, ...] = ()) -> str:
+        """SHA-256 of the settings that the result of `stage` depends on, except those named.
 
         Settings at their default are left out, so a newer version with more settings still recognizes older runs.
         """
-        chosen = {name: value for name, value in self.affecting(stage).items() if value != default_value(name)}
+        values = self.affecting(stage).items()
+        chosen = {name: value for name, value in values if value != default_value(name) and name not in but}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def affecting(self, stage: str) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from typing import Any
 from rich.filesize import decimal
 
 from job.cluster import visible_gpus
+from job.environment.local_files import SOURCES, source_names
 from job.errors import JobError, SettingsError
-from job.hub.publish import Destination
-from job.hub.sources import Listing, Source, disk_needed, look_up, model_config
+from job.hub.publish import destinations_of
+from job.hub.sources import Listing, Source, disk_needed, kind_of, look_up, model_config
 from job.run import Run, read_json
 from job.settings import Settings, variable
+from job.stages import stages_of
 from job.training.plan.candidates import Plan, plans
 from job.training.plan.cards import CARDS, GIB, Card, card_named
 from job.training.plan.choose import choose, fits
@@ -33,20 +35,21 @@ def print_plan(run: Run) -> None:
         lines.append(("node", f"{run.node.index} of {run.node.count}; they meet in the store"))
     listings: dict[Source, Listing] = {}
     failures: list[JobError] = []
-    for name in ("model_name", "dataset_name", "eval_dataset_name"):
-        text = getattr(settings, name)
-        if text is not None:
-            source = Source.parse(f"FT_{name.upper()}", "model" if name == "model_name" else "dataset", text)
+    for name in SOURCES:
+        for text in source_names(name, getattr(settings, name)):
+            source = Source.parse(f"FT_{name.upper()}", kind_of(name), text)
             lines.append((name.removesuffix("_name").replace("_", " "), _describe(source, listings, failures)))
     gpus = visible_gpus()
     devices = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB)" for gpu in gpus) or "no GPU here"
     lines.append(("device", f"cpu × {run.processes_per_node}" if settings.device == "cpu" else f"cuda: {devices}"))
     lines += [
-        ("stages", " → ".join(settings.stages)),
+        ("stages", " → ".join(stage.name for stage in stages_of(settings) if stage.name in settings.stages)),
         ("steps", _steps(run)),
         ("disk needed", decimal(disk_needed(listings))),
     ]
-    lines.append(("publishes to", str(Destination.of(run)) if "publish" in settings.stages else "nothing"))
+    lines.append(
+        ("publishes to", ", ".join(map(str, destinations_of(run))) if "publish" in settings.stages else "nothing")
+    )
     for label, text in lines:
         print(f"{label:<14}{text}")
     for line in _computation(run):

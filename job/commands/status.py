@@ -9,7 +9,7 @@ from job.checkpoints.lease import LeaseRecord
 from job.checkpoints.restore import committed_checkpoints, step_of
 from job.errors import SettingsError
 from job.run import Run
-from job.stages import STAGES
+from job.stages import stages_of
 from job.supervision.ledger import Ledger
 
 
@@ -24,15 +24,18 @@ def print_status(run: Run) -> None:
         ) from None
     ledger = Ledger(run)
     print(f"run {run.id}, started {record['created']}, store {run.store.url}")
-    for stage in STAGES:
+    for stage in stages_of(run.settings):
         if stage.name == "preflight":
             continue
         found = ledger.found(stage)
         if found is None:
             print(f"  {stage.name:<10} not complete" + ("" if stage.kept else " on this machine"))
         else:
-            stale = "" if found.fingerprint == run.settings.fingerprint(stage.name) else ", with other settings"
-            print(f"  {stage.name:<10} complete since {found.created}{stale}")
+            stale = "" if run.made(stage.name, found.fingerprint) else ", with other settings"
+            gone = not stale and stage.name == "publish" and not ledger.is_complete(stage)
+            print(
+                f"  {stage.name:<10} complete since {found.created}{stale or (', but no longer where it was put' if gone else '')}"
+            )
     lease = LeaseRecord.read(run)
     steps = [step_of(commit) for commit in committed_checkpoints(run, lease)]
     print("  checkpoints committed: " + (", ".join(f"step {step}" for step in steps) or "none"))

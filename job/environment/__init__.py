@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from job.cluster import this_node
 from job.environment import env_file as env_file_variables
 from job.environment import trainer_arguments
 from job.environment.local_files import missing_paths, unusable_files
+from job.environment.mixture import parts_of
 from job.errors import InputError, SettingsError
 from job.guard.secrets import masked, secret_values
 from job.settings import PREFIX, Settings, allowed_text, default_text, variable
@@ -43,7 +45,13 @@ def load_settings() -> Settings:
         problems += malformed.values()
         # report the other mistakes too, so continue as if the malformed variables were unset
         settings = Settings(**{name: Settings.model_fields[name].default for name in malformed})
-    problems += contradictions(settings) + trainer_arguments.problems_of(settings) + missing_paths(settings)
+    problems += contradictions(settings) + trainer_arguments.problems_of(settings)
+    try:
+        parts_of(settings.dataset_name)
+    except ValueError as error:
+        problems.append(f"FT_DATASET_NAME={settings.dataset_name!r}: {error}.")
+    else:
+        problems += missing_paths(settings)
     if problems:
         count = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
         listing = "\n".join(f"  - {problem}" for problem in problems)
@@ -104,6 +112,14 @@ def contradictions(settings: Settings) -> list[str]:
         problems.append(
             f"FT_CHAT_TEMPLATE={named!r} is neither a file nor a known template: use auto, llama-2 or chatml."
         )
+    targets = settings.lora_target_modules
+    if not isinstance(targets, str) and (
+        odd := [name for name in targets if re.search(r"(^|\.)(lm_head|embed_tokens|wte)$", name)]
+    ):
+        problems.append(
+            f"FT_LORA_TARGET_MODULES names {odd[0]}, which is no inner layer: name linear layers of the decoder, or use all-linear."
+        )
+    problems += _unusual_adapters(settings)
     if settings.device_map.startswith("{") and not _is_json(settings.device_map):
         problems.append(f"FT_DEVICE_MAP={settings.device_map!r} is not a JSON object.")
     if settings.eval_steps is not None and not settings.evaluates:
@@ -136,21 +152,74 @@ def contradictions(settings: Settings) -> list[str]:
     problems += _contradictory_plans(settings)
     if not settings.stages:
         problems.append("FT_STAGES names no stage: unset it to run all of them.")
+    places = [("store_url", settings.store_url), *(("publish_to", place) for place in settings.destinations)]
     problems += [
         f"{variable(name)}={value!r}: {problem}"
-        for name in ("store_url", "publish_to")
-        if (value := getattr(settings, name)) is not None and (problem := _near_miss(name, value)) is not None
+        for name, value in places
+        if value is not None and (problem := _near_miss(name, value)) is not None
     ]
-    if settings.publish_to and settings.publish_to.startswith("hf:"):
-        if not settings.publish_to.removeprefix("hf://").strip("/") or not settings.publish_to.startswith("hf://"):
-            problems.append(f"FT_PUBLISH_TO={settings.publish_to!r}: write a Hub repository as hf://user/name.")
-        if "publish" in settings.stages and not os.environ.get("HF_TOKEN"):
-            problems.append(
-                f"FT_PUBLISH_TO={settings.publish_to!r} needs HF_TOKEN, a token with write access to the Hub."
-            )
+    problems += _hub_places(settings)
+    needed = {
+        package
+        for kind in settings.export
+        for package in (("compressed_tensors",) if kind == "fp8" else ("gguf", "llama_cpp"))
+    }
+    if any(importlib.util.find_spec(package) is None for package in needed):
+        problems.append(
+            f"FT_EXPORT={','.join(settings.export)!r} needs packages that are not installed: pip install -r requirements-export.txt."
+        )
+    if settings.export and settings.publish == "adapter":
+        problems.append("FT_EXPORT exports the merged model, and FT_PUBLISH=adapter makes none: unset one.")
     if settings.store_url and scheme_of(settings.store_url) not in SCHEMES:
         known = " or ".join(f"{scheme}://…" for scheme in SCHEMES if scheme not in ("", "file"))
         problems.append(f"FT_STORE_URL={settings.store_url!r}: must be a folder or {known}.")
+    return problems
+
+
+def _unusual_adapters(settings: Settings) -> list[str]:
+    """What does not go together with DoRA, patterns and layers that are trained in full."""
+    problems = []
+    inner = [name for name in settings.modules_to_save if not re.search(r"(^|\.)(lm_head|embed_tokens|\w*norm)$", name)]
+    if inner and settings.use_4bit:
+        problems.append(
+            f"FT_MODULES_TO_SAVE names {inner[0]}, which is in 4 bits and cannot be trained in full: name lm_head, embed_tokens or norms, or set FT_USE_4BIT=false."
+        )
+    if settings.new_tokens and {"embed_tokens", "lm_head"} & set(settings.modules_to_save):
+        problems.append(
+            "FT_NEW_TOKENS trains rows of matrices that FT_MODULES_TO_SAVE trains in full: unset one of them."
+        )
+    if len(set(settings.new_tokens)) < len(settings.new_tokens):
+        problems.append("FT_NEW_TOKENS names a token twice.")
+    unusual = {
+        "FT_USE_DORA=true": settings.use_dora, "FT_LORA_RANK_PATTERN": bool(settings.lora_rank_pattern),
+        "FT_MODULES_TO_SAVE": bool(settings.modules_to_save), "FT_NEW_TOKENS": bool(settings.new_tokens),
+    }  # fmt: skip
+    against = {
+        "FT_SHARDING=full": settings.sharding == "full", "FT_DECODER_LAYERS=fused": settings.decoder_layers == "fused",
+        "FT_FROZEN_PRECISION=fp8": settings.frozen_precision == "fp8",
+    }  # fmt: skip
+    return problems + [
+        f"{kind} and {other} do not work together: unset one."
+        for kind, is_so in unusual.items()
+        for other, rules_out in against.items()
+        if is_so and rules_out
+    ]
+
+
+def _hub_places(settings: Settings) -> list[str]:
+    """What is wrong with the Hub repositories that FT_PUBLISH_TO names."""
+    problems = []
+    for place in settings.destinations:
+        if not place.startswith("hf:"):
+            continue
+        if re.fullmatch(r"hf://([\w.-]+/)?[\w.-]+(@[\w.-]+)?/?", place) is None:
+            problems.append(
+                f"FT_PUBLISH_TO={place!r}: write a Hub repository as hf://user/name or hf://user/name@branch."
+            )
+        elif "publish" in settings.stages and not os.environ.get("HF_TOKEN"):
+            problems.append(f"FT_PUBLISH_TO={place!r} needs HF_TOKEN, a token with write access to the Hub.")
+    if len(set(settings.destinations)) < len(settings.destinations):
+        problems.append(f"FT_PUBLISH_TO={settings.publish_to!r} names a place twice.")
     return problems
 
 
@@ -161,8 +230,10 @@ def _near_miss(name: str, value: str) -> str | None:
         return f"write {misspelt[1]}://… with two slashes, or ./{value} for a folder of that name."
     if name != "publish_to":
         return None
-    if "://" in value and not value.startswith("hf://"):
-        return "must be hf://user/name or a folder."
+    if "://" in value and not value.startswith(("hf://", "s3://")):
+        return "must be hf://user/name, s3://bucket/prefix or a folder."
+    if value.startswith("s3://") and not value.removeprefix("s3://").strip("/").partition("/")[2]:
+        return "names no prefix: write s3://bucket/prefix."
     if re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not Path(value.partition("/")[0]).exists():
         return f"write hf://{value} for the Hub, or ./{value} for a folder."
     return None

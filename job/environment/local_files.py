@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from job.environment.mixture import parts_of
 from job.errors import InputError
 from job.guard.model_files import check_config, read
 from job.settings import Settings, variable
 
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".arrow")
-_SOURCES = ("model_name", "dataset_name", "eval_dataset_name")
+DATA_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".arrow", ".feather", ".txt")
+PACKED_SUFFIXES = (".gz", ".bz2", ".zst", ".xz")
+SOURCES = ("model_name", "dataset_name", "eval_dataset_name", "adapter_name")
 
 
 def local_path(text: str) -> Path | None:
@@ -19,8 +21,18 @@ def local_path(text: str) -> Path | None:
     if text.startswith("s3://"):
         return None
     path = Path(text).expanduser()
-    is_path = text.startswith(("/", "./", "../", "~")) or path.suffix in DATA_SUFFIXES or path.exists()
+    name = path.name.lower()
+    for packed in PACKED_SUFFIXES:
+        name = name.removesuffix(packed)
+    is_path = text.startswith(("/", "./", "../", "~")) or name.endswith(DATA_SUFFIXES) or path.exists()
     return path.absolute() if is_path else None
+
+
+def public_name(text: str) -> str:
+    """A source's name for publication: a Hub id as it is, or only the last part of a path or S3 URL."""
+    path = Path(text).expanduser()
+    local = path.exists() or text.startswith(("/", "./", "../", "~", "s3://"))
+    return text.rstrip("/").rsplit("/", 1)[-1] if local else text
 
 
 def missing_paths(settings: Settings) -> list[str]:
@@ -42,11 +54,24 @@ def unusable_files(settings: Settings) -> list[str]:
     return problems
 
 
+def source_names(setting: str, text: str | None) -> list[str]:
+    """The sources that the text of a source setting names: several for a mixture of datasets."""
+    if text is None:
+        return []
+    return [part.name for part in parts_of(text)] if setting == "dataset_name" else [text]
+
+
+def is_local(setting: str, text: str | None) -> bool:
+    """Whether all sources that a setting names are files or folders of this machine."""
+    names = source_names(setting, text)
+    return bool(names) and all(local_path(name) is not None for name in names)
+
+
 def _named(settings: Settings) -> Iterator[tuple[str, str, Path]]:
-    for name in _SOURCES:
-        text = getattr(settings, name)
-        if text is not None and (path := local_path(text)) is not None:
-            yield name, text, path
+    for name in SOURCES:
+        for text in source_names(name, getattr(settings, name)):
+            if (path := local_path(text)) is not None:
+                yield name, text, path
 
 
 def _unreadable(path: Path) -> str | None:

@@ -7,10 +7,15 @@ import json
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from job.errors import InputError
+
+# What rendering and tokenizing takes at most for any real template and tokenizer, on a slow machine
+_ROW_SECONDS, _CHARACTERS_PER_SECOND = 0.05, 50_000
 _DEEPEST = 200  # levels of a JSON document
 
 
@@ -44,8 +49,36 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+class Budget:
+    """Time for a stranger's program that is run for every row: as long as rows of such sizes may take, and half a minute more.
+
+    A limit on one row alone would let a program that stays just below it take days for all of them.
+    """
+
+    def __init__(self, *, slack_seconds: float = 30.0) -> None:
+        self._left = slack_seconds
+
+    @contextlib.contextmanager
+    def row(self, characters: int, rows: int = 1) -> Iterator[None]:
+        """Count the time of the block, which is about some rows. Raises InputError once the budget is used up."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._left += rows * _ROW_SECONDS + characters / _CHARACTERS_PER_SECOND - (time.monotonic() - began)
+            if self._left < 0:
+                raise InputError(
+                    "The model's chat template, or its tokenizer, takes longer for the rows than any real one does.",
+                    "Set FT_CHAT_TEMPLATE to another template, or use another model if you do not trust its author.",
+                )
+
+
 def limit_files(largest_bytes: int) -> None:
-    """Let no file that this process writes become larger: a small dataset may unpack to more than the disk holds."""
+    """Let no file that this process writes become larger: a small dataset may unpack to more than the disk holds.
+
+    A tenth is left for other files, so that this limit, whose error says why, is met before the disk is full.
+    """
+    largest_bytes = largest_bytes * 9 // 10
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     largest = largest_bytes if hard == resource.RLIM_INFINITY else min(largest_bytes, hard)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails with EFBIG instead

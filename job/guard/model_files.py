@@ -94,6 +94,17 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name in ("quantization_config", "rope_scaling", "rope_parameters"):
         if not isinstance(config.get(name), dict | None):
             raise _refused("config.json", f"{name} is not an object")
+    _check_quantization(config.get("quantization_config") or {})
+
+
+def _check_quantization(stored: Mapping[str, Any]) -> None:
+    """Weights may be stored in 16 bits, or in bitsandbytes' 4 bits, from which the merge computes 16-bit ones."""
+    method = str(stored.get("quant_method") or ("bitsandbytes" if stored.get("load_in_4bit") else "none")).lower()
+    if stored and not (method == "bitsandbytes" and stored.get("load_in_4bit") is True):
+        raise InputError(
+            f"The model's weights are stored quantized with {method[:40]}, on which this job cannot train.",
+            "Set FT_MODEL_NAME to the same model in 16 bits, or in bitsandbytes' 4 bits.",
+        )
 
 
 def _known(value: Any, allowed: set[Any], prefix: str = "") -> bool:

@@ -38,11 +38,12 @@ _HARMLESS = re.compile(
 )
 # What a secret is usually called, whatever its prefix says. A path to one is none.
 _SECRET = re.compile(
-    r"TOKEN|SECRET|PASS(?:WORD|WD|PHRASE)?\b|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|_PAT$|_AUTH|COOKIE|SIGNATURE|_DSN$",
+    r"TOKEN|SECRET|PASS(?:WORD|WD|PHRASE)?\b|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|_PAT$|_PW$|_PWD$|_PASS$"
+    r"|_JWT|JWT_|^JWT$|_AUTH|COOKIE|SIGNATURE|_DSN$",
     re.IGNORECASE,
 )
 _NOT_SECRET = re.compile(
-    r"TOKENIZERS?_\w+|\w+_(?:FILE|PATH|DIR|URI|URL|SECONDS|TOKENS)|FT_\w+|JOB_\w+|HF_TOKEN_PATH|AWS_ENDPOINT_URL\w*|SSH_AUTH_SOCK",
+    r"TOKENIZERS?_\w+|(?!HF_TOKENS|HUGGING)\w+_(?:FILE|PATH|DIR|URI|URL|SECONDS|TOKENS)|FT_\w+|JOB_RDZV_\w+|HF_TOKEN_PATH|AWS_ENDPOINT_URL\w*|SSH_AUTH_SOCK",
     re.IGNORECASE,
 )
 _LEAST_KNOWN, _LEAST_UNKNOWN = 4, 8  # characters of a value that is masked
@@ -52,7 +53,7 @@ _OWN_WORDS = frozenset(
     "localhost 127.0.0.1 disabled enabled".split()
 )
 # Fields of a log line that are the job's own words, never a secret.
-_OWN_FIELDS = frozenset({"time", "level", "run_id", "event", "stage", "unit", "result", "exit_code"})
+_OWN_FIELDS = frozenset({"time", "level", "run_id", "event", "stage", "unit", "result", "exit_code", "retry"})
 
 
 def is_secret(name: str) -> bool:

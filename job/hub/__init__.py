@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -19,6 +21,10 @@ from huggingface_hub.errors import (
 
 from job.errors import InputError, JobError, PermissionRefused, SettingsError, TransientError
 
+_T = TypeVar("_T")
+_PAUSES_SECONDS = (1.0, 3.0, 8.0, 20.0)
+_LONGEST_PAUSE_SECONDS = 60.0
+
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
@@ -32,6 +38,43 @@ def hub_errors(what: str) -> Iterator[None]:
         if explained is None:
             raise
         raise explained from error
+
+
+def patiently(ask: Callable[[], _T]) -> _T:
+    """Ask the Hub again after answers that ask for patience: 429, 5xx, and no answer at all. Two minutes at most.
+
+    The Hub's own wish, Retry-After (RFC 9110, 10.2.3), counts if it is short.
+    """
+    for pause in _PAUSES_SECONDS:
+        try:
+            return ask()
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            time.sleep(min(_wished(error) or pause, _LONGEST_PAUSE_SECONDS))
+    return ask()
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the Hub could not be asked, or asks for patience. Another try may succeed."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return is_outage(error.__cause__)
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in (408, 425, 429) or _status(error) >= 500
+    return _is_lost_connection(error)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether the network failed, as Python or a version of the Hub's HTTP client says it: httpx, httpx2, requests."""
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
+        ("httpx", "httpcore", "requests")
+    )
+
+
+def _wished(error: BaseException) -> float | None:
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    text = headers.get("Retry-After", "")
+    return float(text) if text.isdigit() else None
 
 
 def _explained(error: Exception, what: str) -> JobError | None:
@@ -69,9 +112,7 @@ def _explained(error: Exception, what: str) -> JobError | None:
         return TransientError(f"The Hub answered {status} for {what}.", "Start the job again later.")
     if isinstance(error, RuntimeError) and "CAS" in str(error):  # hf_xet, out of retries
         return TransientError(f"The Hub's storage failed for {what}: {error}", "Start the job again.")
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0].startswith(
-        ("httpx", "httpcore", "requests")
-    ):
+    if _is_lost_connection(error):
         return TransientError(
             f"The Hub cannot be reached for {what}: {type(error).__name__}.",
             "Check the network and HF_ENDPOINT, then start again.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel
+from torch._inductor import config as inductor_config
 
 from job.errors import InputError
 
@@ -14,6 +15,8 @@ def compile_layers(model: PeftModel) -> None:
     Raises InputError if the model has no list of layers.
     """
     torch._dynamo.config.cache_size_limit = 64
+    # It keeps headers in a folder of /tmp that anybody may have made, whatever TORCHINDUCTOR_CACHE_DIR says.
+    inductor_config.cpp_cache_precompile_headers = False
     layers = getattr(model.get_base_model().base_model, "layers", None)
     if layers is None:
         raise InputError(

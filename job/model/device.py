@@ -14,6 +14,8 @@ import torch
 from job.errors import NodeError
 from job.settings import Settings
 
+STARTED_WITH = "JOB_COMPUTE_DTYPE"  # in a stage's environment: the type in which the run computes since its first start
+
 
 def device_of(settings: Settings, local_rank: int) -> torch.device:
     """The device of this process. Raises NodeError if a GPU was asked for and there is none."""
@@ -69,13 +71,24 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The type of matrix products, from FT_BNB_4BIT_COMPUTE_DTYPE and the device."""
+    """The type of matrix products, from FT_BNB_4BIT_COMPUTE_DTYPE and the device.
+
+    A run keeps the type that it was started with, on whatever card it resumes: the loss scale and the roundings belong to
+    it. Raises NodeError if this card cannot compute in it.
+    """
     if settings.bnb_4bit_compute_dtype != "auto":
         dtype: torch.dtype = getattr(torch, settings.bnb_4bit_compute_dtype)
         return dtype
     if device.type == "cpu":
         return torch.float32  # a CPU without bfloat16 instructions emulates them at a tenth of the speed
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    started_with = os.environ.get(STARTED_WITH) or ("bfloat16" if modern else "float16")
+    if started_with == "bfloat16" and not modern:
+        raise NodeError(
+            f"This run computes in bfloat16 since its first start, which the {torch.cuda.get_device_name(device)} does not support.",
+            "Use an Ampere GPU or newer (A10, A100, L4, RTX 30xx), or choose another FT_RUN_ID to train from the start on this one.",
+        )
+    return torch.float16 if started_with == "float16" else torch.bfloat16
 
 
 def mixed_precision(settings: Settings, dtype: torch.dtype) -> dict[str, bool]:

@@ -5,9 +5,13 @@ A model's own generation_config may ask for a hundred thousand beams, or for a s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+import torch
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What a served model may keep, and between which bounds it is believed.
@@ -45,3 +49,60 @@ def _token_ids(model: PreTrainedModel) -> dict[str, Any]:
         if known:
             found[name] = known if isinstance(value, list) else known[0]
     return found
+
+
+def answer(model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
+    """The greedy continuation of `prompt_ids`, without special tokens."""
+    generated = _generate(model, tokenizer, prompt_ids, max_new_tokens)
+    text: str = tokenizer.decode(generated[0, len(prompt_ids) :], skip_special_tokens=True)
+    return text.strip()
+
+
+def stream(model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> Iterator[str]:
+    """The pieces of an answer, each as soon as it is there. Closing the iterator ends the generation."""
+    pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+    ended = False
+
+    class Queued(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.put(text)
+
+    def generate() -> None:
+        try:
+            _generate(
+                model,
+                tokenizer,
+                prompt_ids,
+                max_new_tokens,
+                streamer=Queued(tokenizer, True, skip_special_tokens=True),
+                stopping_criteria=[lambda found, *_, **__: torch.full((1,), ended, device=found.device)],
+            )
+            pieces.put(None)
+        except BaseException as error:
+            pieces.put(error)
+
+    thread = Thread(target=generate, name="generation", daemon=True)
+    thread.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        ended = True
+        thread.join()
+
+
+@torch.inference_mode()
+def _generate(model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int, **options: Any) -> torch.Tensor:
+    ids = torch.tensor([prompt_ids], device=model.get_input_embeddings().weight.device)
+    room = int(getattr(model.config, "max_position_embeddings", 0) or 2**20) - len(prompt_ids)
+    generated: torch.Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max(1, min(max_new_tokens, room)),
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    return generated

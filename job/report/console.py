@@ -105,7 +105,7 @@ class TextConsole:
     def stage_ended(self, record: StageRecord) -> None:
         self._close_bar()
         if record.result not in ("done", "skipped"):
-            self._print(f"  {record.stage}: {record.result}", "bold red")
+            self._print(f"  {record.stage}: {record.result}", "yellow" if record.result == "stopped" else "bold red")
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
         figures = "  ".join(
@@ -150,7 +150,8 @@ class TextConsole:
             self._bar = None
 
     def _print(self, text: str, style: str) -> None:
-        self._rich.print(escape(for_terminal(masked(text, self._secrets))), style=style, soft_wrap=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone; the work goes on
+            self._rich.print(escape(for_terminal(masked(text, self._secrets))), style=style, soft_wrap=True)
 
 
 def _as_fields(record: StageRecord) -> dict[str, Any]:

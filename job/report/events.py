@@ -54,6 +54,11 @@ def output(what: str, where: str, **figures: float) -> None:
     emit("output", what=what, where=where, figures=figures)
 
 
+def decided(**facts: str) -> None:
+    """Report what holds for the rest of the run, on whatever machine it goes on. The first report of a fact counts."""
+    emit("decided", facts=facts)
+
+
 def parse(data: bytes) -> dict[str, Any] | None:
     """The event in one message of the socket, or None if it is not one."""
     try:

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the job, and a health check that fails when training stalls.
+"""Prometheus metrics of the job, and a health check that fails when a stage stalls.
 
 Names start with `finetune_`. Units and suffixes follow Prometheus' conventions (prometheus.io/docs/practices/naming).
 """
@@ -54,12 +54,18 @@ class Metrics:
     def stage(self, name: str | None) -> None:
         self._stage.state(name or "none")
 
-    def training(self, under_way: bool) -> None:
-        """Record whether training is under way. Only then does a lack of progress count as a stall."""
+    def working(self, under_way: bool) -> None:
+        """Record whether a stage's process is at work. Only then does a lack of progress count as a stall."""
         self._moved_at = self._clock() if under_way else None
+
+    def moved(self) -> None:
+        """The stage has made progress."""
+        if self._moved_at is not None:
+            self._moved_at = self._clock()
 
     def progress(self, stage: str, event: dict[str, Any]) -> None:
         if stage != "train":
+            self.moved()
             return
         now = (event["done"], event.get("evaluated"))
         if now != self._last_progress and self._moved_at is not None:
@@ -81,7 +87,7 @@ class Metrics:
     # -- what others read -------------------------------------------------------------------------------------------
 
     def stalled_seconds(self) -> float:
-        """Seconds since training last made progress, or 0 if nothing is training."""
+        """Seconds since the stage at work last made progress, or 0 if none is at work."""
         return 0.0 if self._moved_at is None else self._clock() - self._moved_at
 
     def healthy(self) -> bool:
@@ -94,7 +100,7 @@ class Metrics:
             yield GaugeMetricFamily("finetune_checkpoint_age_seconds", "Time since a checkpoint was last stored.", age)
         lag = self._clock() - self._offered_at if self._offered_at is not None else self._upload_seconds
         yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
-        stalled = "Time since training last made progress."
+        stalled = "Time since the running stage last made progress."
         yield GaugeMetricFamily("finetune_stalled_seconds", stalled, self.stalled_seconds())
         memory = GaugeMetricFamily("finetune_gpu_memory_bytes", "Memory in use on each GPU.", labels=["gpu"])
         for index, used in enumerate(gpu_memory_used()):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
+from job import __version__
+from job.environment.adapter_settings import with_adapters_own
+from job.environment.local_files import public_name
+from job.environment.mixture import dataset_parts
 from job.guard.escape import for_cell, for_terminal
 from job.report.goodput import speed_text, time_text
 from job.run import Run, read_json
@@ -14,77 +20,197 @@ from job.settings import Settings, default_text, value_text, variable
 _PROMPT_LIMIT = 8
 
 
-def write_model_card(run: Run, *, curve_file: str, published_name: str) -> str:
-    """The README.md of the published model, as Markdown with the Hub's metadata at the top.
+@dataclass(frozen=True)
+class Published:
+    """What is published under which name: the merged model, the adapter, or both.
 
-    `published_name` is what a reader passes to `from_pretrained`.
+    `name` is the Hub id, or None for a folder or a bucket, and `revision` a branch beside the main one.
     """
-    settings = run.settings
-    metrics, data = read_json(run.paths.metrics_file), read_json(run.paths.data_report_file)
-    sources, proof = read_json(run.paths.sources_file), read_json(run.paths.merge_proof_file)
-    samples = read_json(run.paths.samples_file)
+
+    name: str | None
+    revision: str | None
+    merged: bool
+    adapter: bool
+
+
+def write_model_card(run: Run, published: Published, *, curve_file: str) -> str:
+    """The README.md of what is published, as Markdown with the Hub's metadata at the top.
+
+    It tells of samples, merge and exports as far as there are any.
+    """
+    settings, paths = run.settings, run.paths
+    adapter = read_json(paths.adapter_dir / "adapter_config.json")
+    if settings.adapter_name is not None:
+        settings = with_adapters_own(settings, adapter)
+    metrics, data, sources = (
+        read_json(file) for file in (paths.metrics_file, paths.data_report_file, paths.sources_file)
+    )
+    samples = read_json(paths.samples_file) if paths.samples_file.is_file() else []
+    proof = read_json(paths.merge_proof_file) if published.merged else None
+    exports = read_json(paths.exports_file) if published.merged and paths.exports_file.is_file() else []
+    title = settings.new_model_name.rsplit("/", 1)[-1]
     parts = [
-        f"---\n{_metadata(settings, sources).to_yaml()}\n---\n",
-        f"# {settings.new_model_name.rsplit('/', 1)[-1]}\n",
-        f"{_link(sources['FT_MODEL_NAME'], '')} fine-tuned on {_link(sources['FT_DATASET_NAME'], 'datasets/')} with "
-        f"{'QLoRA (4-bit ' + settings.bnb_4bit_quant_type.upper() + ')' if settings.use_4bit else 'LoRA'}, then merged. "
-        "The adapter alone is in `adapter/`.\n",
-        _usage(published_name),
-        "## Training\n",
-        f"![Loss curve]({curve_file})\n",
-        _table(("", ""), _training_rows(metrics)),
+        f"---\n{_metadata(settings, sources, metrics, published, title).to_yaml()}\n---\n",
+        f"# {title}\n",
+        _what_it_is(settings, sources, published),
+        _usage(
+            published,
+            sources["FT_MODEL_NAME"],
+            _rank_to_serve(adapter),
+            exports,
+        ),
+        *(
+            ["## Answers before and after\n", "Greedy decoding, with the base model and the adapter as trained.\n"]
+            if samples
+            else []
+        ),
+        *[_sample(item) for item in samples[:_PROMPT_LIMIT]],
+        *_training(metrics, data, curve_file),
         "## Data\n",
         _table(("", *[name for name in ("train", "eval") if name in data]), _data_rows(data)),
-        f"Chat template: {data['chat_template']}. Maximum row length: {data['max_length']} tokens{', packed' if data['packed'] else ''}.\n",
-        "## Answers before and after\n",
-        "Greedy decoding, with the base model and the adapter as trained.\n",
-        *[_sample(item) for item in samples[:_PROMPT_LIMIT]],
-        "## Merge verification\n",
-        f"The merged weights were read back from disk and compared with the trained model on {proof['tokens']} tokens from {proof['rows']} rows: "
-        f"mean KL divergence {proof['mean_kl_nats']:.2g} nats per token, top-1 agreement on {proof['same_first_choice']:.1%} of the tokens, "
-        f"largest relative weight difference {proof['largest_weight_difference']:.2g}.\n",
-        "## Settings\n",
+        f"Chat template: {data['chat_template']}. Maximum row length: {data['max_length']} tokens{', packed' if data['packed'] else ''}. "
+        "The whole report, with rows token by token, is in `data_report.html`.\n",
+        *([_proof(proof, exports)] if proof is not None else []),
+        "## Reproduce\n",
+        _command(run, sources),
+        "<details><summary>All settings that the model depends on</summary>\n",
         _table(("variable", "value"), _setting_rows(settings)),
+        "</details>\n",
     ]
     return "\n".join(parts)
 
 
-def _metadata(settings: Settings, sources: dict[str, Any]) -> ModelCardData:
-    model, dataset = sources["FT_MODEL_NAME"], sources["FT_DATASET_NAME"]
+def _metadata(
+    settings: Settings, sources: dict[str, Any], metrics: dict[str, Any], published: Published, title: str
+) -> ModelCardData:
+    model, datasets = sources["FT_MODEL_NAME"], [source for _, source in _trained_on(sources)]
+    terms = model.get("card", {})
+    languages = list(
+        dict.fromkeys(word for source in (*datasets, model) for word in source.get("card", {}).get("language", ()))
+    )
+    loss = metrics["eval_loss_last"]
+    result = EvalResult(
+        task_type="text-generation",
+        task_name="Text Generation",
+        dataset_type=datasets[0]["source"] if datasets[0]["kind"] == "hub" else "private",
+        dataset_name=f"{_short(datasets[0])}, rows held out",
+        metric_type="loss",
+        metric_name="evaluation loss (nats per token)",
+        metric_value=round(loss, 4) if loss is not None else 0,
+    )
+    on_hub = model["kind"] == "hub"
     return ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if published.merged else "peft",
         pipeline_tag="text-generation",
         tags=["qlora" if settings.use_4bit else "lora", "peft", "trl", "sft"],
-        base_model=model["source"] if model["kind"] == "hub" else None,
-        datasets=[dataset["source"]] if dataset["kind"] == "hub" else None,
+        base_model=model["source"] if on_hub else None,
+        base_model_relation=("finetune" if published.merged else "adapter") if on_hub else None,
+        datasets=[dataset["source"] for dataset in datasets if dataset["kind"] == "hub"] or None,
+        license=terms.get("license"),
+        license_name=terms.get("license_name"),
+        license_link=terms.get("license_link"),
+        language=languages or None,
+        model_name=title if loss is not None else None,
+        eval_results=[result] if loss is not None else None,
     )
+
+
+def _what_it_is(settings: Settings, sources: dict[str, Any], published: Published) -> str:
+    way = f"QLoRA (4-bit {settings.bnb_4bit_quant_type.upper()})" if settings.use_4bit else "LoRA"
+    what = f"{_link(sources['FT_MODEL_NAME'], '')} fine-tuned on {_datasets(sources)} with {way}"
+    if published.merged:
+        what += ", then merged." + (" The adapter alone is in `adapter/`." if published.adapter else "")
+    else:
+        what += ". This is the adapter; it needs its base model."
+    terms = sources["FT_MODEL_NAME"].get("card", {})
+    if "license" in terms:
+        named = terms.get("license_name") or terms["license"]
+        what += f" The base model's license, {for_cell(named)}, holds for it too."
+    return what + "\n"
+
+
+def _trained_on(sources: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The datasets trained on: one, or those of a mixture in their order."""
+    return [(name, source) for name, source in sources.items() if name.startswith("FT_DATASET_NAME")]
+
+
+def _datasets(sources: dict[str, Any]) -> str:
+    links = [_link(source, "datasets/") for _, source in _trained_on(sources)]
+    return links[0] if len(links) == 1 else f"{', '.join(links[:-1])} and {links[-1]}"
+
+
+def _short(source: dict[str, Any]) -> str:
+    """A source's name for readers: a Hub id, or the last part of a path, which itself stays private."""
+    name: str = source["source"]
+    return name if source["kind"] == "hub" else name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _link(source: dict[str, Any], prefix: str) -> str:
     if source["kind"] != "hub":
-        return f"`{source['source'].rstrip('/').rsplit('/', 1)[-1]}`"  # a local path stays private
+        return f"`{_short(source)}`"
     commit = f" at `{source['commit'][:12]}`" if source["commit"] else ""
     return f"[{source['source']}](https://huggingface.co/{prefix}{source['source']}){commit}"
 
 
-def _usage(name: str) -> str:
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")\n'
-        'messages = [{"role": "user", "content": "Hello"}]\n'
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)\n'
-        "answer = model.generate(**inputs.to(model.device), max_new_tokens=200)\n"
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n'
-        "```\n"
+def _usage(published: Published, base: dict[str, Any], rank: int | None, exports: list[dict[str, Any]]) -> str:
+    """How to run it: in transformers, served by vLLM merged or as an adapter, and with Ollama if there is a GGUF."""
+    name = published.name or "."
+    at = f', revision="{published.revision}"' if published.revision else ""
+    if published.merged:
+        load = [
+            "from transformers import pipeline",
+            f'model = pipeline("text-generation", "{name}", device_map="auto"{at})',
+            'print(model([{"role": "user", "content": "Hello"}], max_new_tokens=200)[0]["generated_text"][-1]["content"])',
+        ]
+    else:
+        load = [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer",
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}", device_map="auto"{at})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})',
+        ]
+    folder = "adapter" if published.merged else name
+    shell = (
+        [f"vllm serve {name}" + (f" --revision {published.revision}" if published.revision else "")]
+        if published.merged
+        else []
     )
+    if published.adapter and rank is not None:
+        shell.append(f"vllm serve {_short(base)} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}")
+    if any(one["format"] == "fp8" for one in exports):
+        shell.append("vllm serve ./fp8   # in a copy of this repository")
+    if any(one["file"].endswith(".gguf") for one in exports):
+        shell.append("ollama create tuned -f Modelfile && ollama run tuned   # in a copy of this repository")
+    text = "" if published.name else "In this folder:\n\n"
+    text += "```python\n" + "\n".join(load) + "\n```\n"
+    if shell:
+        text += "\n```sh\n" + "\n".join(shell) + "\n```\n"
+    if published.merged and published.adapter:
+        branch = f"{published.revision}-adapter" if published.revision else "adapter"
+        place = f'"{published.name}", revision="{branch}"' if published.name else '"adapter"'
+        text += f"\nThe adapter in Python, on its base: `AutoPeftModelForCausalLM.from_pretrained({place})`.\n"
+    return text
 
 
-def _training_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _rank_to_serve(adapter: dict[str, Any]) -> int | None:
+    """What vLLM must be told: it takes these ranks, and its default is 16. None for an adapter that it cannot serve."""
+    if adapter.get("use_dora") or adapter.get("modules_to_save"):
+        return None
+    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
+    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
+
+
+def _training(metrics: dict[str, Any], data: dict[str, Any], curve_file: str) -> list[str]:
+    if not metrics["steps"]:
+        return ["## Training\n", "The adapter was trained elsewhere; here it was merged and published.\n"]
+    return ["## Training\n", f"![Loss curve]({curve_file})\n", _table(("", ""), _training_rows(metrics, data))]
+
+
+def _training_rows(metrics: dict[str, Any], data: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("optimizer steps", f"{metrics['steps']:,}"),
         ("epochs", f"{metrics['epochs']:.3g}"),
+        ("tokens seen", f"{round(metrics['epochs'] * data['train']['tokens']):,}"),
         (
             "training loss, first → last logged",
             f"{_number(metrics['loss_first'])} → {_number(metrics['loss_last'])} nats per token",
@@ -111,7 +237,7 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     parts = [data[name] for name in ("train", "eval") if name in data]
     labels = {
         "format": "row format", "rows": "rows", "tokens": "tokens", "learned_tokens": "learned tokens",
-        "truncated_rows": "truncated rows", "malformed_rows": "malformed rows, left out", "unlearnable_rows": "rows with nothing to learn, left out",
+        "trained_on": "what is learned", "truncated_rows": "truncated rows", "malformed_rows": "malformed rows, left out", "unlearnable_rows": "rows with nothing to learn, left out",
     }  # fmt: skip
     return [
         (label, *[f"{part[key]:,}" if isinstance(part[key], int) else str(part[key]) for part in parts])
@@ -119,11 +245,64 @@ def _data_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def _proof(proof: dict[str, Any], exports: list[dict[str, Any]]) -> str:
+    base = (
+        "the dequantized weights that it was trained on" if proof["merged_into"] == "quantized" else "the original base"
+    )
+    rows = [
+        (
+            "merged model", proof["dtype"], f"{proof['mean_kl_nats']:.2g} (at most {proof['max_kl_nats']:.2g})",
+            f"{proof['same_first_choice']:.1%}", f"{proof['same_answers']} of {proof['answers']}",
+        ),
+        *(
+            (
+                f"`{one['file']}`", one["format"], f"{one['mean_kl_nats']:.2g} (at most {one['max_kl_nats']:.2g})",
+                f"{one['same_first_choice']:.1%}", f"{one['same_answers']} of {one['answers']}",
+            )
+            for one in exports
+        ),
+    ]  # fmt: skip
+    text = (
+        "## Proof\n\n"
+        f"The adapter was merged into {base}. The merged model was read back from disk and compared with the trained one on {proof['tokens']} tokens of {proof['rows']} rows"
+        + (", and each export with the merged model on the answers to the prompts" if exports else "")
+        + f". {proof['values_off']:,} of its values differ by more than rounding.\n\n"
+        + _table(("", "format", "KL divergence, nats per token", "same first choice", "same greedy answers"), rows)
+    )
+    if proof["loss_base"] is not None:
+        losses = " → ".join(_number(proof[name]) for name in ("loss_base", "loss_trained", "loss_merged"))
+        text += f"\nLoss on these rows, base → trained → merged: {losses} nats per token.\n"
+    return text
+
+
+def _command(run: Run, sources: dict[str, Any]) -> str:
+    """One command of the same image that trains the same adapter, with names instead of this machine's paths."""
+    settings = run.settings
+    values = settings.affecting("merge")
+    chosen = {
+        variable(name): value_text(values[name]) for name in values if value_text(values[name]) != default_text(name)
+    }
+    model = sources["FT_MODEL_NAME"]
+    chosen["FT_MODEL_NAME"] = f"{_short(model)}@{model['commit']}" if model["commit"] else _short(model)
+    chosen["FT_DATASET_NAME"] = ",".join(public_name(part.name) for part in dataset_parts(settings))
+    for name in ("FT_EVAL_DATASET_NAME", "FT_ADAPTER_NAME", "FT_CHAT_TEMPLATE"):
+        if name in chosen:
+            chosen[name] = public_name(chosen[name])
+    arguments = [f"  -e {name}={shlex.quote(for_terminal(value))}" for name, value in sorted(chosen.items())]
+    lines = [
+        f"docker run --gpus all -v finetune:/results -e FT_OUTPUT_DIR=/results {' '.join(['-e HF_TOKEN'])}",
+        *arguments,
+        f"  finetune-job:{__version__}",
+    ]
+    return "```sh\n" + " \\\n".join(lines) + "\n```\n"
+
+
 def _setting_rows(settings: Settings) -> list[tuple[str, str]]:
     """The settings that the model depends on, without those for where it was computed and stored."""
     values = settings.affecting("merge")
     names = [name for name in values if not name.endswith("_name")]
     texts = {name: value_text(values[name]) for name in names}
+    texts |= {name: public_name(texts[name]) for name in ("chat_template",) if texts[name]}
     return [
         (f"`{variable(name)}`", f"`{text}`" + (" (default)" if text == default_text(name) else ""))
         for name, text in texts.items()

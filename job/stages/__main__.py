@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from job.cluster import keep_private
 from job.errors import (
@@ -18,6 +19,7 @@ from job.errors import (
     JobError,
     NodeError,
     PermissionRefused,
+    Retry,
     TransientError,
     from_os_error,
     is_lost_contact,
@@ -29,8 +31,12 @@ from job.settings import Settings
 from job.stages import STAGES
 
 _PR_SET_PDEATHSIG = 1
-_WITH_SECRETS = ("preflight", "download", "publish")
-_WITH_MODEL = ("train", "sample", "merge")
+# as datasets, torch and multiprocess say it
+_DEAD_WORKER = re.compile(
+    r"abruptly died|DataLoader worker .*(killed by signal|exited unexpectedly)|terminated abruptly"
+)
+_WITH_SECRETS = ("preflight", "download", "publish_adapter", "publish")
+_WITH_MODEL = ("train", "sample", "merge", "export")
 
 
 def main(name: str) -> int:
@@ -38,7 +44,7 @@ def main(name: str) -> int:
     _die_with_parent()
     if name in _WITH_SECRETS:
         keep_private()  # not where GPUs work: NCCL reads its fellows' memory
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # stop requests come through the stop file, at a moment that we choose
     settings = Settings()  # the supervisor has checked them; some secrets are missing here on purpose
     stage = next(stage for stage in STAGES if stage.name == name)
@@ -65,6 +71,11 @@ def main(name: str) -> int:
     except Exception as error:  # the boundary: everything becomes an exit code and a written reason
         return _write_down(run, name, error, launcher=launches)
     return ExitCode.OK
+
+
+def end_as(name: str, error: Exception) -> NoReturn:
+    """End this process now, from any thread, as if its stage had raised `error`."""
+    os._exit(_write_down(Run.of(Settings()), name, error, launcher=False))
 
 
 def _see_one_gpu() -> None:
@@ -105,6 +116,7 @@ def _write_down(run: Run, name: str, error: Exception, *, launcher: bool) -> int
         "message": masked(known.message, secrets),
         "hint": masked(known.hint, secrets),
         "kind": type(known).__name__,
+        "retry": known.retry,
     }
     print(record["message"], flush=True)
     emit("failed", launcher=launcher, **record)  # on a full disk the file below cannot be written
@@ -131,6 +143,13 @@ def _as_job_error(error: Exception) -> JobError | None:
         return TransientError(
             f"Lost contact with the other training processes: {str(error).splitlines()[0]}",
             "Start the job again: it resumes from the last checkpoint.",
+        )
+    if _DEAD_WORKER.search(str(error)) or type(error).__name__ == "BrokenProcessPool":
+        return NodeError(
+            f"A worker process of the stage was killed: {str(error).splitlines()[0]}",
+            "The kernel does this when the machine's memory, or /dev/shm, runs out: ask for more (--mem, the pod's limit, "
+            "docker's --shm-size).",
+            retry=Retry.ANYWHERE,
         )
     if type(error).__name__ == "OutOfMemoryError":  # torch's class, and only stages that use torch may import it
         return NodeError(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from rich.filesize import decimal
 
-from job.data.formats import check_columns, evaluation_split, training_splits
+from job.data.check import check_rows
+from job.environment.adapter_settings import with_adapters_own
+from job.environment.mixture import named_parts
 from job.guard import model_files
 from job.guard.limits import limit_files
-from job.hub.sources import Source, fetch, look_up
+from job.hub.sources import Source, fetch, listed_sha256, look_up
+from job.paths import WITHOUT_WEIGHTS
 from job.report.events import message, progress
 from job.run import Run, write_json
 from job.stages.turn import await_turn
@@ -20,12 +25,19 @@ from job.stages.turn import await_turn
 def wanted_sources(run: Run) -> list[tuple[Source, Path]]:
     """The run's sources and the folder of each. Small ones come first, so that a mistake in the data costs little."""
     settings, paths = run.settings, run.paths
-    sources = [(Source.parse("FT_DATASET_NAME", "dataset", settings.dataset_name), paths.dataset_dir)]
+    sources = [
+        (Source.parse(variable, "dataset", part.name), folder)
+        for variable, part, folder in named_parts(settings, paths.dataset_dir)
+    ]
     if settings.eval_dataset_name is not None:
         sources.append(
             (Source.parse("FT_EVAL_DATASET_NAME", "dataset", settings.eval_dataset_name), paths.eval_dataset_dir)
         )
-    return [*sources, (Source.parse("FT_MODEL_NAME", "model", settings.model_name), paths.model_dir)]
+    if settings.adapter_name is not None:
+        adapter = Source.parse("FT_ADAPTER_NAME", "adapter", settings.adapter_name)
+        sources.append((adapter, paths.stage_dir("download") / "adapter"))
+    model = Source.parse("FT_MODEL_NAME", "model", settings.model_name)
+    return [*sources, (replace(model, weights=os.environ.get(WITHOUT_WEIGHTS) != "1"), paths.model_dir)]
 
 
 def recorded_commits(run: Run) -> dict[str, str]:
@@ -54,18 +66,21 @@ def download(run: Run) -> None:
         fetch(source, listing, folder)
         if source.kind == "model":
             model_files.check(folder)
+        elif source.kind == "adapter":
+            config = model_files.read(run.paths.earlier_adapter_dir / "adapter_config.json")
+            with_adapters_own(run.settings, config)
         else:
-            splits = training_splits(run.settings)
-            if folder == run.paths.eval_dataset_dir:
-                splits = {evaluation_split(run.settings) or "train"}
-            check_columns(run.settings, folder, run.paths.datasets_cache_dir, splits=splits)
+            check_rows(run.settings, folder, run.paths.dataset_dir, run.paths.eval_dataset_dir)
         done += listing.total_bytes
         progress(done / 1e6, total / 1e6, "MB")
         report[source.variable] = {
             "source": source.place,
             "kind": source.scheme,
+            "folder": folder.relative_to(run.paths.stage_dir("download")).as_posix(),
             "revision": source.revision,
             "commit": listing.commit,
             "bytes": listing.total_bytes,
+            "card": dict(listing.card),
+            "sha256": listed_sha256(listing, folder) if source.scheme == "hub" else {},
         }
     write_json(run.paths.sources_file, report)

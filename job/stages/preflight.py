@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
-import uuid
+from dataclasses import replace
 
 import torch
 from rich.filesize import decimal
 
 from job.checkpoints.manifest import marked
-from job.errors import NodeError, PermissionRefused
-from job.hub.publish import check_destination
-from job.hub.sources import disk_needed, look_up
+from job.environment.model_settings import refuse_unfit
+from job.errors import InputError, NodeError
+from job.hub.publish import destinations_of
+from job.hub.sources import disk_needed, look_up, model_config
 from job.model.device import compute_dtype, device_of, require_fp8
+from job.model.exports import obstacle
 from job.report.events import message
 from job.run import Run, write_json
 from job.stages.download import recorded_commits, wanted_sources
-from job.storage import Conflict
 
 
 def preflight(run: Run) -> None:
     """Raise now what would otherwise be raised after hours."""
     _check_device(run)
-    _check_store(run)
-    commits = recorded_commits(run)
-    listings = {source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)}
-    if marked(run.paths.stage_dir("download")) is None:
+    if marked(run.paths.stage_dir("download")) is None:  # else all of it is here, and nobody needs to be asked
+        commits = recorded_commits(run)
+        listings = {source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)}
+        for source, listing in listings.items():
+            if source.kind == "model":  # what its weights are, before they are fetched
+                config = model_config(replace(source, revision=listing.commit or source.revision))
+                refuse_unfit(run.settings, config)
+                if run.settings.export and (reason := obstacle(config, run.settings.export)) is not None:
+                    raise InputError(f"FT_EXPORT: {reason}.", "Leave those formats out of FT_EXPORT.")
         _check_disk(run, disk_needed(listings))
     if "publish" in run.settings.stages:
-        check_destination(run)
+        for destination in destinations_of(run):
+            destination.check()
 
 
 def _check_device(run: Run) -> None:
@@ -85,29 +91,6 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         torch.cuda.synchronize(device)
         products += 8
     return products * 2 * 8192**3 / seconds
-
-
-def _check_store(run: Run) -> None:
-    """Write, read and delete, as checkpoints will need. A store that cannot do this would lose every one of them."""
-    key, data = f"{run.id}/preflight-{uuid.uuid4().hex[:8]}", b"The store works."
-    with contextlib.suppress(
-        Conflict
-    ):  # the name is ours alone, so our own write was retried after its answer was lost
-        run.store.put_if_absent(key, data)
-    try:
-        run.store.put_if_absent(key, data)
-    except Conflict:
-        pass
-    else:
-        raise PermissionRefused(
-            f"The store {run.store.url} overwrote an object despite a conditional put.",
-            "Use a store with conditional writes (AWS S3, MinIO, Ceph, a local folder) as FT_STORE_URL.",
-        )
-    if run.store.get(key) != data:
-        raise PermissionRefused(
-            f"The store {run.store.url} returned other bytes than were written.", "Choose another FT_STORE_URL."
-        )
-    run.store.delete(key)
 
 
 def _check_disk(run: Run, needed: int) -> None:

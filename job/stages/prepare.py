@@ -1,70 +1,69 @@
-"""Stage prepare: download/{model,dataset,eval_dataset} → prepare/{train,eval,tokenizer}, data_report.json."""
+"""Stage prepare: download/{model,dataset,eval_dataset} → prepare/{train,eval,tokenizer}, data_report.json, data_report.html."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
-from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, disable_progress_bars
-from pyarrow.lib import ArrowException
+import numpy as np
 
-from job.data.formats import (
-    Example,
-    Format,
-    Malformed,
-    choose_format,
-    evaluation_split,
-    held_out_fraction,
-    load_split,
-)
-from job.data.masking import IGNORED, encode
-from job.data.templates import load_tokenizer, set_chat_template
-from job.errors import InputError, in_a_line
-from job.guard.limits import TooMuch, limit_files, time_limit
-from job.report.events import message
+from job.data import report as reports
+from job.data.check import reading_of, recognised
+from job.data.conversations import Reading
+from job.data.engine import Encoded, RowEncoder, cores, encode_all
+from job.data.files import Batch, FileOptions
+from job.data.formats import Format
+from job.data.masking import Encoder, TrainOn, checked_prompt
+from job.data.page import page
+from job.data.prepared import writing
+from job.data.rendering import PINNED_DATE, ChatTemplate
+from job.data.report import SplitReport
+from job.data.selection import Selection, select
+from job.data.templates import NO_TEMPLATE, add_tokens, load_tokenizer, set_chat_template, templates_of
+from job.data.trees import gathered
+from job.environment.mixture import Part, evaluation_part, held_out_fraction, training_parts
+from job.errors import InputError
+from job.guard.limits import limit_files
+from job.report.events import message, output, progress
 from job.run import Run, read_json, write_json
-from job.settings import Settings
+from job.settings import Settings, default_value
+from job.stages.children import no_child_killed
+from job.stages.inputs import digest
 from job.stages.turn import await_turn
 
 _DEFAULT_LENGTH = 1024
-_LONGEST_TEXT = 4 << 20  # characters of a row; the tokenizer takes some 200 bytes for each
-_ROW_SECONDS = 20.0
-_MALFORMED_LIMIT = 0.1  # above this share the format was probably guessed wrong, and dropping rows would hide it
+_UNTIL_TOLD = 20_000  # rows between two reports of progress
 
 
 def prepare(run: Run) -> None:
     """Tokenize the training and evaluation rows once, with labels, and save them as Arrow."""
-    _import_the_rest(run.settings)
+    _import_the_rest()
     await_turn(run, "prepare")
-    disable_progress_bars()
     limit_files(shutil.disk_usage(run.paths.run_dir).free)
     settings, paths = run.settings, run.paths
     tokenizer = load_tokenizer(paths.model_dir)
-    template = set_chat_template(tokenizer, settings.chat_template)
-    max_length = row_length(settings, read_json(paths.model_dir / "config.json"))
-    report: dict[str, Any] = {"chat_template": template, "max_length": max_length, "packed": settings.packing}
-    for name, rows, target in _splits(run):
-        run.check_stop()
-        try:
-            report[name] = _prepare_rows(run, name, rows, target, tokenizer, max_length)
-        except (UnicodeError, ArrowException, OverflowError) as error:
-            raise InputError(
-                f"The {name} rows cannot be read: {in_a_line(error)}", "Repair the data files, or leave the rows out."
-            ) from error
+    name = set_chat_template(tokenizer, settings.chat_template)
+    add_tokens(tokenizer, settings.new_tokens)
+    config = read_json(paths.model_dir / "config.json")
+    known = vocabulary(config)
+    if known is not None and settings.new_tokens:
+        known = max(known, len(tokenizer))
+    job = _Preparation(run, tokenizer, name, templates_of(tokenizer), row_length(settings, config), known)
+    for prompt in settings.sample_prompts if "sample" in settings.stages else ():
+        checked_prompt(prompt, tokenizer)  # now rather than after the training
+    job.work()
     tokenizer.save_pretrained(paths.tokenizer_dir)
-    write_json(paths.data_report_file, report)
 
 
-def _import_the_rest(settings: Settings) -> None:
+def _import_the_rest() -> None:
     """Import early what takes seconds. For a Llama's tokenizer, transformers imports most of itself."""
     importlib.import_module("transformers.models.llama.configuration_llama")
-    if settings.packing:
-        importlib.import_module("job.data.packing")
 
 
 def row_length(settings: Settings, model_config: dict[str, Any]) -> int:
@@ -80,111 +79,258 @@ def row_length(settings: Settings, model_config: dict[str, Any]) -> int:
     return settings.max_seq_length
 
 
-def _splits(run: Run) -> list[tuple[str, Dataset, Path]]:
-    settings, paths, cache = run.settings, run.paths, run.paths.datasets_cache_dir
-    rows = load_split(paths.dataset_dir, settings.dataset_split, settings.dataset_config, cache)
-    fraction, named = held_out_fraction(settings), evaluation_split(settings)
-    if fraction is not None and settings.eval_dataset_name is None:
-        parts = rows.train_test_split(test_size=fraction, seed=settings.seed)
-        return [("train", parts["train"], paths.train_data_dir), ("eval", parts["test"], paths.eval_data_dir)]
-    if named is None:
-        return [("train", rows, paths.train_data_dir)]
-    folder = paths.eval_dataset_dir if settings.eval_dataset_name else paths.dataset_dir
-    return [
-        ("train", rows, paths.train_data_dir),
-        ("eval", load_split(folder, named, settings.dataset_config, cache), paths.eval_data_dir),
-    ]
+def vocabulary(model_config: Mapping[str, Any]) -> int | None:
+    """The number of the model's embeddings, if its configuration says it."""
+    text = model_config.get("text_config")
+    found = model_config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
+    return int(found) if isinstance(found, int) else None
 
 
-def _prepare_rows(run: Run, name: str, rows: Dataset, target: Path, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    settings = run.settings
-    sample = [rows[index] for index in range(min(20, len(rows)))]
-    row_format = choose_format(settings.dataset_format, settings.dataset_text_field, rows.column_names, sample)
-    encoded = _encode_all(settings, rows, row_format, tokenizer)
-    reasons = [reason for reason in encoded["malformed"] if reason]
-    if len(reasons) > _MALFORMED_LIMIT * len(rows):
-        raise InputError(
-            f"{len(reasons)} of {len(rows)} {name} rows are malformed as {row_format.name}: {reasons[0]}.",
-            "Set FT_DATASET_FORMAT to the format of the rows, or fix the rows.",
+def what_is_learned(settings: Settings, chosen: Format) -> TrainOn:
+    """FT_TRAIN_ON, or what it is by default: the assistant's part of conversations, all of plain text.
+
+    Raises InputError if it asks for the assistant's part of rows that have none.
+    """
+    if settings.train_on != "auto":
+        if settings.train_on != "all" and chosen.name == "text":
+            raise InputError(
+                f"FT_TRAIN_ON={settings.train_on}, but text rows are learned as they are: no part of them is the assistant's.",
+                "Unset FT_TRAIN_ON, or set FT_DATASET_FORMAT to take the texts apart: llama2 for [INST] … [/INST], human_assistant for ### Human: ….",
+            )
+        return settings.train_on
+    if settings.completion_only_loss is False and chosen.name == "prompt_completion":
+        return "all"
+    if settings.assistant_only_loss != "auto" and chosen.chat:
+        return "assistant" if settings.assistant_only_loss else "all"
+    before = os.environ.get("JOB_TRAIN_ON") == "all"  # a run that an earlier version started
+    default_recipe = settings.dataset_name == default_value("dataset_name")
+    return "all" if chosen.name == "text" or (chosen.chat and (before or default_recipe)) else "assistant"
+
+
+_WORDS: dict[TrainOn, str] = {"all": "everything", "assistant": "the assistant's part", "last": "the last answer"}
+
+
+@dataclass
+class _Source:
+    """The rows of one dataset: where they are, how they are read, and which of them are used."""
+
+    selection: Selection
+    options: FileOptions
+    format: Format
+    reading: Reading
+    weight: float
+    mask: np.ndarray[Any, Any] | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """The rows, as often as the weight says, without those that the mask excludes."""
+        times, rest = int(self.weight), self.weight - int(self.weight)
+        masks: list[np.ndarray[Any, Any] | None] = [None] * times
+        if rest > 1e-9:
+            count = self.selection.count(replace(self.options, tell=lambda text: None))
+            some = np.zeros(count, bool)
+            some[np.random.default_rng(0).permutation(count)[: round(rest * count)]] = True
+            masks.append(some)
+        position = 0
+        for mask in masks:
+            batches = self.selection.batches(self.options)
+            for batch in _masked(gathered(batches) if self.format.trees else batches, mask):
+                if self.mask is None:
+                    yield batch
+                    continue
+                chosen = np.flatnonzero(self.mask[position : position + len(batch)]).tolist()
+                position += len(batch)
+                if chosen:
+                    yield batch.only(chosen)
+
+
+def _masked(batches: Iterator[Batch], mask: np.ndarray[Any, Any] | None) -> Iterator[Batch]:
+    position = 0
+    for batch in batches:
+        if mask is None:
+            yield batch
+            continue
+        chosen = np.flatnonzero(mask[position : position + len(batch)]).tolist()
+        position += len(batch)
+        if chosen:
+            yield batch.only(chosen)
+
+
+@dataclass
+class _Preparation:
+    """The work of the stage, for one tokenizer and template."""
+
+    run: Run
+    tokenizer: Any
+    template_name: str
+    templates: tuple[ChatTemplate, ChatTemplate | None]
+    max_length: int
+    vocabulary: int | None
+
+    def work(self) -> None:
+        settings, paths = self.run.settings, self.run.paths
+        report: dict[str, Any] = {
+            "chat_template": self.template_name,
+            "max_length": self.max_length,
+            "packed": settings.packing,
+            "deduplicated": settings.deduplicate,
+            "inputs": digest(self.run),
+        }
+        splits: dict[str, SplitReport] = {}
+        for name, sources, target in self._splits():
+            self.run.check_stop()
+            splits[name], report[name] = self._prepare(name, sources, target)
+        if "eval" in splits:
+            report["overlap"] = reports.overlap(splits["train"], splits["eval"])
+        for level, text in reports.lines(report, list(splits)):
+            message(text, level)
+        write_json(paths.data_report_file, report)
+        title = f"{settings.new_model_name}: {', '.join(sorted(splits))}"
+        paths.data_page_file.write_text(page(report, list(splits), title), encoding="utf-8", errors="backslashreplace")
+        output("data report", str(paths.data_page_file))
+
+    # -- which rows --------------------------------------------------------------------------------------------------
+
+    def _splits(self) -> Iterator[tuple[str, list[_Source], Path]]:
+        settings, paths = self.run.settings, self.run.paths
+        train = [
+            self._source(part, folder, "FT_DATASET_SPLIT")
+            for part, folder in training_parts(settings, paths.dataset_dir)
+        ]
+        fraction = held_out_fraction(settings)
+        counts = [_count(source) for source in train] if settings.dataset_sample or fraction else []
+        used = _sampled(sum(counts), settings)
+        held_out = None
+        if fraction is not None and used is not None:
+            held_out = _held_out(used, fraction, settings.seed)
+            _assign(train, counts, used & ~held_out)
+        elif used is not None and settings.dataset_sample:
+            _assign(train, counts, used)
+        yield "train", train, paths.train_data_dir
+        if held_out is not None:
+            _assign(train, counts, held_out)
+            yield "eval", train, paths.eval_data_dir
+            return
+        found = evaluation_part(settings, paths.dataset_dir, paths.eval_dataset_dir)
+        if found is not None:
+            yield "eval", [self._source(*found, "FT_EVAL_SPLIT")], paths.eval_data_dir
+
+    def _source(self, part: Part, folder: Path, variable: str) -> _Source:
+        """A dataset whose format is known. Raises InputError if it is none that can be trained on."""
+        settings = self.run.settings
+        reading = reading_of(settings)
+        options = FileOptions(settings.dataset_encoding, settings.dataset_separator, None, reading.tell)
+        selection = select(folder, part.split, part.config, options, variable=variable)
+        chosen, columns = recognised(selection, options, settings, reading)
+        return _Source(selection, replace(options, columns=columns), chosen, reading, part.weight)
+
+    # -- what becomes of them ----------------------------------------------------------------------------------------
+
+    def _prepare(self, name: str, sources: Sequence[_Source], target: Path) -> tuple[SplitReport, dict[str, Any]]:
+        settings = self.run.settings
+        added = set(self.tokenizer.added_tokens_decoder)
+        split = SplitReport(
+            name,
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+            frozenset({*added, self.tokenizer.eos_token_id}),
         )
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    cut = encoded.remove_columns("malformed").map(_cut, fn_kwargs={"max_length": max_length}, batched=True)
-    kept = cut.filter(lambda labels: any(label != IGNORED for label in labels[1:]), input_columns="labels")
-    if len(kept) == 0:
-        raise InputError(
-            f"No {name} row has any token left to learn.", "Raise FT_MAX_SEQ_LENGTH: the prompts alone fill it."
+        packed = settings.packing and name == "train"
+        learned: dict[str, None] = {}
+        with writing(target, packed=packed, max_length=self.max_length) as writer, no_child_killed("prepare"):
+            for source in sources:
+                train_on = what_is_learned(settings, source.format)
+                learned[_WORDS[train_on]] = None
+                work = RowEncoder(
+                    source.format,
+                    source.reading,
+                    Encoder(
+                        self.tokenizer, self.templates[0], train_on=train_on, tool_template=self.templates[1], tell=source.reading.tell
+                    ),
+                    self.max_length,
+                    settings.too_long,
+                )  # fmt: skip
+                before = dict(source.reading.told)
+                for encoded in encode_all(source.batches(), work, cores(), self.run.check_stop):
+                    split.count(encoded)
+                    self._tell_progress(split, encoded)
+                    ids, marks, starts = _kept(
+                        encoded, split.fresh(encoded, drop=settings.deduplicate and name == "train")
+                    )
+                    split.add(ids, marks, starts)
+                    writer.add(ids, marks, starts)
+                for text in before:
+                    split.told.setdefault(text, 1)
+        formats = ", ".join(dict.fromkeys(source.format.name for source in sources))
+        self._tell_of_template(split, any(source.format.chat for source in sources))
+        split.refuse_bad_rows(settings.bad_rows, settings.max_bad_rows, formats)
+        split.refuse_nonsense(
+            max_length=self.max_length,
+            too_long=settings.too_long,
+            vocabulary=self.vocabulary,
+            chat=all(source.format.chat for source in sources),
         )
-    report = {
-        "lengths": dict(sorted(Counter(map(len, kept["input_ids"])).items())),
-        "format": row_format.name,
-        "rows": len(kept),
-        "malformed_rows": len(reasons),
-        "unlearnable_rows": len(rows) - len(reasons) - len(kept),
-        "truncated_rows": sum(length > max_length for length in lengths),
-        "tokens": sum(map(len, kept["input_ids"])),
-        "learned_tokens": sum(label != IGNORED for labels in kept["labels"] for label in labels[1:]),
-        "longest_row": max(lengths),
-        "first_row": _preview(kept[0], tokenizer),
-    }
-    if settings.packing and name == "train":
-        from job.data.packing import pack  # trl takes seconds to import
+        part = split.as_json(self.tokenizer, formats, ", ".join(learned))
+        if packed:
+            part |= {"packed_rows": writer.rows, "packed_length": self.max_length}
+        return split, part
 
-        kept = pack(kept, max_length)
-        report["packed_rows"] = len(kept)
-    kept.save_to_disk(target)
-    _tell(name, report, reasons, max_length)
-    return report
+    def _tell_progress(self, split: SplitReport, encoded: Encoded) -> None:
+        if split.rows // _UNTIL_TOLD != (split.rows - encoded.rows) // _UNTIL_TOLD:
+            progress(split.rows, max(split.rows, self._estimate(split)), "rows")
 
+    def _estimate(self, split: SplitReport) -> int:
+        """About how many rows there are, by the bytes of the files and of the tokens so far."""
+        folder = self.run.paths.eval_dataset_dir if split.name == "eval" else self.run.paths.dataset_dir
+        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+        return int(total / max(1.0, 4.0 * split.tokens / split.rows))
 
-def _encode_all(settings: Settings, rows: Dataset, row_format: Format, tokenizer: Any) -> Dataset:
-    def one(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            example = row_format.read(row, settings.dataset_text_field)
-            if (size := _characters(example)) > _LONGEST_TEXT:
-                raise Malformed(f"it has {size:,} characters, and {_LONGEST_TEXT:,} are the most")
-            with time_limit(_ROW_SECONDS, "rendering and tokenizing it"):
-                encoding = encode(
-                    example,
-                    tokenizer,
-                    completion_only=settings.completion_only_loss,
-                    assistant_only=settings.assistant_only_loss,
-                )
-        except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
-            raise
-        except BaseException as error:  # a template is a program, and the tokenizer's Rust panics with a BaseException
-            reason = str(error) if isinstance(error, Malformed | TooMuch) else in_a_line(error)
-            return {"input_ids": [], "labels": [], "malformed": reason or "it cannot be rendered"}
-        return {**asdict(encoding), "malformed": ""}
-
-    processes = min(os.cpu_count() or 1, len(rows) // 5000) or None
-    return rows.map(one, remove_columns=rows.column_names, num_proc=processes)
+    def _tell_of_template(self, split: SplitReport, chat: bool) -> None:
+        if not chat:
+            return
+        if self.template_name == NO_TEMPLATE:
+            message(
+                "The model has no chat template: conversations are written in that of Llama 2. Set FT_CHAT_TEMPLATE to choose another.",
+                "warning",
+            )
+        if any(template is not None and template.dated for template in self.templates):
+            split.told[f"the chat template's date is always {PINNED_DATE:%d %B %Y}"] += 1
 
 
-def _characters(example: Example) -> int:
-    texts = [
-        example.text or "",
-        example.completion or "",
-        *(text for turn in example.messages or () for text in turn.values()),
-    ]
-    return sum(map(len, texts))
+def _count(source: _Source) -> int:
+    return sum(map(len, replace(source, options=replace(source.options, tell=lambda text: None)).batches()))
 
 
-def _cut(batch: dict[str, list[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
-    return {name: [values[:max_length] for values in batch[name]] for name in ("input_ids", "labels")}
+def _sampled(count: int, settings: Settings) -> np.ndarray[Any, Any] | None:
+    """Which of all rows are used: all, or FT_DATASET_SAMPLE of them."""
+    if not count:
+        return None
+    used = np.ones(count, bool)
+    if settings.dataset_sample is not None and settings.dataset_sample < count:
+        used[np.random.default_rng(settings.seed).permutation(count)[settings.dataset_sample :]] = False
+    return used
 
 
-def _preview(row: dict[str, list[int]], tokenizer: Any) -> dict[str, str]:
-    """The first row as text: all of it, and the part that is learned."""
-    learned = [label for label in row["labels"] if label != IGNORED]
-    return {"text": tokenizer.decode(row["input_ids"]), "learned": tokenizer.decode(learned)}
+def _held_out(used: np.ndarray[Any, Any], fraction: float, seed: int) -> np.ndarray[Any, Any]:
+    """The rows to evaluate on, those that `datasets.Dataset.train_test_split` would choose."""
+    rows = np.flatnonzero(used)
+    chosen = np.zeros(len(used), bool)
+    chosen[rows[np.random.default_rng(seed).permutation(len(rows))[: math.ceil(fraction * len(rows))]]] = True
+    return chosen
 
 
-def _tell(name: str, report: dict[str, Any], reasons: list[str], max_length: int) -> None:
-    text = f"{name}: {report['rows']:,} rows as {report['format']}, {report['tokens']:,} tokens, {report['learned_tokens']:,} learned"
-    message(text + (f", packed into {report['packed_rows']:,} rows" if "packed_rows" in report else ""))
-    if report["truncated_rows"]:
-        message(
-            f"{report['truncated_rows']:,} {name} rows are longer than {max_length} tokens and were cut.", "warning"
-        )
-    if reasons:
-        message(f"{len(reasons)} malformed {name} rows were left out. The first: {reasons[0]}", "warning")
+def _assign(sources: Sequence[_Source], counts: Sequence[int], mask: np.ndarray[Any, Any]) -> None:
+    position = 0
+    for source, count in zip(sources, counts, strict=True):
+        source.mask = mask[position : position + count]
+        position += count
+
+
+def _kept(
+    encoded: Encoded, keep: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The documents to keep, one after another, and their offsets with the end of the last."""
+    ids, learned, lengths = encoded.ids, encoded.learned, encoded.lengths
+    if not keep.all():
+        tokens = np.repeat(keep, lengths)
+        ids, learned, lengths = ids[tokens], learned[tokens], lengths[keep]
+    return ids, learned, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

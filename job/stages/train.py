@@ -5,6 +5,7 @@ While it runs it writes checkpoints/checkpoint-STEP, which the supervisor stores
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -17,13 +18,16 @@ from peft.tuners.lora import Embedding as LoraEmbedding
 from transformers import PreTrainedModel
 
 from job.cluster import Node
-from job.data.templates import load_tokenizer
+from job.data.templates import load_tokenizer, new_token_ids
+from job.environment.adapter_settings import with_adapters_own
+from job.environment.local_files import public_name
+from job.environment.model_settings import refuse_unfit
 from job.errors import InputError, Stopped, is_lost_contact
-from job.hub.sources import public_name
 from job.model.adapters import hold_adapter_in, lora_config
 from job.model.compute import Compute
 from job.model.loading import load_base
-from job.report.events import message, output
+from job.model.vocabulary import give_heads_a_bias, grow, trained_rows
+from job.report.events import decided, message, output
 from job.report.goodput import first_step_text, speed_text, time_text
 from job.run import Run, read_json, write_json
 from job.stages.turn import await_turn
@@ -35,7 +39,7 @@ from job.training.execution import Execution
 from job.training.launcher import unreachable
 from job.training.pace import SavePace
 from job.training.ranks import join
-from job.training.results import evaluated_at_the_end, summarized
+from job.training.results import evaluated_at_the_end, summarized, untrained
 from job.training.trainer import AdapterTrainer
 
 
@@ -47,6 +51,12 @@ def train(run: Run) -> None:
     await_turn(run, "prepare", "train")  # the base model is here by now, and loads while the data is prepared
     config = read_json(run.paths.model_dir / "config.json")
     compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
+    if run.settings.adapter_name is not None:
+        own = with_adapters_own(run.settings, read_json(run.paths.earlier_adapter_dir / "adapter_config.json"))
+        run = dataclasses.replace(run, settings=own)
+    if run.takes_over:
+        _take_over(run)
+        return
     if compute.on_gpu:
         torch.cuda.set_device(compute.device)
     _meet(run.node, compute, sharded=run.settings.sharding != "none")
@@ -57,15 +67,17 @@ def train(run: Run) -> None:
         message(choice.reason, "warning" if choice.slower else "info")
     checkpoint = _restored_checkpoint(run.paths.checkpoints_dir)
     trainer, stop = _build_trainer(run, model, choice, checkpoint)
+    if compute.on_gpu and run.node.is_first:
+        decided(compute_dtype=str(compute.dtype).removeprefix("torch."))
     started = time.monotonic()
     result = _train(trainer, checkpoint)
+    if trainer.eval_dataset is not None and not stop.stopped and not evaluated_at_the_end(trainer):
+        trainer.evaluate_at_the_end()
     if stop.stopped:
         raise Stopped(
             f"Stopped after step {trainer.state.global_step}, as requested.",
             "Start the job again to resume from there.",
         )
-    if trainer.eval_dataset is not None and not evaluated_at_the_end(trainer):
-        trainer.evaluate()
     if trainer.best is not None:
         trainer.best.apply(trainer.model)
     _tidy_config(run, trainer)
@@ -80,6 +92,22 @@ def train(run: Run) -> None:
         trainer.state.save_to_json(str(run.paths.trainer_state_file))
         shutil.copytree(live_tensorboard, run.paths.tensorboard_dir, dirs_exist_ok=True)
         _report(metrics, run.paths.adapter_dir)
+
+
+def _take_over(run: Run) -> None:
+    """Put the adapter of FT_ADAPTER_NAME where training would have put its own."""
+    if not run.node.is_first:
+        return
+    run.paths.adapter_dir.mkdir(parents=True, exist_ok=True)
+    config = read_json(run.paths.earlier_adapter_dir / "adapter_config.json")
+    config["base_model_name_or_path"], config["revision"] = base_of(run)
+    write_json(run.paths.adapter_dir / "adapter_config.json", config)
+    shutil.copyfile(
+        run.paths.earlier_adapter_dir / "adapter_model.safetensors", run.paths.adapter_dir / "adapter_model.safetensors"
+    )
+    write_json(run.paths.trainer_state_file, {"log_history": []})
+    write_json(run.paths.metrics_file, untrained())
+    output("adapter", str(run.paths.adapter_dir))
 
 
 def _meet(node: Node, compute: Compute, *, sharded: bool) -> None:
@@ -104,6 +132,10 @@ def _build_trainer(
 ) -> tuple[AdapterTrainer, DecideSaves]:
     """The trainer, with the adapter in the model and the chosen layers."""
     settings, compute = run.settings, choice.compute
+    refuse_unfit(settings, model.config.get_text_config().to_dict())
+    tokenizer = load_tokenizer(run.paths.tokenizer_dir)
+    new = new_token_ids(tokenizer, settings.new_tokens)
+    grow(model, max(new, default=-1) + 1)
     train_rows = _rows(run.paths.train_data_dir)
     eval_rows = _rows(run.paths.eval_data_dir) if run.paths.eval_data_dir.exists() else None
     max_length = int(read_json(run.paths.data_report_file)["max_length"])
@@ -123,10 +155,11 @@ def _build_trainer(
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            processing_class=load_tokenizer(run.paths.tokenizer_dir),
-            peft_config=lora_config(settings),
-            callbacks=[LogShortRuns(), ReportProgress(), OfferCheckpoints(), stop, RefuseNonsense()],
+            processing_class=tokenizer,
+            peft_config=lora_config(settings, trained_rows(model, new)),
+            callbacks=[LogShortRuns(), ReportProgress(), OfferCheckpoints(), RefuseNonsense()],
             pace=pace,
+            stop=stop,
             best=KeepBest(settings.early_stopping_patience) if settings.early_stopping_patience else None,
         )
     except ValueError as error:
@@ -136,10 +169,15 @@ def _build_trainer(
                 "Use auto, all-linear, or names of its linear layers.",
             ) from error
         raise
+    give_heads_a_bias(trainer.model)
     hold_adapter_in(trainer.model, compute.adapter_dtype)
     if run.node.is_first:
         trainable, everything = trainer.model.get_nb_trainable_parameters()
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
+    if settings.adapter_name is not None and checkpoint is None:
+        trainer.load_adapter(run.paths.earlier_adapter_dir)
+        if run.node.is_first:
+            message(f"Going on from the adapter of {public_name(settings.adapter_name)}.")
     execution.prepare(trainer.model, trainer.args)
     if settings.sharding == "full" and checkpoint is not None:
         trainer.load_adapter(checkpoint)  # before it is sharded
@@ -174,9 +212,18 @@ def _restored_checkpoint(checkpoints_dir: Path) -> Path | None:
 def _tidy_config(run: Run, trainer: AdapterTrainer) -> None:
     """Keep this machine's paths out of the adapter's configuration, and sort its lists."""
     for config in trainer.model.peft_config.values():
-        config.base_model_name_or_path = public_name(run.settings.model_name)
+        config.base_model_name_or_path, config.revision = base_of(run)
         if isinstance(config.target_modules, set):  # each process would write it in a different order
             config.target_modules = sorted(config.target_modules)
+
+
+def base_of(run: Run) -> tuple[str, str | None]:
+    """The base model as an adapter names it, so that peft loads the right one: its Hub id, and its commit there."""
+    sources = read_json(run.paths.sources_file) if run.paths.sources_file.is_file() else {}
+    source = sources.get("FT_MODEL_NAME", {})
+    if source.get("kind") != "hub":
+        return public_name(run.settings.model_name), None
+    return source["source"], source["commit"]
 
 
 def _matmul_flops(compute: Compute, card_file: Path) -> float | None:

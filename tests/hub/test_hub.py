@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +50,57 @@ def test_the_whole_job_from_the_hub_to_the_hub(hub_job: Job, hub: FakeHub) -> No
     card = files["README.md"].decode()
     assert "base_model: base/tiny" in card
     assert "- data/lighthouse" in card
-    assert 'from_pretrained("me/tuned")' in card
+    assert 'pipeline("text-generation", "me/tuned"' in card
     commits = [path for method, path, _ in hub.requests if method == "POST" and "/commit/" in path]
-    assert len(commits) == 1  # atomic: no half-finished model is ever visible
+    assert [path.rpartition("/")[2] for path in commits] == [
+        "adapter",
+        "main",
+    ]  # no half-finished model is ever visible
+    assert hub.tags["models/me/tuned", "test-run"] == hub.repositories["models/me/tuned"][-1][0]
     assert not any("evil.py" in path for _, path, _ in hub.requests)
     assert b"hf_test_token" not in b"".join(files.values())
+
+
+_AS_A_READER = """
+    import json
+    from pathlib import Path
+    from huggingface_hub import snapshot_download
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = Path(snapshot_download("me/tuned"))
+    tokenizer = AutoTokenizer.from_pretrained("me/tuned")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    of_the_branch = AutoPeftModelForCausalLM.from_pretrained("me/tuned", revision="adapter")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    for sample in json.loads((folder / "samples.json").read_text()):
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": sample["prompt"]}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == sample["tuned"]
+    print(adapted.peft_config["default"].revision, of_the_branch.peft_config["default"].revision)
+"""
+
+
+def test_readers_load_model_and_adapter_from_the_hub_at_the_bases_commit(
+    hub_job: Job, hub: FakeHub, tmp_path: Path
+) -> None:
+    result = hub_job.run(FT_PUBLISH_TO="hf://me/tuned", FT_MAX_STEPS="2", FT_MERGE_DTYPE="float32")
+    assert result.code == 0, result.stderr
+    commit = hub.repositories["models/base/tiny"][-1][0]
+    hub.commit("models/base/tiny", {"config.json": b"{}"})  # the base has moved on
+    environment = {**os.environ, **hub_job.environment, "HF_HOME": str(tmp_path / "a reader's")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_AS_A_READER)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        'AutoPeftModelForCausalLM.from_pretrained("me/tuned", revision="adapter")'
+        in hub.files("models/me/tuned")["README.md"].decode()
+    )
+    assert done.stdout.split() == [commit, commit]
 
 
 def test_a_restart_uses_the_commit_that_the_first_start_resolved(hub_job: Job, hub: FakeHub) -> None:
@@ -121,11 +171,11 @@ def test_an_upload_that_arrives_damaged_is_noticed(
 ) -> None:
     from huggingface_hub import HfApi
 
-    import job.hub.publish as publishing
     from job.errors import TransientError
+    from job.hub import to_hub
 
     monkeypatch.setenv("HF_TOKEN", "hf_test_token")
-    monkeypatch.setattr(publishing, "HfApi", lambda: HfApi(endpoint=hub.url, token="hf_test_token"))
+    monkeypatch.setattr(to_hub, "HfApi", lambda: HfApi(endpoint=hub.url, token="hf_test_token"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     folder = tmp_path / "repository"
@@ -133,9 +183,11 @@ def test_an_upload_that_arrives_damaged_is_noticed(
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "README.md").write_bytes(b"# Card")
     run = make_run(PUBLISH_TO="hf://me/tuned")
-    repository, commit = publishing.publish_to_hub(run, folder, "me/tuned")
-    assert (repository, commit) == ("me/tuned", hub.repositories["models/me/tuned"][-1][0])
+    (folder / "finetune_run.json").write_text(json.dumps({"run_id": run.id}), encoding="utf-8")
+    destination = to_hub.HubRepository(run, "me/tuned")
+    record = destination.publish(folder)
+    assert (record["repository"], record["commit"]) == ("me/tuned", hub.repositories["models/me/tuned"][-1][0])
     hub.corrupt_uploads = True
     (folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(TransientError, match=r"differ from those sent for model\.safetensors"):
-        publishing.publish_to_hub(run, folder, "me/tuned")
+        destination.publish(folder)

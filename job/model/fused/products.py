@@ -15,11 +15,11 @@ import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 
+from job.model.changes import ADAPTER
 from job.model.fused import pointwise
 from job.model.fused.frozen import Adapter, EightBit, FourBit, Frozen, Resident
 from job.model.fused.rounding import Rounded
 from job.model.fused.workspace import Workspace
-from job.model.merge import ADAPTER
 from job.model.patches import Patches
 
 Draw = tuple[int, int]  # dropout's seed, and the tokens' place in the batch

@@ -1,0 +1,168 @@
+"""Publishes to a folder: the new model takes the place of the old one in one step, which no kill and no reader can halve."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from job import durability
+from job.errors import PermissionRefused, SettingsError, TransientError
+from job.hub.ownership import RECORD, refuse_others
+from job.run import Run
+
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # renameat2(2)
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system, or a kernel, without such renames
+
+
+class Folder:
+    """A folder on this machine. If another run's model is there, `otherwise` is used, or it is an error."""
+
+    def __init__(self, run: Run, folder: Path, otherwise: Path | None = None) -> None:
+        self._run, self._folder, self._otherwise = run, folder, otherwise
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def check(self) -> None:
+        self._choose()
+        nearest = next(parent for parent in (self._folder, *self._folder.parents) if parent.exists())
+        if not os.access(nearest, os.W_OK):
+            raise PermissionRefused(
+                f"FT_PUBLISH_TO: {nearest} is not writable.", "Choose a folder that this user can write to."
+            )
+
+    def publish(self, repository: Path) -> dict[str, Any]:
+        with only_one(self._folder.parent):
+            restore_interrupted(self._folder)
+            self._choose()
+            publish_folder(repository, self._folder)
+        return {"destination": str(self._folder), "sizes": sizes(self._folder)}
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        with contextlib.suppress(OSError):
+            wanted = record.get("sizes") or {RECORD: None}
+            found = sizes(self._folder)
+            return all(name in found and size in (None, found[name]) for name, size in wanted.items())
+        return False
+
+    def _choose(self) -> None:
+        """Decide between the folder and `otherwise`. Raises SettingsError if neither is free, or this run's."""
+        try:
+            _refuse_others(self._run, self._folder)
+        except SettingsError:
+            if self._otherwise is None:
+                raise
+            _refuse_others(self._run, self._otherwise)
+            self._folder = self._otherwise
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The size of every file below `folder`."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Move `source` to `target`, durably. Whoever looks, or wherever a kill strikes, finds the old model or the new one."""
+    durability.make_folder(target.parent)
+    partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    _let_everyone_read(source)
+    shutil.move(source, partial)  # a rename on the same volume, otherwise a copy
+    durability.sync_tree(partial)
+    while not _swap(partial, target):
+        pass
+    durability.sync_folder(target.parent)
+    shutil.rmtree(partial, ignore_errors=True)  # the old model
+
+
+def restore_interrupted(target: Path) -> None:
+    """Finish what a kill left of a publication: bring the old model back if it was moved aside, and remove leftovers."""
+    formers = sorted(target.parent.glob(f"{target.name}.former-*"), key=lambda path: path.stat().st_mtime)
+    if formers and not target.exists():
+        os.replace(formers.pop(), target)
+    for leftover in (*formers, *target.parent.glob(f"{target.name}.partial-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Let one publication at a time work in `folder`. On a file system without locks, several may."""
+    durability.make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_others(run: Run, folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"FT_PUBLISH_TO: {folder} is a file.", "Set FT_PUBLISH_TO to a folder.")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    record = folder / RECORD
+    refuse_others(
+        run, str(folder), names, record.read_bytes() if record.is_file() else None, bare=frozenset({"lost+found"})
+    )
+
+
+def _let_everyone_read(folder: Path) -> None:
+    """What is published is for others, whatever this process keeps to itself."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _swap(new: Path, target: Path) -> bool:
+    """Give `target` the content of `new`, which then holds the former content, if any. False if another was faster."""
+    try:
+        if target.exists():
+            _rename(new, target, _RENAME_EXCHANGE)
+        else:
+            _rename(new, target, _RENAME_NOREPLACE)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        if new.exists():
+            return False
+        raise TransientError(
+            f"{new} was removed while it was published.", "Run only one job per folder, then start again."
+        ) from None
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        _swap_in_two_steps(new, target)
+    return True
+
+
+def _swap_in_two_steps(new: Path, target: Path) -> None:
+    """On a file system that cannot exchange two folders. `restore_interrupted` undoes a kill in between."""
+    former = target.with_name(f"{target.name}.former-{uuid.uuid4().hex[:8]}")
+    had = target.exists()
+    if had:
+        os.replace(target, former)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        if had:
+            os.replace(former, target)
+        raise
+    if had:
+        os.replace(former, new)
+
+
+def _rename(source: Path, target: Path, how: int) -> None:
+    """renameat2(2), for which Python has no name. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), how) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
