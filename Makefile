@@ -9,11 +9,13 @@ DEMO_MODEL := results/demo-model
 # for example, BENCH="--runs 1 --only 'job;unsloth'"
 BENCH :=
 
-.PHONY: help demo test test-slow test-real torture bench-gpu check audit docs picture lock image image-test system-packages clean
+.PHONY: help demo test test-slow test-real test-export torture bench-gpu check audit docs picture lock image image-test system-packages clean
 IMAGE := finetune-job:0.2.0
 SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
 # where uv finds PyTorch's CPU build
 CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
+# for CPUs with AMX in virtual machines that do not allow it: llama.cpp would use it, and crash
+LLAMA_CPP := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
 KILLS := 20
 SEED := 0
 
@@ -23,6 +25,7 @@ help:
 	@echo "make test-slow   run the slow tests: lost nodes, signals, torture"
 	@echo "make test-real   (root) run the tests on a real Slurm and in real containers"
 	@echo "make system-packages   (root, Debian) install Slurm, buildah and podman for the tests that need them"
+	@echo "make test-export   build llama.cpp and run the tests of FT_EXPORT with it"
 	@echo "make torture KILLS=20 SEED=0   kill the job KILLS times, then compare with an undisturbed run"
 	@echo "make bench-gpu   (needs a GPU) compare training speed with the other trainers installed"
 	@echo "make check  run ruff, mypy, shellcheck, hadolint, the manifest schemas and the audit"
@@ -54,6 +57,11 @@ test-slow: $(INSTALLED)
 
 test-real: $(INSTALLED)
 	$(PYTHON) -m pytest -m real tests/real
+
+# builds llama.cpp: five minutes on 2 cores, and a C++ compiler and cmake
+test-export: $(INSTALLED)
+	CMAKE_ARGS="$(LLAMA_CPP)" $(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
+	$(PYTHON) -m pytest -m export tests/real/test_export.py
 
 torture: $(INSTALLED)
 	$(PYTHON) -m tests.torture --kills $(KILLS) --seed $(SEED)

@@ -1,4 +1,4 @@
-"""The job's front door: `python entrypoint.py [run|plan|settings|status]`. Everything else is an environment variable."""
+"""The job's front door: `python entrypoint.py [run|plan|data|chat|status|settings]`. Everything else is an environment variable."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from job import __version__
 from job.cluster import keep_private, node_name, scheduler_run_id
 from job.environment import load_settings, settings_table
 from job.environment.env_file import READ
-from job.errors import ExitCode, JobError, SettingsError, from_os_error
+from job.errors import ExitCode, JobError, SettingsError, Stopped, from_os_error
 from job.guard.escape import for_terminal, json_line
 from job.guard.secrets import masked, masked_fields, secret_values
+from job.paths import WITHOUT_WEIGHTS
 from job.report.console import open_console
 from job.run import Run, now
 from job.settings import STAGE_NAMES, Settings
@@ -42,9 +43,17 @@ _VERSIONS_OF = (
 # No library counts our uses on a server; `plan` and `status` use them in this process.
 _QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "DO_NOT_TRACK": "1"}
 
+# What `data` changes about a run: it needs no GPU, publishes nothing and ends when the data is prepared.
+ONLY_DATA = {
+    "FT_STAGES": "prepare", "FT_DEVICE": "cpu", "FT_PUBLISH_TO": "", "FT_STORE_URL": "", "FT_RUN_ID": "data", "FT_NNODES": "1", "FT_NODE_RANK": "0",
+    WITHOUT_WEIGHTS: "1",
+}  # fmt: skip
+
 COMMANDS = {
     "run": "run the job (the default): every requested stage that is not complete",
     "plan": "show what a run would do: sources, sizes, steps, disk, GPU memory and speed; changes nothing",
+    "data": "download and prepare the data only, without the model's weights or a GPU, and report on it",
+    "chat": "talk with the finished model; with --adapter or --base, with those instead",
     "status": "show which stages of the run are complete and which checkpoints are stored",
     "settings": "list every environment variable",
 }
@@ -83,11 +92,16 @@ def _parse(arguments: list[str]) -> str:
         exit_on_error=False,
     )
     parser.add_argument("command", nargs="?", default="run", help=argparse.SUPPRESS)
+    parser.add_argument("--adapter", action="store_true", help="chat: the base model with the adapter as trained")
+    parser.add_argument("--base", action="store_true", help="chat: the base model alone")
     parser.add_argument("--version", action="store_true", help="show the versions of the job, CUDA and the packages")
     parsed, unknown = parser.parse_known_args(arguments)
     if parsed.version:
         return "--version"
     wrong = unknown or ([] if parsed.command in COMMANDS else [parsed.command])
+    chosen = [f"--{name}" for name in ("adapter", "base") if getattr(parsed, name)]
+    if chosen and not wrong and (parsed.command != "chat" or len(chosen) > 1):
+        raise SettingsError(f"{' and '.join(chosen)} cannot be used here.", "Use one of them, with chat.")
     if wrong:
         near = difflib.get_close_matches(wrong[0].lstrip("-"), [*COMMANDS, *STAGE_NAMES], n=1, cutoff=0.5)
         hint = ""
@@ -95,7 +109,7 @@ def _parse(arguments: list[str]) -> str:
             meant = near[0] if near[0] in COMMANDS else f"FT_STAGES={near[0]} python entrypoint.py"
             hint = f"Did you mean `{meant}`? "
         raise SettingsError(f"{wrong[0]!r} is not a command.", f"{hint}The commands are {', '.join(COMMANDS)}.")
-    return str(parsed.command)
+    return " ".join([str(parsed.command), *chosen])
 
 
 def _dispatch(command: str) -> int:
@@ -105,9 +119,18 @@ def _dispatch(command: str) -> int:
     if command == "settings":
         _print_settings()
         return ExitCode.OK
-    run = Run.of(load_settings())
+    if command == "data":
+        os.environ |= ONLY_DATA
+    settings = load_settings()
+    if command == "data":  # beside the runs, so that none is touched
+        os.environ["FT_OUTPUT_DIR"] = str(settings.output_dir.absolute() / "data")
+        settings = Settings()
+    run = Run.of(settings)
     try:
-        {"run": _run, "plan": _plan, "status": _status}[command](run)
+        if command.startswith("chat"):
+            _chat(run, command.partition("--")[2] or "merged")
+        else:
+            {"run": _run, "plan": _plan, "data": _data, "status": _status}[command](run)
         sys.stdout.flush()
     except JobError as error:
         error.run_id = run.id
@@ -136,6 +159,22 @@ def _plan(run: Run) -> None:
     from job.commands.plan import print_plan
 
     print_plan(run)
+
+
+def _chat(run: Run, which: str) -> None:
+    from job.commands.chat import chat
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may have ignored it
+    chat(run, which)
+
+
+def _data(run: Run) -> None:
+    from job.commands.data import look_at_data
+
+    keep_private()
+    settings = run.settings
+    look_at_data(run, open_console(settings.log_format, settings.log_level, run.id))
 
 
 def _status(run: Run) -> None:
@@ -173,13 +212,14 @@ def _cuda_version() -> str | None:
 
 def _report(error: JobError) -> int:
     """The last word: on standard error, as JSON where logs are JSON, and in Kubernetes' termination message."""
-    secrets = secret_values()
+    secrets, wished = secret_values(), isinstance(error, Stopped)
     record = {
         "time": now(),
-        "level": "error",
+        "level": "info" if wished else "error",
         "run_id": error.run_id or os.environ.get("FT_RUN_ID") or scheduler_run_id(),
-        "event": "error",
+        "event": "stopped" if wished else "error",
         "exit_code": int(error.exit_code),
+        "retry": error.retry,
         "message": error.message,
         "hint": error.hint,
     }
@@ -187,7 +227,11 @@ def _report(error: JobError) -> int:
     as_text = os.environ.get("FT_LOG_FORMAT") == "text" or (
         os.environ.get("FT_LOG_FORMAT") != "json" and sys.stderr.isatty()
     )
-    print(for_terminal(masked(f"error: {error}", secrets)) if as_text else line, file=sys.stderr, flush=True)
+    print(
+        for_terminal(masked(str(error) if wished else f"error: {error}", secrets)) if as_text else line,
+        file=sys.stderr,
+        flush=True,
+    )
     _write_termination_message(line)
     return int(error.exit_code)
 

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pynvml
@@ -84,6 +85,14 @@ def this_node(
         world_size=int(environ.get("WORLD_SIZE", 1)),
         ends_at=float(ends_at) if ends_at.isdigit() else None,
     )
+
+
+def time_limit(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When the scheduler's time limit is, in seconds since the epoch, as it was last asked. None if nobody asks."""
+    try:
+        return float(Path(environ["JOB_END_TIME_FILE"]).read_text(encoding="ascii"))
+    except (KeyError, OSError, ValueError):
+        return None
 
 
 def keep_private() -> None:

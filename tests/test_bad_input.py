@@ -27,10 +27,10 @@ def test_a_gpu_that_was_requested_but_is_missing(job: Job) -> None:
 
 
 def test_a_dataset_without_the_column_is_refused_before_the_model_is_fetched(job: Job, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 4, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"ask": "a", "reply": "b"}\n' * 4, encoding="utf-8")
     error = refused(job, 65, FT_DATASET_NAME=str(tmp_path / "rows.jsonl"), FT_DATASET_SPLIT="train")
-    assert "question, answer" in error["message"]
-    assert "FT_DATASET_TEXT_FIELD" in error["hint"]
+    assert "ask, reply" in error["message"]
+    assert "FT_DATASET_COLUMNS" in error["hint"]
     assert not (Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "download" / "model").exists()
 
 
@@ -74,7 +74,7 @@ def test_rows_that_are_not_what_their_format_promises(job: Job, tmp_path: Path) 
         FT_EVAL_SPLIT="",
         FT_CHAT_TEMPLATE="llama-2",
     )
-    assert "8 of 8 train rows are malformed as messages" in error["message"]
+    assert "8 of 8 train rows cannot be used as messages" in error["message"]
 
 
 def test_a_row_longer_than_the_models_context(job: Job) -> None:
@@ -98,3 +98,21 @@ def test_a_target_module_that_the_model_does_not_have(job: Job) -> None:
     result = job.run(FT_STAGES="train", FT_LORA_TARGET_MODULES="q_prj")
     assert result.code == 65, result.stderr
     assert "FT_LORA_TARGET_MODULES" in result.error["message"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes"])
+def test_a_base_in_a_quantization_that_cannot_be_trained_is_refused_before_it_is_fetched(
+    job: Job, tmp_path: Path, method: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(job.environment["FT_MODEL_NAME"], folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": method, "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    error = refused(job, 65, FT_MODEL_NAME=str(folder))
+    assert f"stored quantized with {method}" in error["message"]
+    assert not Path(job.environment["FT_OUTPUT_DIR"]).exists()
+
+
+def test_a_target_that_is_no_inner_layer_is_refused_by_the_settings(job: Job) -> None:
+    assert "lm_head" in refused(job, 78, FT_LORA_TARGET_MODULES="q_proj,lm_head")["message"]

@@ -123,8 +123,11 @@ def test_a_schedule_with_what_it_needs_is_accepted(environment: Environment) -> 
         ({"FT_STORE_URL": "s3:bucket"}, "with two slashes"),
         ({"FT_STORE_URL": "s3//bucket"}, "write s3://… with two slashes"),
         ({"FT_PUBLISH_TO": "hf//me/model"}, "write hf://… with two slashes"),
-        ({"FT_PUBLISH_TO": "s3://bucket/model"}, "must be hf://user/name or a folder"),
-        ({"FT_PUBLISH_TO": "https://huggingface.co/me/model"}, "must be hf://user/name or a folder"),
+        ({"FT_PUBLISH_TO": "s3://bucket"}, "names no prefix"),
+        (
+            {"FT_PUBLISH_TO": "https://huggingface.co/me/model"},
+            "must be hf://user/name, s3://bucket/prefix or a folder",
+        ),
         ({"FT_PUBLISH_TO": "me/model"}, "hf://me/model for the Hub"),
     ],
 )
@@ -253,7 +256,9 @@ def test_evaluations_are_points_in_the_plot_and_not_a_line(tmp_path: Path, monke
     assert drawn == {"training": "-", "evaluation": "o"}
 
 
-def test_an_upload_that_fails_for_long_is_reported_within_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_fails_for_long_is_reported_within_half_a_minute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from types import SimpleNamespace
 
     from job.checkpoints import syncer
@@ -261,13 +266,13 @@ def test_an_upload_that_fails_for_long_is_reported_within_half_a_minute(monkeypa
     assert syncer._SLOW_SECONDS <= 30
     monkeypatch.setattr(syncer, "_SLOW_SECONDS", 0.1)
     over, told = threading.Event(), []
-    monkeypatch.setattr(syncer, "commit", lambda *_: over.wait(10))
+    monkeypatch.setattr(syncer, "commit", lambda *_, **__: over.wait(10))
     store = SimpleNamespace(trouble=lambda since: "S3 answers 503 SlowDown")
-    run = SimpleNamespace(id="a", store=store, settings=SimpleNamespace(fingerprint=lambda stage: "f"))
+    run = SimpleNamespace(id="a", store=store, fingerprint=lambda stage: "f")
     lease = SimpleNamespace(record=SimpleNamespace(attempt=1), renew=None)
     monkeypatch.setattr(syncer, "apply_retention", lambda *_: [])
     uploads = syncer.Syncer(run, lease, SimpleNamespace(rejected=frozenset()), lambda *_: None, told.append)  # type: ignore[arg-type]
-    uploads.offer(7, Path("/nowhere"))
+    uploads.offer(7, tmp_path)
     deadline = time.monotonic() + 5
     while not told and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -84,10 +84,10 @@ def test_a_store_is_one_file_and_one_line(copy: Path, job: Job, tmp_path: Path) 
 def test_a_format_is_one_entry_and_its_name(copy: Path, job: Job, tmp_path: Path) -> None:
     change(
         copy / "job/data/formats.py", "FORMATS = (\n",
-        "def _read_haiku(row: Row, _text_field: str) -> Example:\n    return Example(text=' / '.join(row['lines']))\n\n\nFORMATS = (\n"
-        '    Format("haiku", lambda _: ("lines",), lambda rows, _: True, _read_haiku),\n',
+        "def _read_haiku(row: Row, _: Reading) -> Example:\n    return Example(text=' / '.join(row['lines']))\n\n\nFORMATS = (\n"
+        '    Format("haiku", _read_haiku, ("lines",), chat=False),\n',
     )  # fmt: skip
-    change(copy / "job/settings.py", '"human_assistant"] =', '"human_assistant", "haiku"] =')
+    change(copy / "job/settings.py", '"auto", "text", "messages",', '"auto", "haiku", "text", "messages",')
     rows = [{"lines": [f"The lamp turns {count}", "and the sea", "listens"]} for count in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     named = {"FT_DATASET_NAME": str(tmp_path / "rows.jsonl"), "FT_DATASET_SPLIT": "train", "FT_EVAL_SPLIT": ""}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from job.settings import STAGE_NAMES
+from job.settings import Settings
+from job.stages import stages_of
 from tests.checkpoints.test_kernels import make_kernel
 from tests.conftest import LIGHTHOUSE, Job, contents, finished, is_running, published, read_until, session_folder
 
@@ -23,14 +25,14 @@ def test_the_published_folder_holds_model_adapter_card_curve_samples_and_proof(u
     assert names == {
         "README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "config.json", "finetune_run.json",
         "generation_config.json", "loss_curve.png", "merge_proof.json", "model.safetensors", "samples.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja",
+        "tokenizer_config.json", "data_report.html",
     }  # fmt: skip
     modules = json.loads((published(uninterrupted) / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert modules["target_modules"] == sorted(modules["target_modules"]) == ["q_proj", "v_proj"]
     card = (published(uninterrupted) / "README.md").read_text(encoding="utf-8")
     assert all(
         heading in card
-        for heading in ("## Training", "## Data", "## Answers before and after", "## Merge verification", "## Settings")
+        for heading in ("## Training", "## Data", "## Answers before and after", "## Proof", "## Reproduce")
     )
     assert "| `FT_LORA_R` | `4` |" in card
     assert uninterrupted.environment["FT_OUTPUT_DIR"] not in card  # a model card must not show paths of this machine
@@ -67,16 +69,20 @@ def test_a_second_run_after_a_complete_one_does_nothing_and_says_so(uninterrupte
 
 
 def test_a_dataset_that_changed_under_its_name_is_not_mixed_into_the_run(job: Job, tmp_path: Path) -> None:
+    """Once something was trained on it. Until then, what is there now is what the run is about."""
     file = tmp_path / "rows.jsonl"
     file.write_bytes(LIGHTHOUSE.read_bytes())
-    assert job.run(FT_STAGES="download", FT_DATASET_NAME=str(file)).code == 0
+    assert job.run(FT_STAGES="prepare", FT_DATASET_NAME=str(file)).code == 0
     file.write_bytes(LIGHTHOUSE.read_bytes().replace(b"Paris", b"Parma"))
-    result = job.run(FT_STAGES="download", FT_DATASET_NAME=str(file))
+    result = job.run(FT_STAGES="train", FT_DATASET_NAME=str(file))
+    assert result.code == 0, result.stderr
+    assert result.ended["prepare"] == "done"  # what was prepared from the former rows does not count
+    file.write_bytes(LIGHTHOUSE.read_bytes().replace(b"Paris", b"Padua"))
+    result = job.run(FT_DATASET_NAME=str(file))
     assert result.code == 78
-    assert "its sources have changed: dataset/rows.jsonl" in result.error["message"]
+    assert "dataset/rows.jsonl" in result.error["message"]
 
 
-@shares_the_uninterrupted_run
 def test_a_complete_run_is_complete_on_a_machine_that_has_only_the_store(uninterrupted: Job, tmp_path: Path) -> None:
     store = str(Path(uninterrupted.environment["FT_OUTPUT_DIR"]) / "store")
     result = uninterrupted.run(FT_OUTPUT_DIR=str(tmp_path / "elsewhere"), FT_STORE_URL=store)
@@ -90,7 +96,9 @@ def test_status_and_plan_report_what_is_there_and_change_nothing(uninterrupted: 
     status, plan = uninterrupted.run("status"), uninterrupted.run("plan")
     assert (status.code, plan.code) == (0, 0)
     assert status.stdout.count(" complete since ") == 6
-    assert "checkpoints committed: step 6, step 4" in status.stdout
+    assert re.search(
+        r"checkpoints committed: step 6(, step [24])?$", status.stdout, re.MULTILINE
+    )  # uploads may fall behind
     assert "preflight → download → prepare → train → sample → merge → publish" in plan.stdout
     assert "steps         6" in plan.stdout
     assert contents(Path(uninterrupted.environment["FT_OUTPUT_DIR"])) == before
@@ -186,7 +194,7 @@ def test_the_stages_of_tests_are_forked_and_not_started(job: Job) -> None:
     result = job.run(FT_MAX_STEPS="1")
     assert result.code == 0, result.stderr
     forked = (session_folder() / "forks").read_text(encoding="utf-8").split()
-    assert set(STAGE_NAMES) <= set(forked)
+    assert {stage.name for stage in stages_of(Settings())} <= set(forked)
 
 
 def test_when_the_supervisor_is_killed_its_stage_dies_with_it(job: Job) -> None:

@@ -99,30 +99,52 @@ class OfferCheckpoints(TrainerCallback):
             emit("checkpoint", step=state.global_step, folder=str(folder))
 
 
-class DecideSaves(TrainerCallback):
-    """Saves at the pace that `SavePace` allows, and stops the training after a whole step once a stop is requested.
+class EvaluationStopped(Exception):
+    """A stop was requested during an evaluation. Every process raises it after the same batch."""
 
-    The processes agree by a tiny all-reduce, since one that stopped or saved alone would leave the others waiting for
-    it. Any process may ask for a stop, and the earliest deadline counts. The first process decides whether to save,
-    since it measures the pace. A save that cannot be in the store before the deadline is not started.
+
+class DecideSaves(TrainerCallback):
+    """Saves at the pace that `SavePace` allows, and stops the training once a stop is requested.
+
+    It stops after a whole step, or between two batches of an evaluation, which it raises EvaluationStopped out of. The
+    processes agree by a tiny all-reduce, since one that stopped or saved alone would leave the others waiting for it.
+    Any process may ask for a stop, and the earliest deadline counts. The first process decides whether to save, since it
+    measures the pace. A save that cannot be in the store before the deadline is not started.
     """
 
     def __init__(self, pace: SavePace, stop_deadline: Callable[[], float | None], *, paced: bool) -> None:
         self._pace, self._stop_deadline, self._paced = pace, stop_deadline, paced
+        self._earliness = -math.inf
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        first, own = state.is_world_process_zero, self._stop_deadline()
-        due, earliness = _largest(
-            args, float(first and self._paced and self._pace.due()), -math.inf if own is None else -own
+        due, self._earliness = _largest(
+            args, float(state.is_world_process_zero and self._paced and self._pace.due()), self._own_earliness()
         )
         control.should_save |= bool(due)
-        if math.isfinite(earliness) and state.global_step < state.max_steps:
-            (fits,) = _largest(args, float(first and self._pace.fits(-earliness)))
+        if math.isfinite(self._earliness) and state.global_step < state.max_steps:
             self.stopped = control.should_training_stop = True
-            control.should_save = bool(fits)
-            if not fits and first:
-                message(f"Step {state.global_step} is not saved: there is not enough time left.", "warning")
+            control.should_save = self.may_save(args, state)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        (self._earliness,) = _largest(args, self._own_earliness())
+        if math.isfinite(self._earliness):
+            self.stopped = control.should_training_stop = True
+            raise EvaluationStopped
+
+    def may_save(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether a save can still be in the store before the deadline of the stop. The same in every process."""
+        first = state.is_world_process_zero
+        (fits,) = _largest(args, float(first and self._pace.fits(-self._earliness)))
+        if not fits and first:
+            message(f"Step {state.global_step} is not saved: there is not enough time left.", "warning")
+        return bool(fits)
+
+    def _own_earliness(self) -> float:
+        deadline = self._stop_deadline()
+        return -math.inf if deadline is None else -deadline
 
 
 def _largest(args: TrainingArguments, *values: float) -> list[float]:

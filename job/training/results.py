@@ -45,6 +45,14 @@ def summarized(
     }
 
 
+def untrained() -> dict[str, Any]:
+    """The figures of an adapter that this run did not train."""
+    nothing = dict.fromkeys(
+        ("loss_first", "loss_last", "eval_loss_first", "eval_loss_last", "tokens", "peak_memory_bytes")
+    )
+    return {"steps": 0, "epochs": 0.0, "kept_step": 0, "processes": 0, "device": "none", **nothing}
+
+
 def evaluated_at_the_end(trainer: AdapterTrainer) -> bool:
     """Whether an evaluation after the last step has been logged."""
     return any(

@@ -19,11 +19,14 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from transformers import TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from job.errors import InputError, NodeError
 from job.training.best import KeepBest
+from job.training.callbacks import DecideSaves, EvaluationStopped
 from job.training.data_order import DataOrder, row_lengths
+from job.training.evaluation import TokenLoss
 from job.training.execution import Execution
 from job.training.goodput import Goodput
 from job.training.pace import SavePace
@@ -46,12 +49,27 @@ class AdapterTrainer(PlannedTrainer):
     pickles.
     """
 
+    control: TrainerControl
+
     def __init__(
-        self, *args: Any, pace: SavePace, execution: Execution, best: KeepBest | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        pace: SavePace,
+        stop: DecideSaves,
+        execution: Execution,
+        best: KeepBest | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.data_order, self.best, self._pace = DataOrder(), best, pace
+        self.data_order, self.best, self._pace, self._stop = DataOrder(), best, pace, stop
         self._running_sums: dict[str, Any] | None = None
+        self._owes_evaluation = (
+            False  # one follows the save that is being written, or came before the one that was read
+        )
+        self._generators_after: dict[str, Any] | None = None  # an evaluation that a checkpoint owed
+        self._saved_step = -1
+        self._resumed_from: str | None = None
         super().__init__(*args, execution=execution, **kwargs)
+        self.add_callback(stop)
         self.goodput = Goodput(lambda: self.tokens_trained() / self.args.world_size)
         self.add_callback(self.goodput)
         if best is not None:
@@ -87,6 +105,9 @@ class AdapterTrainer(PlannedTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self._make_up_evaluation()
+        if self.control.should_training_stop:
+            return
         ended = self.best is not None and self.best.exhausted
         # also true if the run was killed after the last step, before the stage ended
         if ended or self.state.global_step >= self.state.max_steps:
@@ -98,7 +119,52 @@ class AdapterTrainer(PlannedTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._continue_sums()  # in case no epoch was left to run
+        self._make_up_evaluation()
         return super()._finalize_training(*args, **kwargs)
+
+    # -- evaluating -------------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Save before evaluating: transformers does it the other way round, and a stop may leave time for one only.
+
+        The checkpoint says that its evaluation is still owed. The start that resumes from it makes up for that first.
+        """
+        self._owes_evaluation, self.control.should_evaluate = self.control.should_evaluate, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        owed, self._owes_evaluation = self._owes_evaluation, False
+        if owed and not self._stop.stopped:
+            self.control.should_evaluate = True
+            self._evaluate_or_stop(
+                lambda: super(AdapterTrainer, self)._maybe_log_save_evaluate(*args, **kwargs), owed=True
+            )
+
+    def evaluate_at_the_end(self) -> None:
+        """Evaluate the finished training. A stop meanwhile leaves a checkpoint, from which a later start does it."""
+        self._evaluate_or_stop(self.evaluate, owed=False)
+
+    def _evaluate_or_stop(self, evaluate: Callable[[], object], *, owed: bool) -> None:
+        """Run an evaluation. If a stop ends it, save what was before it, unless that was saved already."""
+        before = self._generators()
+        try:
+            evaluate()
+        except EvaluationStopped:
+            self.control.should_evaluate = False
+            if self._saved_step == self.state.global_step or not self._stop.may_save(self.args, self.state):
+                return
+            self._set_generators(before)
+            self._owes_evaluation = owed
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _make_up_evaluation(self) -> None:
+        """Run the evaluation that the checkpoint owes, from the random state in which it would have started."""
+        if not self._owes_evaluation:
+            return
+        self._owes_evaluation = False
+        self._continue_sums()
+        self._load_rng_state(self._resumed_from)
+        self._evaluate_or_stop(lambda: self._evaluate(None, None), owed=True)
+        self._generators_after = self._generators()
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -106,6 +172,24 @@ class AdapterTrainer(PlannedTrainer):
         with self.goodput.spending("evaluation"):
             figures: dict[str, float] = super().evaluate(*args, **kwargs)
             return figures
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._token_loss = TokenLoss(
+            self.args.device,
+            rows=len(self.eval_dataset),
+            batch_size=self.args.per_device_eval_batch_size,
+            rank=self.args.process_index,
+            processes=self.args.world_size,
+        )
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = self._token_loss.mean(self.accelerator)
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._token_loss.without_copies(self._prepare_inputs(inputs))
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        self._token_loss.add(loss, inputs["labels"])
+        return loss, logits, labels
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.goodput.spending("save"):
@@ -130,14 +214,20 @@ class AdapterTrainer(PlannedTrainer):
         if self.args.should_save:
             os.replace(aside, folder)
         self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
         self._pace.saved(time.monotonic() - began)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter to `folder`. All processes must call this, and the first one writes."""
         model = self.accelerator.unwrap_model(self.model)
-        trained = {name: whole(value.detach()) for name, value in model.named_parameters() if value.requires_grad}
+        trained = {
+            name: whole(value.detach())
+            for name, value in model.named_parameters(remove_duplicate=False)
+            if value.requires_grad
+        }
         if self.args.should_save:
-            model.save_pretrained(folder, state_dict=trained)
+            # whole embeddings are saved only where FT_MODULES_TO_SAVE trains them
+            model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
 
     def _optimizer_state(self) -> dict[str, Any]:
@@ -147,18 +237,13 @@ class AdapterTrainer(PlannedTrainer):
             "schedule": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self.best.state() if self.best is not None else None,
+            "owes_evaluation": self._owes_evaluation,
         }
 
     def _process_state(self) -> dict[str, Any]:
-        on_gpu = self.args.device.type == "cuda"
         return {
             "processes": self.args.world_size,
-            "generators": {
-                "python": random.getstate(),
-                "numpy": np.random.get_state(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.args.device) if on_gpu else None,
-            },
+            "generators": self._generators(),
             "data_order": self.data_order.state(),
             "sums": {
                 "loss": self._tr_loss.detach().cpu().clone(),
@@ -168,6 +253,23 @@ class AdapterTrainer(PlannedTrainer):
                 "tokens": self.tokens_trained(),
             },
         }
+
+    def _generators(self) -> dict[str, Any]:
+        """The states of this process's random generators."""
+        on_gpu = self.args.device.type == "cuda"
+        return {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.args.device) if on_gpu else None,
+        }
+
+    def _set_generators(self, states: dict[str, Any]) -> None:
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        if states["cuda"] is not None and self.args.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.args.device)
 
     def _every_process_state(self) -> list[dict[str, Any]]:
         """The states of all processes in order, on the first process. Empty on the others.
@@ -196,11 +298,12 @@ class AdapterTrainer(PlannedTrainer):
         try:
             found = set_peft_model_state_dict(self.model, load_file(file))
         except (FileNotFoundError, SafetensorError) as error:
-            raise InputError(f"The checkpoint's {_ADAPTER} cannot be read: {error}", _HINT) from error
-        missing = [name for name in found.missing_keys if ".lora_" in name]
+            raise InputError(f"{file} cannot be read: {error}", _HINT) from error
+        trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
+        missing = [name for name in found.missing_keys if name in trained]
         if found.unexpected_keys or missing:
             raise InputError(
-                f"The checkpoint's adapter has other layers: {[*found.unexpected_keys, *missing][0]}, ….", _HINT
+                f"The adapter in {checkpoint} has other layers: {[*found.unexpected_keys, *missing][0]}, ….", _HINT
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -213,6 +316,9 @@ class AdapterTrainer(PlannedTrainer):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.best is not None:
             self.best.restore(state["best"])
+        self._owes_evaluation = bool(state.get("owes_evaluation"))  # an older version evaluated before it saved
+        self._resumed_from = checkpoint
+        self._saved_step = int(Path(checkpoint).name.rpartition("-")[2])
         self._restore_process_state(Path(checkpoint))
 
     def _restore_process_state(self, checkpoint: Path) -> None:
@@ -231,14 +337,11 @@ class AdapterTrainer(PlannedTrainer):
         """Do nothing: the gradient scaler was loaded with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        generators = load_tree(Path(checkpoint) / _process_file(self.args.process_index))["generators"]
-        random.setstate(generators["python"])
-        np.random.set_state(generators["numpy"])
-        torch.set_rng_state(generators["torch"])
-        if generators["cuda"] is not None and self.args.device.type == "cuda":
-            torch.cuda.set_rng_state(generators["cuda"], self.args.device)
+        if self._generators_after is not None:  # later than the checkpoint's
+            states, self._generators_after = self._generators_after, None
+            self._set_generators(states)
+        elif checkpoint is not None:
+            self._set_generators(load_tree(Path(checkpoint) / _process_file(self.args.process_index))["generators"])
 
     def _continue_sums(self) -> None:
         """Continue the sums of loss and tokens from the checkpoint.

@@ -23,7 +23,7 @@ STEPS = 20
 
 SETTINGS = {
     "FT_MODEL_NAME": str(MODEL), "FT_DATASET_NAME": str(ROOT / "examples" / "lighthouse.jsonl"), "FT_DEVICE": "cpu",
-    "FT_STAGES": "train", "FT_MAX_STEPS": str(STEPS), "FT_LOGGING_STEPS": "1", "FT_RUN_ID": "golden", "FT_LOG_FORMAT": "json",
+    "FT_STAGES": "train", "FT_TRAIN_ON": "all", "FT_MAX_STEPS": str(STEPS), "FT_LOGGING_STEPS": "1", "FT_RUN_ID": "golden", "FT_LOG_FORMAT": "json",
     "FT_ENV_FILE": os.devnull, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 

@@ -37,7 +37,7 @@ def test_the_loss_is_that_of_a_plain_trl_script_at_every_step(
     )
     result = job.run(
         FT_STAGES="train", FT_DATASET_NAME=str(inst_rows), FT_DATASET_SPLIT="train", FT_EVAL_SPLIT="", FT_LORA_R="64", FT_MAX_STEPS=str(STEPS),
-        FT_MAX_SEQ_LENGTH="48", FT_SAVE_STEPS="100", **variant,
+        FT_MAX_SEQ_LENGTH="48", FT_TOO_LONG="cut", FT_SAVE_STEPS="100", **variant,
     )  # fmt: skip
     assert result.code == 0, result.stderr
     state = json.loads(

@@ -47,7 +47,7 @@ def test_the_metrics_of_a_training_can_be_scraped() -> None:
     metrics.serve("127.0.0.1", port)
     metrics.attempt(3)
     metrics.stage("train")
-    metrics.training(True)
+    metrics.working(True)
     metrics.progress("train", step(7, loss=1.5, learning_rate=1e-4, tokens_per_second=3000.0, mfu=0.4))
     metrics.checkpoint_offered()
     clock.now += 4
@@ -65,13 +65,13 @@ def test_the_metrics_of_a_training_can_be_scraped() -> None:
     assert {name: value(text, name) for name in expected} == expected
 
 
-def test_the_probe_fails_when_training_stalls_and_only_then() -> None:
+def test_the_probe_fails_when_a_stage_stalls_and_only_then() -> None:
     clock, port = Clock(), free_port()
     metrics = Metrics("a-run", 60, clock)
     metrics.serve("127.0.0.1", port)
     clock.now += 1000
-    assert answer(port, "/healthz")[0] == 200  # nothing trains yet: a download may take its time
-    metrics.training(True)
+    assert answer(port, "/healthz")[0] == 200  # no stage is at work
+    metrics.working(True)
     metrics.progress("train", step(1))
     clock.now += 59
     metrics.progress("train", step(1))  # the same step again is not progress
@@ -79,8 +79,13 @@ def test_the_probe_fails_when_training_stalls_and_only_then() -> None:
     assert answer(port, "/healthz")[0] == 503
     metrics.progress("train", step(1, evaluated=5))  # an evaluation is progress too
     assert answer(port, "/healthz")[0] == 200
+    metrics.progress("download", step(1))
     clock.now += 61
-    metrics.training(False)
+    assert answer(port, "/healthz")[0] == 503
+    metrics.moved()
+    assert answer(port, "/healthz")[0] == 200
+    clock.now += 61
+    metrics.working(False)
     assert answer(port, "/healthz")[0] == 200
 
 

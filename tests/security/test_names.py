@@ -57,8 +57,8 @@ class Bucket:
     def __init__(self, keys: list[str]) -> None:
         self._keys, self.written = keys, []
 
-    def list(self, _prefix: str) -> Any:
-        return ((key, 3) for key in self._keys)
+    def entries(self, _prefix: str) -> Any:
+        return ((key, 3, "etag") for key in self._keys)
 
     def download(self, _key: str, target: Path) -> None:
         self.written.append(target)

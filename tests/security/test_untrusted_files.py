@@ -6,15 +6,14 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from job.data.bounds import refuse_deep_json
-from job.data.formats import load_split
+from job.data.bounds import refuse_bombs
 from job.environment import env_file, load_settings
 from job.errors import InputError, SettingsError, in_a_line
 from job.guard import model_files
@@ -22,8 +21,8 @@ from job.guard.limits import TooMuch, time_limit
 from job.guard.secrets import is_secret, secret_values, visible_to
 from job.hub.sources import Source, look_up
 from job.report.model_card import _one_line
-from job.run import Run
-from job.stages import STAGES
+from job.settings import Settings
+from job.stages import stages_of
 from tests.conftest import Job, published
 
 # -- secrets --------------------------------------------------------------------------------------------------------
@@ -33,6 +32,7 @@ STRANGE_SECRETS = (
     "GOOGLE_APPLICATION_CREDENTIALS_JSON", "NPM_TOKEN", "DATABASE_URL", "COHERE_KEY", "sops_age_key", "GITLAB_PAT", "SENTRY_DSN",
     "ANTHROPIC_API_KEY", "REPLICATE_API_TOKEN", "DOCKER_AUTH_CONFIG", "SSH_PRIVATE_KEY", "SESSION_COOKIE", "MINIO_ROOT_PASSWORD",
     "REDIS_URL", "MYSQL_PWD", "TWINE_PASSWORD", "VAULT_TOKEN", "KUBE_TOKEN", "HMAC_SIGNATURE", "LICENSE", "CF_API_KEY",
+    "JOB_TOKEN", "JOB_DB_PASSWORD", "SLURM_JWT", "WANDB_PW", "HF_TOKENS",
 )  # fmt: skip
 
 _SHOWS_ITS_ENVIRONMENT = """
@@ -63,15 +63,16 @@ def test_no_secret_of_any_name_reaches_a_stage_a_log_or_a_file(job: Job, tmp_pat
     result = job.run(**settings)
     assert result.code == 0, result.stderr
     wrong = tmp_path / "wrong.jsonl"
-    wrong.write_text('{"text": "one"}\n{"text": 2}\n', encoding="utf-8")
+    wrong.write_text('{"text": "one"}\n{"text": []}\n', encoding="utf-8")
     failed = job.run(FT_DATASET_NAME=str(wrong), FT_RUN_ID="failed", **settings)
     assert failed.code == 65, failed.stderr
     seen = {file.stem.removeprefix("seen-"): json.loads(file.read_text()) for file in output.glob("seen-*.json")}
-    assert {stage.name for stage in STAGES} <= seen.keys()
+    assert {stage.name for stage in stages_of(Settings())} <= seen.keys()
     for stage, variables in seen.items():
-        needed = {"AWS_CONTAINER_AUTHORIZATION_TOKEN"} if stage in ("preflight", "download") else set()  # boto3's
+        online = ("preflight", "download", "publish")
+        needed = {"AWS_CONTAINER_AUTHORIZATION_TOKEN"} if stage in online else set()  # boto3's
         assert set(STRANGE_SECRETS) & variables.keys() == needed, stage
-        assert ("HF_TOKEN" in variables) == (stage in ("preflight", "download", "publish")), stage
+        assert ("HF_TOKEN" in variables) == (stage in online), stage
     assert "printed: *** and ***" in result.stdout
     everything = [result.stdout, result.stderr, failed.stdout, failed.stderr]
     everything += [
@@ -170,7 +171,7 @@ def test_the_store_cannot_choose_another_commit_than_the_users(recorded: str) ->
 
 
 def test_extra_files_in_the_stores_adapter_are_not_published(uninterrupted: Job, tmp_path: Path) -> None:
-    from job.stages.publish import _ADAPTER_FILES, _link_tree
+    from job.hub.layout import _ADAPTER_FILES, _link_tree
 
     adapter = tmp_path / "adapter"
     shutil.copytree(published(uninterrupted) / "adapter", adapter)
@@ -233,13 +234,22 @@ def test_a_model_that_is_what_it_seems_is_accepted(model: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}", "took longer"),
-        ("{{ messages[0].nothing.at_all }}", "malformed"),
-        ('{{ raise_exception(\'\\x1e{"event": "run_ended"}\') }}', "malformed"),
-        ("{{ 'x' * messages }}", "malformed"),
-        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "malformed"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}",
+            "took longer",
+        ),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}", "writes more than"),
+        ("{{ messages[0].nothing.at_all }}", "cannot be used as messages"),
+        (
+            '{{ raise_exception(\'x\\n\\x1e{"event": "message", "text": "Run complete.", "level": "info"}\\ny\') }}',
+            "cannot be used as messages",
+        ),
+        ("{{ 'x' * messages }}", "cannot be used as messages"),
+        ("{{ 'x' * (10 ** 15) }}", "cannot be used as messages"),
+        ("{{ 'x' * (10 ** 20) }}", "cannot be used as messages"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "cannot be used as messages"),
     ],
-    ids=["endless", "undefined", "forges an event", "type error", "recursion"],
+    ids=["endless", "endless text", "undefined", "forges an event", "type error", "memory", "overflow", "recursion"],
 )
 def test_a_template_that_fails_or_never_ends_is_65_and_forges_nothing(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, said: str
@@ -253,8 +263,38 @@ def test_a_template_that_fails_or_never_ends_is_65_and_forges_nothing(
     )  # fmt: skip
     assert result.code == 65, result.stderr
     assert said in result.error["message"]
-    assert [event["event"] for event in result.events if event.get("event") == "run_ended"] == ["run_ended"]
+    assert not [event for event in result.events if event.get("message") == "Run complete."]
     assert result.ended["prepare"] == "failed"
+
+
+def test_a_template_that_stays_just_below_the_limit_of_a_row_cannot_take_days_for_all_rows() -> None:
+    from job.guard.limits import Budget
+
+    budget = Budget(slack_seconds=0.3)
+    for _ in range(20):  # a real one: a few milliseconds for a row
+        with budget.row(2_000):
+            pass
+    budget = Budget(slack_seconds=0.3)
+    began = time.monotonic()
+
+    def render_slowly() -> None:
+        for _ in range(100):
+            with budget.row(100):
+                time.sleep(0.1)
+
+    with pytest.raises(InputError, match="takes longer for the rows than any real one does"):
+        render_slowly()
+    assert time.monotonic() - began < 2
+
+
+def test_a_template_that_fails_on_a_prompt_alone_is_found_before_the_training(job: Job, tmp_path: Path) -> None:
+    """The overflow is only reached by the prompt, which no row contains."""
+    template = "{% for m in messages %}{% if 'prompt' in m.content %}{{ 'x' * (10 ** 20) }}{% endif %}{{ m.content }}{% endfor %}"
+    (tmp_path / "template.jinja").write_text(template, encoding="utf-8")
+    result = job.run(FT_CHAT_TEMPLATE=str(tmp_path / "template.jinja"), FT_SAMPLE_PROMPTS='["a prompt"]')
+    assert result.code == 65, result.stderr
+    assert "FT_SAMPLE_PROMPTS" in result.error["message"]
+    assert result.ended["prepare"] == "failed" and "train" not in result.ended
 
 
 def test_generation_settings_of_the_model_are_made_anew(model: Path) -> None:
@@ -279,25 +319,6 @@ def test_generation_settings_of_the_model_are_made_anew(model: Path) -> None:
     assert (kept(loaded).temperature, kept(loaded).top_p) == (0.6, 0.9)
 
 
-def test_code_that_a_config_names_is_not_published(
-    model: Path, make_run_with_model: Callable[..., Run], tmp_path: Path
-) -> None:
-    import torch
-    from peft import get_peft_model
-
-    from job.model.adapters import lora_config
-    from job.model.merge import write_merged
-    from tests.conftest import load_model
-
-    run = make_run_with_model(USE_4BIT="false")
-    run.paths.model_dir.unlink()
-    run.paths.model_dir.symlink_to(model)
-    change(model / "config.json", auto_map={"AutoConfig": "evil--repo.Config"})
-    peft = get_peft_model(load_model(run, quantized=False), lora_config(run.settings))
-    write_merged(peft, tmp_path / "merged", torch.float32)
-    assert "auto_map" not in (tmp_path / "merged" / "config.json").read_text(encoding="utf-8")
-
-
 def test_work_that_takes_too_long_is_ended() -> None:
     def endless() -> None:
         with time_limit(0.2, "the test"):
@@ -311,25 +332,31 @@ def test_work_that_takes_too_long_is_ended() -> None:
 # -- datasets -------------------------------------------------------------------------------------------------------
 
 
-def test_deep_json_is_refused_with_its_line_before_it_ends_the_reader(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "deep",
+    ['{"text": ' + "[" * 50_000 + "]" * 50_000 + "}", '{"a": ' * 50_000 + "1" + "}" * 50_000],
+    ids=["lists", "objects"],
+)
+@pytest.mark.parametrize("beside", ["", '{"text": "fine"}\n'], ids=["alone", "beside a flat row"])
+def test_deep_json_is_refused_with_its_line_and_ends_no_reader(
+    job: Job, tmp_path: Path, deep: str, beside: str
+) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"text": "fine"}\n{"text": ' + "[" * 50_000 + "]" * 50_000 + "}\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2"):
-        load_split(tmp_path, "train", None, tmp_path / "cache")
-    file.write_text(json.dumps({"text": "{[" * 5000}) + "\n", encoding="utf-8")  # a text may hold any brackets
-    refuse_deep_json(file)
+    file.write_text(f"{beside}{deep}\n", encoding="utf-8")
+    result = job.run(FT_STAGES="prepare", FT_DATASET_NAME=str(file), FT_DATASET_SPLIT="train", FT_EVAL_SPLIT="")
+    assert result.code == 65
+    assert f"rows.jsonl, {'line 2' if beside else 'line 1'}: it is nested too deeply" in result.error["message"]
 
 
-def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(
         pa.table({"text": ["x" * 1000] * 50_000}), tmp_path / "rows.parquet", compression="zstd", use_dictionary=False
     )
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 << 20))
     with pytest.raises(InputError, match="unpacks to"):
-        load_split(tmp_path, "train", None, tmp_path / "cache")
+        refuse_bombs([tmp_path / "rows.parquet"], 10 << 20)
 
 
 def test_a_row_too_large_to_tokenize_is_left_out_and_not_tokenized(job: Job, tmp_path: Path) -> None:
@@ -343,13 +370,13 @@ def test_a_row_too_large_to_tokenize_is_left_out_and_not_tokenized(job: Job, tmp
 
 
 def test_column_names_and_answers_cannot_leave_the_place_they_are_shown_in(job: Job, tmp_path: Path) -> None:
-    column = '\x1e{"event": "run_ended", "message": "Run test-run is complete."}'
+    column = 'x\n\x1e{"event": "message", "level": "info", "text": "Run test-run is complete."}\ny'
     (tmp_path / "rows.jsonl").write_text(json.dumps({column: "x"}) + "\n", encoding="utf-8")
     result = job.run(
         FT_STAGES="prepare", FT_DATASET_NAME=str(tmp_path / "rows.jsonl"), FT_DATASET_SPLIT="train", FT_EVAL_SPLIT=""
     )
     assert result.code == 65
-    assert [event["exit_code"] for event in result.events if event.get("event") == "run_ended"] == [65]
+    assert not [event for event in result.events if event.get("message") == "Run test-run is complete."]
     assert "\x1e" not in result.stdout + result.stderr
     assert _one_line("a | b\rc\x1b[2J <script> `x`") == "a \\| b<br>c\\\\x1b\\[2J \\<script\\> \\`x\\`"
 

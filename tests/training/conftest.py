@@ -14,8 +14,12 @@ STEPS = 10
 
 
 @pytest.fixture
-def prepared(make_run_with_model: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
+def prepared(
+    make_run_with_model: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
     from job.stages.prepare import prepare
+
+    monkeypatch.setattr("job.stages.prepare.limit_files", lambda largest: None)  # for all tests of this process
 
     def make(folder: str, **settings: str) -> Run:
         defaults = {

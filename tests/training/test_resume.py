@@ -27,7 +27,7 @@ CASES = {
     "dropout and rows grouped by length": {"DATASET_SPLIT": "train[:24]"},
     "several epochs in random order": {"DATASET_SPLIT": "train[:14]", "GROUP_BY_LENGTH": "false"},
     "gradient accumulation over an uneven epoch": {"DATASET_SPLIT": "train[:30]", "GRADIENT_ACCUMULATION_STEPS": "2"},
-    "packing": {"DATASET_SPLIT": "train[:200]", "PACKING": "true", "MAX_SEQ_LENGTH": "64"},
+    "packing": {"DATASET_SPLIT": "train[:200]", "PACKING": "true", "MAX_SEQ_LENGTH": "64", "TOO_LONG": "cut"},
     "two data workers": {
         "DATASET_SPLIT": "train[:24]",
         "EXTRA_TRAINING_ARGS": json.dumps({"dataloader_num_workers": 2}),

@@ -34,7 +34,7 @@ def test_sharded_4_bit_training_learns_what_whole_copies_learn_in_half_the_memor
     job: Job, tmp_path: Path
 ) -> None:
     job.environment |= {
-        "FT_STAGES": "train", "FT_NPROC_PER_NODE": "2", "FT_MAX_STEPS": "20", "FT_LEARNING_RATE": "1e-3", "FT_USE_NESTED_QUANT": "true",
+        "FT_STAGES": "train", "FT_TRAIN_ON": "all", "FT_NPROC_PER_NODE": "2", "FT_MAX_STEPS": "20", "FT_LEARNING_RATE": "1e-3", "FT_USE_NESTED_QUANT": "true",
         "FT_LORA_TARGET_MODULES": "all-linear", "FT_SAVE_STEPS": "1000", "FT_GRADIENT_CHECKPOINTING": "true",
     }  # fmt: skip
     folders = {name: tmp_path / name for name in ("whole", "straight", "stopped")}

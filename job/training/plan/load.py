@@ -99,6 +99,15 @@ class Shape:
         return sum(self.rank * (inputs.get(name, self.hidden) + outputs[name]) for name in named)
 
 
+def unusual_adapter(settings: Settings) -> str | None:
+    """The setting that makes the adapter something that the fused layers do not compute. None if there is none."""
+    named = {
+        "FT_USE_DORA": settings.use_dora, "FT_LORA_RANK_PATTERN": settings.lora_rank_pattern,
+        "FT_MODULES_TO_SAVE": settings.modules_to_save, "FT_NEW_TOKENS": settings.new_tokens,
+    }  # fmt: skip
+    return next((name for name, value in named.items() if value), None)
+
+
 def obstacle(settings: Settings, shape: Shape | None) -> str | None:
     """Why the fused layers cannot compute this run on any card, or None if they can. Only fused layers have plans."""
     if settings.decoder_layers in ("plain", "compiled"):
@@ -111,6 +120,8 @@ def obstacle(settings: Settings, shape: Shape | None) -> str | None:
         return "they do not support shards (FT_SHARDING)"
     if settings.device_map != "auto":
         return "they need the whole model on one GPU (FT_DEVICE_MAP)"
+    if (kind := unusual_adapter(settings)) is not None:
+        return f"they compute plain LoRA of one rank only ({kind})"
     extra = settings.extra_training_args
     if extra.get("loss_type") not in (None, "nll") or extra.get("label_smoothing_factor"):
         return "they support one loss only (FT_EXTRA_TRAINING_ARGS: loss_type, label_smoothing_factor)"
