@@ -56,7 +56,7 @@ test-slow: $(INSTALLED)
 	$(PYTHON) -m pytest -m slow
 
 test-real: $(INSTALLED)
-	$(PYTHON) -m pytest -m real tests/real
+	$(PYTHON) -m pytest -m "real and not export" tests/real
 
 # builds llama.cpp: five minutes on 2 cores, and a C++ compiler and cmake
 test-export: $(INSTALLED)
@@ -99,7 +99,7 @@ picture: $(INSTALLED) $(DEMO_MODEL)/config.json
 	$(PYTHON) examples/record_demo.py
 
 image-test: $(INSTALLED)
-	ALL_TESTS_MUST_RUN=1 $(PYTHON) -m pytest -n 1 -m real tests/real/test_image.py
+	ALL_TESTS_MUST_RUN=1 $(PYTHON) -m pytest -n 1 -m "real and not export" tests/real/test_image.py
 
 lock: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet uv==0.13.9
