@@ -24,9 +24,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from job.model.adapters import hold_adapter_in_float32
+from job.model.architectures import Decoder
 from job.model.attention import register_varlen
 from job.model.fused.head import fuse_head
-from job.model.fused.layer import FusedLayer, Weights, fuse_layers
+from job.model.fused.layer import FusedLayer, Weights, fuse_layer
+from job.model.fused.workspace import Workspace
 from job.model.patches import Patches
 from job.model.quantization import four_bit_config
 from job.settings import Settings
@@ -52,20 +55,22 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.settings = Settings(lora_target_modules="all-linear", lora_dropout=0, packing=True)
-        shape = Shape.of(json.loads((folder / "config.json").read_text(encoding="utf-8")), self.settings)
+        self.shape = Shape.of(json.loads((folder / "config.json").read_text(encoding="utf-8")), self.settings)
         card = card_named(torch.cuda.get_device_name())
-        assert shape is not None and card is not None, "needs a Llama, and a card that the planner knows"
-        self.shape: Shape = shape
+        assert card is not None, "needs a card that the planner knows"
         self.card: Card = card
         chance = random.Random(0)
         self._lengths = [min(LENGTH - 2, max(16, int(chance.lognormvariate(5.9, 0.8)))) for _ in range(2000)]
-        self.model = _load(folder, self.settings)
+        self.model = _load(folder, self.settings, self.shape.decoder)
         self._layers: list[FusedLayer] = []
         self._patches = Patches()
         self._patches.settle_weights()  # two copies of a 7B would not fit
 
     def take(self, weights: Weights) -> None:
-        self._layers = list(fuse_layers(self.model, weights, self._patches))
+        decoder, workspace = self.shape.decoder, Workspace(self._patches)
+        self._layers = [
+            fuse_layer(self.model, index, decoder, weights, workspace, self._patches) for index in range(decoder.layers)
+        ]
         gc.collect()  # frees the previous weights
         torch.cuda.empty_cache()
 
@@ -107,7 +112,9 @@ class Bench:
     def _batch(self, tokens: int) -> dict[str, Any]:
         lengths = list(_fill(self._lengths, tokens))
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
-        ids = torch.randint(3, 32000, (1, tokens), generator=torch.Generator().manual_seed(tokens)).cuda()
+        ids = torch.randint(
+            3, self.shape.decoder.vocabulary, (1, tokens), generator=torch.Generator().manual_seed(tokens)
+        ).cuda()
         positions = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
         return {
             "input_ids": ids, "labels": ids, "position_ids": positions, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
@@ -128,18 +135,19 @@ def _fill(lengths: list[int], tokens: int) -> Iterator[int]:
             yield taken
 
 
-def _load(folder: Path, settings: Settings) -> PeftModel:
+def _load(folder: Path, settings: Settings, decoder: Decoder) -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation=register_varlen(),
         quantization_config=four_bit_config(settings, torch.bfloat16),
     )  # fmt: skip
     model = get_peft_model(
-        base, LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        base, LoraConfig(
+            r=settings.lora_r, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM",
+            target_modules=list(decoder.architecture.linear),
+        )
     )  # fmt: skip
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-    fuse_head(model, Patches())
+    hold_adapter_in_float32(model)
+    fuse_head(model, decoder, Patches())
     return model.train()
 
 
@@ -205,7 +213,7 @@ def _measure_one(bench: Bench, measured: Measured, weights: Weights, recomputed:
     plan = Plan(weights, recomputed, tokens, 1)
     context = sum(length**2 for length in _fill(bench._lengths, tokens)) / tokens
     expected = predicted_seconds(bench.shape, plan, Load.one(tokens, context), bench.card)
-    memory = predicted_bytes(bench.shape, plan, bench.settings) / GIB
+    memory = predicted_bytes(bench.shape, plan, bench.settings, bench.card) / GIB
     print(f"| {weights}, {recomputed} | {tokens:,} | {found.seconds * 1e3:.1f} | {found.of_host * 1e3:.1f} "
           f"| {tokens / found.seconds:,.0f} | {found.gib:.2f} | {expected * 1e3:.0f}, {memory:.2f} |", flush=True)  # fmt: skip
 

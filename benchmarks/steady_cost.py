@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.training_speed import write_documents, write_llama_7b
+from benchmarks.training_speed import write_documents, write_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,7 @@ def main() -> int:
     results: dict[str, list[dict[str, float]]] = {"former": [], "this": []}
     with tempfile.TemporaryDirectory(prefix="steady-") as scratch:
         top = Path(scratch)
-        model = os.environ.get("FT_MODEL_NAME") or str(write_llama_7b(top / "model"))
+        model = os.environ.get("FT_MODEL_NAME") or str(write_model("llama-2-7b", top / "model"))
         data = os.environ.get("FT_DATASET_NAME") or str(write_documents(top / "documents.jsonl"))
         for number in range(arguments.runs):
             for name, tree in (("former", arguments.former.resolve()), ("this", ROOT)):

@@ -1,8 +1,8 @@
 """Compare the job's training speed with other trainers', on one GPU and one workload: `make bench-gpu`.
 
 Every variant runs in its own process. The variants take turns, so that a card that heats up does so for all. Padding is not
-counted as tokens. Without `--model`, a Llama-2-7B with random weights is written first, since speed does not depend on
-what a model knows. Without `--dataset`, the documents are random letters with guanaco's lengths (log-normal, 16 to 2048
+counted as tokens. Without `--model`, a model of `--shape` with random weights is written first, since speed does not
+depend on what a model knows. Without `--dataset`, the documents are random letters with guanaco's lengths (log-normal, 16 to 2048
 tokens).
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import WARM_UP_STEPS
+from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 2048
@@ -51,6 +52,7 @@ def variants() -> list[Variant]:
         Variant("job", 16, _OURS),
         Variant("unsloth", 16, peer="unsloth"),
         Variant("job, fp8", 16, {**_OURS, "FT_FROZEN_PRECISION": "fp8"}),
+        Variant("job, 8 rows", 8, _OURS),
         Variant("unsloth, 8 rows", 8, peer="unsloth"),
         Variant("TRL, Liger, recomputing", 8, peer="trl-liger", arguments=("--recompute",)),
         Variant("job, default recipe", 4, packed=False),
@@ -80,6 +82,7 @@ def variants() -> list[Variant]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder (default: a 7B shape is written)")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="the model to write without --model")
     parser.add_argument("--dataset", type=Path, help="a dataset file or folder (default: documents are generated)")
     parser.add_argument("--folder", type=Path, default=Path("results/benchmark"), help="where everything is written")
     parser.add_argument("--runs", type=int, default=3)
@@ -94,7 +97,7 @@ def main() -> int:
     wanted = [v for v in variants() if not options.only or v.name in options.only.split(";")]
     options.folder.mkdir(parents=True, exist_ok=True)
     options.folder = options.folder.absolute()
-    options.model = (options.model or write_llama_7b(options.folder / "llama-7b-shape")).absolute()
+    options.model = (options.model or write_model(options.shape, options.folder / f"{options.shape}-shape")).absolute()
     options.dataset = (options.dataset or write_documents(options.folder / "documents.jsonl")).absolute()
     prepared = {packed: _prepare(options, packed) for packed in {False, *(v.packed for v in wanted if not v.peer)}}
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in wanted}
@@ -216,19 +219,19 @@ def write_documents(path: Path) -> Path:
     return path
 
 
-def write_llama_7b(folder: Path) -> Path:
-    """Write a model with Llama-2-7B's shape, random weights and a tokenizer of single bytes."""
+def write_model(shape: str, folder: Path) -> Path:
+    """Write a model of one of `SHAPES` with random weights and a tokenizer of single bytes."""
     if (folder / "config.json").is_file():
         return folder
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    kind, sizes = SHAPES[shape]
     torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM._from_config(
-            LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=0), dtype=torch.bfloat16
-        )
-    _byte_tokenizer(model.config.vocab_size).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    _byte_tokenizer(config.vocab_size).save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
 

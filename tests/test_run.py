@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from job.settings import Settings
 from job.stages import stages_of
@@ -174,8 +177,10 @@ def test_a_new_machine_resumes_from_the_checkpoint_in_s3_with_the_compiled_kerne
     assert third.ended == {"train": "skipped", "sample": "skipped"}
 
 
-def test_an_adapter_in_bfloat16_is_resumed_in_bfloat16_bit_for_bit(job: Job, tmp_path: Path) -> None:
-    """As on a GPU, where trl holds the adapter in bfloat16 and peft loads a checkpoint's as float32."""
+def test_an_adapter_is_trained_and_resumed_in_float32_bit_for_bit_beside_products_in_16_bits(
+    job: Job, tmp_path: Path
+) -> None:
+    """trl would hold it in bfloat16, in which most updates round to nothing."""
     job.environment |= {"FT_STAGES": "train", "FT_BNB_4BIT_COMPUTE_DTYPE": "bfloat16", "FT_SAVE_STEPS": "1"}
     adapter = Path("runs/test-run/train/adapter/adapter_model.safetensors")
     straight = job.run(FT_OUTPUT_DIR=str(tmp_path / "straight"))
@@ -187,6 +192,26 @@ def test_an_adapter_in_bfloat16_is_resumed_in_bfloat16_bit_for_bit(job: Job, tmp
     assert job.run().code == 0
     stopped = Path(job.environment["FT_OUTPUT_DIR"]) / adapter
     assert stopped.read_bytes() == (tmp_path / "straight" / adapter).read_bytes()
+    assert {value.dtype for value in load_file(stopped).values()} == {torch.float32}
+
+
+def test_a_run_of_a_version_that_trained_in_bfloat16_goes_on_from_its_checkpoint(job: Job) -> None:
+    job.environment |= {"FT_STAGES": "train", "FT_BNB_4BIT_COMPUTE_DTYPE": "bfloat16", "FT_SAVE_STEPS": "1"}
+    process = job.start()
+    read_until(process, event="progress", stage="train", done=3)
+    process.send_signal(signal.SIGTERM)
+    assert finished(process, *process.communicate(timeout=120)).code == 75
+    train = Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "train"
+    for file in train.glob("checkpoints/checkpoint-*/adapter_model.safetensors"):
+        save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+        (file.parent / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(job.store, ignore_errors=True)
+    done = job.run()
+    assert done.code == 0, done.stderr
+    assert any("Resuming from the checkpoint of step" in event.get("message", "") for event in done.events)
+    assert {value.dtype for value in load_file(train / "adapter" / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
 
 
 def test_the_stages_of_tests_are_forked_and_not_started(job: Job) -> None:

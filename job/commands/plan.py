@@ -70,13 +70,14 @@ def _computation(run: Run) -> list[str]:
             return ["\nSet FT_PLAN_GPU to a card, such as H100 or L4, to see what fits on it and how fast it is."]
         return [f"\nNo plan: the planner does not know the {gpus[0].name}. The job goes by its free memory."]
     try:
-        shape = Shape.of(_config(run), settings)
+        config = _config(run)
+        reason = obstacle(settings, config) or _lacks(card, settings)
+        shape = Shape.of(config, settings) if reason is None else None
     except (JobError, OSError, ValueError) as error:
         return [
             f"\nNo plan for {card.name}: the model's config.json cannot be read: {getattr(error, 'message', error)}"
         ]
-    reason = obstacle(settings, shape) or _lacks(card, settings)
-    if shape is None or reason is not None:
+    if shape is None:
         slower = "transformers and peft would train it: slower, and without a prediction of memory."
         return [f"\nNo plan for {card.name}: only the job's fused layers are planned, and {reason}. {slower}"]
     load, known = _load(run)

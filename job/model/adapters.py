@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -40,11 +39,15 @@ def lora_config(settings: Settings, tokens: dict[str, list[int]] | list[int] | N
     )
 
 
-def hold_adapter_in(model: PeftModel, dtype: torch.dtype) -> None:
-    """Cast the trained parameters to `dtype`. peft and trl choose theirs by whether frozen layers look 4-bit."""
+def hold_adapter_in_float32(model: PeftModel) -> None:
+    """Cast the trained parameters to float32, and with them their gradients.
+
+    trl casts those of a 4-bit model to bfloat16, in which most updates of a usual learning rate round to nothing: they are
+    smaller than half of the last of its 8 bits.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.float()
 
 
 def with_adapter(folder: Path, base: PreTrainedModel) -> PeftModel:

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from job.errors import InputError
+from job.model.architectures import LARGEST_HEAD, Decoder, NotDescribed
 from job.settings import Settings
 
 VARLEN = "varlen"
@@ -43,12 +44,12 @@ def is_padding_free(settings: Settings, device: torch.device, config: Mapping[st
 
 
 def is_plain_attention(config: Mapping[str, Any]) -> bool:
-    """Whether tokens attend to everything before them by plain softmax, without window, cap, sink, bias or dropout."""
-    return (
-        config.get("model_type") in ("llama", "qwen2", "qwen3")
-        and not config.get("use_sliding_window")
-        and not config.get("attention_dropout")
-    )
+    """Whether tokens attend to those before them by softmax, at most with a window and a cap: no sink, bias or dropout."""
+    try:
+        Decoder.of(config)
+    except NotDescribed:
+        return False
+    return True
 
 
 @functools.cache
@@ -85,10 +86,10 @@ def varlen_attention(
     """
     assert cu_seq_lens_q is not None and max_length_q is not None, "varlen attention needs batches without padding"
     assert dropout == 0.0, "this attention does not support dropout of its weights"
-    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if others.get(name) is not None]
-    assert not unknown, f"this attention does not support {unknown}"
+    assert others.get("s_aux") is None, "this attention does not support sinks"
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    return attend(q, k, v, cu_seq_lens_q, int(max_length_q), scaling).unsqueeze(0), None
+    window, softcap = others.get("sliding_window"), others.get("softcap")
+    return attend(q, k, v, cu_seq_lens_q, int(max_length_q), scaling, window, softcap).unsqueeze(0), None
 
 
 def attend(
@@ -98,22 +99,29 @@ def attend(
     boundaries: torch.Tensor,
     longest: int,
     scaling: float | None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention within each row: (tokens, heads, head_dim) like `query`. `key` and `value` may have fewer heads.
 
-    Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and the longest row has `longest` tokens.
+    Row i is the tokens from `boundaries[i]` to `boundaries[i + 1]`, and the longest row has `longest` tokens. A token
+    attends to the last `window` tokens, itself included. `softcap` limits scores by c · tanh(score / c).
     """
-    if not is_served(query):
-        return row_by_row(query, key, value, boundaries.tolist(), scaling)
+    causal = _causal_arguments(window if window is not None and window < longest else None)
+    if causal is None or softcap is not None or not is_served(query):
+        return row_by_row(query, key, value, boundaries.tolist(), scaling, window, softcap)
     key, value = for_each_head(query, key), for_each_head(query, value)
-    out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scaling, **_CAUSAL)
+    out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, scale=scaling, **causal)
     assert isinstance(out, torch.Tensor)
     return out
 
 
 def is_served(query: torch.Tensor) -> bool:
-    """Whether PyTorch's kernel supports this type and this card."""
-    return _has_kernel(query.device) and query.dtype in (torch.bfloat16, torch.float16)
+    """Whether PyTorch's kernel supports these heads' type and size on this card."""
+    known = (
+        query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= LARGEST_HEAD
+    )
+    return known and _has_kernel(query.device)
 
 
 def for_each_head(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -123,20 +131,50 @@ def for_each_head(query: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def row_by_row(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: list[int], scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: list[int],
+    scaling: float | None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """`attend` by PyTorch's plain attention, for cards and types that the kernel does not support."""
-    grouped = query.shape[1] != key.shape[1]
-    rows = []
+    """`attend` by PyTorch's plain attention, for cards, types and caps that the kernel does not support."""
+    grouped, rows = query.shape[1] != key.shape[1], []
     for begin, end in itertools.pairwise(boundaries):
         q, k, v = (states[begin:end].transpose(0, 1).unsqueeze(0) for states in (query, key, value))
-        rows.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)[0])
+        seen = None if window is None or window >= end - begin else _seen(end - begin, window, query.device)
+        if softcap is None:
+            named = {"is_causal": True} if seen is None else {"attn_mask": seen}
+            rows.append(scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=grouped, **named)[0])
+        else:
+            seen = _seen(end - begin, end - begin, query.device) if seen is None else seen
+            rows.append(_capped(q[0], k[0], v[0], scaling, softcap, seen))
     return torch.cat(rows, dim=1).transpose(0, 1)
 
 
-def _causal_argument() -> dict[str, Any]:
-    """torch 2.11 calls it `is_causal`. Later versions take a window: how far a token looks back and ahead."""
-    return {"is_causal": True} if "is_causal" in inspect.signature(varlen_attn).parameters else {"window_size": (-1, 0)}
+def _seen(tokens: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which tokens each token attends to: (tokens, tokens)."""
+    ones = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    return ones.tril() & ones.triu(1 - window)
 
 
-_CAUSAL = _causal_argument()
+def _capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, softcap: float, seen: torch.Tensor
+) -> torch.Tensor:
+    """Attention with capped scores (Gemma 2; arXiv:2408.00118) over one row, (heads, tokens, head_dim) each."""
+    repeats = len(q) // len(k)
+    k, v = (states.repeat_interleave(repeats, 0) for states in (k, v))
+    scores = (q @ k.transpose(1, 2)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    return torch.softmax(scores.masked_fill(~seen, float("-inf")), -1, dtype=torch.float32).to(v.dtype) @ v
+
+
+_WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11 has only `is_causal`
+
+
+def _causal_arguments(window: int | None) -> dict[str, Any] | None:
+    """What `varlen_attn` calls causal attention, with a window (how far a token looks back). None if it has no windows."""
+    if _WINDOWS:
+        return {"window_size": (-1 if window is None else window - 1, 0)}
+    return {"is_causal": True} if window is None else None

@@ -17,14 +17,12 @@ from job.settings import Settings
 class Compute:
     """The device, types and attention of this process.
 
-    `dtype` is the type of matrix products, and `adapter_dtype` the type in which the adapter is trained. `padding_free`
-    says whether a batch is one sequence without padding. `attention` is the implementation with which to load the model
-    for training. None leaves the choice to transformers.
+    `dtype` is the type of matrix products. `padding_free` says whether a batch is one sequence without padding. `attention`
+    is the implementation with which to load the model for training. None leaves the choice to transformers.
     """
 
     device: torch.device
     dtype: torch.dtype
-    adapter_dtype: torch.dtype
     padding_free: bool
     attention: str | None
 
@@ -41,7 +39,6 @@ class Compute:
         return cls(
             device=device,
             dtype=dtype,
-            adapter_dtype=_adapter_dtype(settings, dtype),
             padding_free=padding_free,
             attention=register_varlen() if varlen else None,
         )
@@ -49,14 +46,3 @@ class Compute:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
-
-
-def _adapter_dtype(settings: Settings, products: torch.dtype) -> torch.dtype:
-    """bfloat16 for 4-bit models, as in trl, and float32 otherwise.
-
-    With products in float32 (on the CPU), a bfloat16 adapter would only lose digits. Scaled float16 gradients need
-    float32. Shards need it too: they are cast when they are gathered, and torch's AdamW keeps moments in the type of
-    the parameters.
-    """
-    whole_bfloat16 = products == torch.bfloat16 and settings.use_4bit and settings.sharding == "none"
-    return torch.bfloat16 if whole_bfloat16 else torch.float32

@@ -23,7 +23,7 @@ from job.environment.adapter_settings import with_adapters_own
 from job.environment.local_files import public_name
 from job.environment.model_settings import refuse_unfit
 from job.errors import InputError, Stopped, is_lost_contact
-from job.model.adapters import hold_adapter_in, lora_config
+from job.model.adapters import hold_adapter_in_float32, lora_config
 from job.model.compute import Compute
 from job.model.loading import load_base
 from job.model.vocabulary import give_heads_a_bias, grow, trained_rows
@@ -170,7 +170,7 @@ def _build_trainer(
             ) from error
         raise
     give_heads_a_bias(trainer.model)
-    hold_adapter_in(trainer.model, compute.adapter_dtype)
+    hold_adapter_in_float32(trainer.model)
     if run.node.is_first:
         trainable, everything = trainer.model.get_nb_trainable_parameters()
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")

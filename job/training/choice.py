@@ -19,7 +19,7 @@ from job.training.plan.cards import GIB, Card, card_named
 from job.training.plan.choose import choose, smaller_plan
 from job.training.plan.load import Shape, load_of, obstacle
 
-_UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # which of two plans is faster hardly depends on the card
+UNKNOWN_CARD = Card("unknown", 0, 100e12, 1e12)  # which of two plans is faster hardly depends on the card
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Choice:
     compute: Compute
     shape: Shape | None = None
     plan: Plan | None = None
+    card: Card = UNKNOWN_CARD
     reason: str | None = None
     slower: bool = False
 
@@ -46,30 +47,29 @@ def choose_steps(
     asked = is_asked_for(settings)
     if settings.decoder_layers in ("plain", "compiled") or (not compute.on_gpu and not asked):
         return Choice(compute)
-    shape = Shape.of(config, settings)
-    reason = _obstacle(settings, compute.device, shape)
+    reason = _obstacle(settings, compute.device, config)
     if reason is not None:
         if asked:
             named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
             raise InputError(f"{named} is not possible: {reason}.", "Leave it at its default.")
         return Choice(compute, reason=f"{SLOWER}: {reason}.", slower=True)
-    assert shape is not None
+    shape = Shape.of(config, settings)
     if settings.frozen_precision == "fp8":
         require_fp8(compute.device)
-    card, free = _UNKNOWN_CARD, float("inf")
+    card, free = UNKNOWN_CARD, float("inf")
     if compute.on_gpu:
         card = card_named(torch.cuda.get_device_name(compute.device)) or card
         free = free_bytes(settings, compute.device)
     load = load_of(data_report, settings)
     plan = choose(list(plans(shape, load, card, settings)), free)
     for _ in range(int(os.environ.get("JOB_PLAN_STEPS_DOWN", "0"))):
-        plan = smaller_plan(plan, shape, settings) or plan
+        plan = smaller_plan(plan, shape, settings, card) or plan
     told = f"Plan: {plan.described(shape.layers)}"
     if compute.on_gpu:
         told += f". Predicted: {plan.memory_bytes / GIB:.1f} of {free / GIB:.1f} GiB"
-        if card is not _UNKNOWN_CARD:
+        if card is not UNKNOWN_CARD:
             told += f", {load.mean_batch / plan.seconds:,.0f} tokens/s per GPU"
-    return Choice(compute, shape, plan, f"{told}.")
+    return Choice(compute, shape, plan, card, f"{told}.")
 
 
 SLOWER = "The layers are computed by transformers and peft, which is slower"
@@ -80,11 +80,11 @@ def is_asked_for(settings: Settings) -> bool:
     return settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
 
 
-def _obstacle(settings: Settings, device: torch.device, shape: Shape | None) -> str | None:
+def _obstacle(settings: Settings, device: torch.device, config: Mapping[str, Any]) -> str | None:
     """Why settings, model or machine do not allow the fused layers for this run. None if they do."""
     if without_kernels():
         return "one of the job's own kernels crashed on this GPU"
-    reason = obstacle(settings, shape)
+    reason = obstacle(settings, config)
     if reason is not None:
         return reason
     if device.type == "cpu":

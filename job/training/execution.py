@@ -13,12 +13,14 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from job.errors import InputError, KernelsFault, MemoryFull, NodeError, in_a_line
+from job.model.architectures import Decoder
 from job.model.compilation import compile_layers
 from job.model.device import is_alive
-from job.model.fused import MANY_TOKENS, proof
+from job.model.fused import MANY_TOKENS
 from job.model.fused.head import can_fuse_head, fuse_head
-from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layers
-from job.model.fused.proof import sample
+from job.model.fused.layer import LINEAR_LAYERS, FusedLayer, can_fuse, fuse_layer
+from job.model.fused.proof import Proof
+from job.model.fused.workspace import Workspace
 from job.model.patches import Patches
 from job.model.quantization import make_resident
 from job.report.events import message
@@ -27,8 +29,6 @@ from job.training.choice import SLOWER, Choice, is_asked_for
 from job.training.plan.candidates import Plan
 from job.training.plan.choose import smaller_plan
 
-# How far a layer may differ when it is computed both ways, in 16 or 8 bits. A real mistake makes a larger difference.
-_LARGEST_DIFFERENCE = {"4-bit": 0.2, "resident": 0.2, "fp8": 0.5}
 _PLAIN = "Set FT_DECODER_LAYERS=plain."
 
 
@@ -42,7 +42,7 @@ class Execution:
 
     def __init__(self, settings: Settings, choice: Choice, *, rank: int = 0, evaluated_tokens: int = 0) -> None:
         self._settings, self._rank, self._evaluated_tokens = settings, rank, evaluated_tokens
-        self.compute, self.shape, self.plan = choice.compute, choice.shape, choice.plan
+        self.compute, self.shape, self.plan, self._card = choice.compute, choice.shape, choice.plan, choice.card
         self.patches = Patches()
         self._layers: list[FusedLayer] = []
 
@@ -70,12 +70,14 @@ class Execution:
             if settings.decoder_layers == "compiled":
                 compile_layers(model)
             return
-        if not can_fuse(model):  # config.json passed the same rules
+        assert self.shape is not None
+        decoder = self.shape.decoder
+        if not can_fuse(model, decoder, self.plan.weights):  # config.json passed the same rules
             raise InputError("The model's layers are not those that its config.json describes.", _PLAIN)
-        failure = self._fuse(model, self.plan)
+        failure = self._fuse(model, self.plan, decoder)
         if failure is None:
             if can_fuse_head(model):
-                fuse_head(model, self.patches)
+                fuse_head(model, decoder, self.patches)
             self._apply(self.plan)
             return
         if is_asked_for(settings):
@@ -90,16 +92,24 @@ class Execution:
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
 
-    def _fuse(self, model: PeftModel, plan: Plan) -> str | None:
-        """Compute the first layer both ways, and fuse the others if they agree. Returns what went wrong, or None."""
-        few = max(plan.micro_batch_tokens, plan.longest_row, self._evaluated_tokens) < MANY_TOKENS
-        kinds = [proof.FEW] if few else [proof.FEW, proof.MANY]  # many tokens use other kernels
+    def _fuse(self, model: PeftModel, plan: Plan, decoder: Decoder) -> str | None:
+        """Fuse a layer of each kind, and the others if these pass the proof. Returns what went wrong, or None."""
+        many = max(plan.micro_batch_tokens, plan.longest_row, self._evaluated_tokens) >= MANY_TOKENS
+        workspace = Workspace(self.patches)
+
+        def fuse(index: int) -> FusedLayer:
+            return fuse_layer(model, index, decoder, plan.weights, workspace, self.patches)
+
         try:
-            plain = [sample(model, lengths) for lengths in kinds]
-            layers = fuse_layers(model, plan.weights, self.patches)
-            self._layers = [next(layers)]
-            difference = max(sample(model, lengths).differs(one) for lengths, one in zip(kinds, plain, strict=True))
-            finite = sample(model, with_dropout=True).is_finite
+            proof = Proof(model, decoder, many=many)
+            for index in proof.kinds():
+                proof.prepare(index)
+            failure = self._failure_in_16_bits(model, proof, decoder) if plan.weights == "fp8" else None
+            fused = {index: fuse(index) for index in proof.kinds()} if failure is None else {}
+            for index, layer in fused.items():
+                failure = failure or proof.failure(index, layer, eight_bit=plan.weights == "fp8")
+            if failure is None and can_fuse_head(model):
+                failure = proof.head_failure()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, drivers and kernels may raise anything
@@ -109,12 +119,23 @@ class Execution:
                     f"A kernel of the fused layers crashed the GPU: {reason}.", f"{_PLAIN} Another card may work."
                 ) from error
             return reason
-        if not finite:
-            return "a layer with dropout gives infinite values or NaN"
-        if not difference <= _LARGEST_DIFFERENCE[plan.weights]:
-            return f"a layer differs by {difference:.1%}"
+        if failure is not None:
+            return failure
         self.patches.settle_weights()
-        self._layers += layers
+        self._layers = [fused[index] if index in fused else fuse(index) for index in range(decoder.layers)]
+        return None
+
+    def _failure_in_16_bits(self, model: PeftModel, proof: Proof, decoder: Decoder) -> str | None:
+        """What is wrong with fused layers in 16 bits. The roundings of 8-bit products would hide most mistakes."""
+        trial = Patches()
+        workspace = Workspace(trial)
+        try:
+            for index in proof.kinds():
+                fused = fuse_layer(model, index, decoder, "resident", workspace, trial)
+                if (failure := proof.failure(index, fused)) is not None:
+                    return failure
+        finally:
+            trial.undo()
         return None
 
     def batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -163,7 +184,7 @@ class Execution:
     def _smaller(self) -> Plan | None:
         if self.plan is None or self.shape is None:
             return None
-        return smaller_plan(self.plan, self.shape, self._settings)
+        return smaller_plan(self.plan, self.shape, self._settings, self._card)
 
     def _apply(self, plan: Plan) -> None:
         self.plan = plan

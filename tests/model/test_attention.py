@@ -28,24 +28,31 @@ class Kernels:
 
     def forward(
         self, query: Any, key: Any, value: Any, cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int, dropout_p: float,
-        is_causal: bool, return_debug_mask: bool, *, scale: float,
+        is_causal: bool, return_debug_mask: bool, *, scale: float, window_size_left: int | None,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         assert query.shape == key.shape == value.shape and cum_seq_q is cum_seq_k
         assert (dropout_p, is_causal, return_debug_mask, max_q, max_k) == (0.0, True, False, 9, 9)
-        out = attention.row_by_row(query, key, value, cum_seq_q.tolist(), scale)
+        out = attention.row_by_row(query, key, value, cum_seq_q.tolist(), scale, _window(window_size_left))
         return out, torch.full((1,), 3.0), self.random_state, self.unused, torch.zeros(0)
 
     def backward(
         self, grad_out: Any, query: Any, key: Any, value: Any, out: Any, logsumexp: Any, cum_seq_q: Any, cum_seq_k: Any,
         max_q: int, max_k: int, dropout_p: float, is_causal: bool, rng_state: Any, unused: Any, *, scale: float,
+        window_size_left: int | None,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         assert rng_state is self.random_state and unused is self.unused and float(logsumexp) == 3.0
         assert (dropout_p, is_causal, max_q, max_k) == (0.0, True, 9, 9)
         with torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in (query, key, value)]
-            again = attention.row_by_row(parts[0], parts[1], parts[2], cum_seq_q.tolist(), scale)
+            again = attention.row_by_row(
+                parts[0], parts[1], parts[2], cum_seq_q.tolist(), scale, _window(window_size_left)
+            )
         assert torch.equal(again, out)
         return torch.autograd.grad(again, parts, grad_out)
+
+
+def _window(left: int | None) -> int | None:
+    return None if left is None else left + 1
 
 
 def _names(operation: Any) -> list[str]:
@@ -64,7 +71,9 @@ BORDER = 8
 class Case:
     """Heads within one tensor, as a product leaves them, and what autograd gives for them."""
 
-    def __init__(self, shared: int, boundaries: list[int]) -> None:
+    def __init__(
+        self, shared: int, boundaries: list[int], rotated: int | None = DIM, window: int | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         tokens, self.counts = boundaries[-1], [HEADS, shared, shared]
 
@@ -73,11 +82,13 @@ class Case:
 
         longest = max(end - begin for begin, end in itertools.pairwise(boundaries))
         where = torch.tensor(boundaries, dtype=torch.int32)
-        self.rows = fused_attention.Rows(some(tokens, DIM), some(tokens, DIM), where, longest)
+        angles = (None, None) if rotated is None else (some(tokens, rotated), some(tokens, rotated))
+        self.rows = fused_attention.Rows(*angles, where, longest)
+        self.scores = fused_attention.Scores(SCALING, window)
         self.of_out = some(tokens, HEADS * DIM)
         self.packed = some(tokens, sum(self.counts) * DIM + BORDER)
         parts = [part.detach().clone().requires_grad_() for part in self.heads()]
-        out = attention.attend(parts[0], parts[1], parts[2], where, longest, SCALING)
+        out = attention.attend(parts[0], parts[1], parts[2], where, longest, SCALING, window)
         gradients = torch.autograd.grad(out, parts, self.of_out.view_as(out))
         self.out = out.detach().flatten(1)
         self.gradients = torch.empty(tokens, sum(self.counts) * DIM)
@@ -93,7 +104,7 @@ class Case:
         )
         query, key, value = self.heads()
         with torch.no_grad():
-            found = way(query, key, value, self.rows, SCALING, out)
+            found = way(query, key, value, self.rows, self.scores, out)
             found.gradients_into_(self.of_out, place)
         assert not found.out.requires_grad
         for one, other in ((found.out, self.out), (out, self.out), (place, self.gradients)):
@@ -101,12 +112,14 @@ class Case:
         assert bool((out[:, -BORDER:] == 7).all() and (place[:, -BORDER:] == 7).all()), "the borders belong to others"
 
 
-@pytest.mark.parametrize("shared", [6, 2])
-def test_pytorchs_kernels_give_the_gradients_of_attention(monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+@pytest.mark.parametrize(("shared", "rotated", "window"), [(6, DIM, None), (2, 8, 3), (2, None, 9)])
+def test_pytorchs_kernels_give_the_gradients_of_attention(
+    monkeypatch: pytest.MonkeyPatch, shared: int, rotated: int | None, window: int | None
+) -> None:
     operations, kernels = torch.ops.aten, Kernels()
     assert _parameters(kernels.forward) == _names(operations._flash_attention_forward)
     assert _parameters(kernels.backward) == _names(operations._flash_attention_backward)
-    case = Case(shared, [0, 5, 14])
+    case = Case(shared, [0, 5, 14], rotated, window)
     case.check(fused_attention.attend)
     monkeypatch.setattr(fused_attention, "is_served", lambda states: True)
     monkeypatch.setattr(operations, "_flash_attention_forward", kernels.forward)
@@ -118,11 +131,11 @@ def test_pytorchs_kernels_give_the_gradients_of_attention(monkeypatch: pytest.Mo
 @pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="tensors of this test are on the CPU")
 @pytest.mark.parametrize("shared", [6, 2])
 @pytest.mark.parametrize("boundaries", [[0, 5, 14], [0, 1, 65, 65, 129, 300]])
-@pytest.mark.parametrize("by_descriptors", [True, False])
+@pytest.mark.parametrize(("by_descriptors", "rotated"), [(True, DIM), (False, DIM), (False, 8), (True, None)])
 def test_our_kernels_give_the_gradients_of_attention(
-    monkeypatch: pytest.MonkeyPatch, shared: int, boundaries: list[int], by_descriptors: bool
+    monkeypatch: pytest.MonkeyPatch, shared: int, boundaries: list[int], by_descriptors: bool, rotated: int | None
 ) -> None:
-    case = Case(shared, boundaries)
+    case = Case(shared, boundaries, rotated)
     monkeypatch.setattr(attention_kernels, "MANY_TOKENS", 1 if by_descriptors else 1000)
     monkeypatch.setattr(fused_attention, "is_served", lambda states: True)
     monkeypatch.setattr(fused_attention, "_is_served_by_own", lambda states: True)

@@ -17,13 +17,14 @@ from job.model.adapters import lora_config
 from job.model.attention import register_varlen
 from job.model.compilation import compile_layers
 from job.model.fused import pointwise
-from job.model.fused.head import _LabelLogProbs, _Norm, fuse_head
-from job.model.fused.layer import LINEAR_LAYERS, Weights, can_fuse, fuse_layers
+from job.model.fused.head import LastNorm, _LabelLogProbs, fuse_head
+from job.model.fused.layer import LINEAR_LAYERS, Weights
 from job.model.fused.products import Products
 from job.model.fused.workspace import Workspace
 from job.model.patches import Patches
 from job.model.quantization import make_resident
 from tests.conftest import load_model, unavailable
+from tests.model.families import decoder_of, fuse
 
 # ranks for which two layers with the same input have their adapters on either side of it, or both after it
 TARGETS = [("all-linear", 8), ("all-linear", 4), ("q_proj, v_proj", 8), ("down_proj, k_proj, up_proj", 8)]
@@ -120,8 +121,7 @@ def test_a_fused_layer_gives_the_losses_and_gradients_of_the_padded_batch(
 ) -> None:
     plain = padded(build(targets, rank))
     model = build(targets, rank, attention=register_varlen())
-    assert can_fuse(model)
-    for layer in list(fuse_layers(model, weights, Patches())):
+    for layer in fuse(model, weights):
         layer.kept = kept
     assert_same(padding_free(model), plain)
 
@@ -155,7 +155,7 @@ def test_8_bit_products_change_losses_and_gradients_only_by_their_rounding(kept:
         return model.train()
 
     exact, model = padding_free(calm()), calm()
-    for layer in list(fuse_layers(model, "fp8", Patches())):
+    for layer in fuse(model, "fp8"):
         layer.kept = kept
     rounded = padding_free(model)
     assert not torch.equal(rounded.losses, exact.losses)
@@ -203,7 +203,7 @@ def test_dropout_in_a_fused_layer_gives_the_gradients_of_the_same_dropout_in_pef
     for wrapper in model.modules():
         if isinstance(wrapper, LoraLayer):
             wrapper.lora_dropout["default"] = torch.nn.Dropout(0.25)
-    for index, layer in enumerate(list(fuse_layers(model, weights, Patches()))):
+    for index, layer in enumerate(fuse(model, weights)):
         layer.kept, layer.dropout_seed = kept, index * LINEAR_LAYERS
     found = padding_free(model)
     if weights != "fp8":
@@ -228,7 +228,7 @@ def test_dequantized_weights_give_exactly_the_numbers_of_4_bit_ones(build: Build
     kind: Weights
     for kind in ("resident", "4-bit"):
         model = build(attention=register_varlen())
-        list(fuse_layers(model, kind, Patches()))
+        fuse(model, kind)
         fused[kind] = padding_free(model)
     assert torch.equal(fused["resident"].losses, fused["4-bit"].losses)
     assert all(
@@ -260,7 +260,7 @@ def test_dequantized_layers_notice_every_change_to_their_adapters(build: Build) 
 
     for how in ("optimizer", "checkpoint"):
         model = build(attention=register_varlen())
-        list(fuse_layers(model, "resident", Patches()))
+        fuse(model, "resident")
         before = padding_free(model)
         after = changed(model, how)
         assert not torch.equal(before.losses, after.losses)
@@ -302,7 +302,7 @@ def test_no_token_sees_another_row_or_a_later_token(build: Build, fused: bool) -
     """Checked by the gradient of each token's output with respect to every token's embedding."""
     model = build(attention=register_varlen())
     if fused:
-        list(fuse_layers(model, "4-bit", Patches()))
+        fuse(model, "4-bit")
     rows, total = _rows(), sum(LENGTHS)
     boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
     embedded = model.get_input_embeddings()(torch.cat(rows)).detach().unsqueeze(0).requires_grad_()
@@ -334,7 +334,7 @@ def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits(ignored: list[
     scales = torch.linspace(0.1, 2, 9)
     (wanted,) = torch.autograd.grad((chosen * scales).sum(), states)
 
-    found, entropy, first = _LabelLogProbs.apply(states, _Norm(norm, 1e-5), weight, labels)
+    found, entropy, first = _LabelLogProbs.apply(states, LastNorm(norm, 1e-5), weight, labels)
     (gradient,) = torch.autograd.grad((found * scales).sum(), states)
     torch.testing.assert_close(found, chosen, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
@@ -357,7 +357,7 @@ def test_a_model_with_a_fused_head_gives_trl_what_the_plain_model_gives(build: B
     }
     logits = model(**inputs).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="none")
-    fuse_head(model, Patches())
+    fuse_head(model, decoder_of(model.config), Patches())
     found = model(**inputs, labels=labels, fused_lm_head=True)
     torch.testing.assert_close(-found.log_probs[0], losses, rtol=1e-5, atol=1e-6)
     assert torch.equal(found.label_mask, labels[:, 1:] != -100)

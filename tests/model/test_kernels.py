@@ -186,7 +186,7 @@ def test_the_gates_gradients_with_those_of_the_adapters_around_it(
     found = gate_kernels.gated_backward_adapted_(gradient, halves[1], *beside)
     close(copies[1], copies[0])
     by_hand = [
-        None if left is None or right is None else (left.float().T @ right.float() * scale).to(dtype)
+        None if left is None or right is None else left.float().T @ right.float() * scale
         for left, right, scale in ((of_down, act, 1), (halves[2][:, :width], gate, 0.5), (halves[2][:, width:], up, 2))
     ]
     for one, other, exact in zip(found, wanted, by_hand, strict=True):

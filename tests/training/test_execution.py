@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from job.errors import InputError, NodeError
-from job.model.fused import pointwise, proof
+from job.model.fused import pointwise
 from job.model.fused.layer import FusedLayer
 from job.model.fused.products import Normed
+from job.model.fused.proof import Proof
 from job.model.patches import Patches
 from job.run import Run, read_json
 from job.stages.train import train
@@ -156,12 +157,12 @@ def test_too_little_memory_for_any_plan_ends_the_training(prepared: Prepared, mo
 
 
 def test_a_model_that_the_fused_layers_do_not_support_is_refused_if_they_are_requested(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared,
 ) -> None:
     run = prepared("other", **FUSED)
-    monkeypatch.setattr(Shape, "of", lambda config, settings: None)
-    with pytest.raises(InputError, match="FT_DECODER_LAYERS=fused is not possible: the model is not a Llama"):
-        train(run)
+    config = {**read_json(run.paths.model_dir / "config.json"), "attention_dropout": 0.1}
+    with pytest.raises(InputError, match=r"they do not support the model's attention_dropout=0\.1"):
+        choose_steps(run.settings, compute_of(run), config, read_json(run.paths.data_report_file))
 
 
 @pytest.mark.parametrize("broken", ["crashes", "values", "gradient", "adapter", "many tokens"])
@@ -173,14 +174,14 @@ def test_a_layer_with_wrong_results_on_this_machine_is_computed_the_plain_way(
     run = prepared("broken", **FUSED)
     gated, backward = pointwise.gated, pointwise.gated_backward_
 
-    def wrong(gate_up: torch.Tensor, out: torch.Tensor, rounded: Any = None) -> torch.Tensor:
+    def wrong(gate_up: torch.Tensor, out: torch.Tensor, rounded: Any = None, **named: Any) -> torch.Tensor:
         if broken == "crashes":
             raise RuntimeError("no kernel image is available")
-        result = gated(gate_up, out, rounded)
+        result = gated(gate_up, out, rounded, **named)
         return result if broken == "many tokens" and len(gate_up) < 4096 else result.mul_(1.3)
 
-    def wrong_gradient(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Any = None) -> torch.Tensor:
-        act = backward(gradient, gate_up_, rounded)
+    def wrong_gradient(gradient: torch.Tensor, gate_up_: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        act = backward(gradient, gate_up_, *others, **named)
         gate_up_ *= 1.5
         return act
 
@@ -193,7 +194,7 @@ def test_a_layer_with_wrong_results_on_this_machine_is_computed_the_plain_way(
         if broken == "many tokens":
             monkeypatch.setattr("job.training.execution.MANY_TOKENS", 1)
         monkeypatch.setattr(pointwise, "gated", wrong)
-    reason = "RuntimeError: no kernel image" if broken == "crashes" else "a layer differs by"
+    reason = "RuntimeError: no kernel image" if broken == "crashes" else "a kept layer: .* differs by"
     with pytest.raises(NodeError, match=f"do not give what the model's own layers give on this machine: {reason}"):
         train(run)
     monkeypatch.setattr("job.training.execution.is_asked_for", lambda settings: False)
@@ -268,16 +269,23 @@ def test_kernels_for_many_tokens_are_checked_if_a_row_or_an_evaluation_has_many(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared("rows", **FUSED)
-    checked: list[Any] = []
-    monkeypatch.setattr("job.training.execution.sample", lambda model, lengths=None, **_: checked.append(lengths))
+    checked: list[bool] = []
+
+    class Watched(Proof):
+        def __init__(self, *arguments: Any, many: bool, **named: Any) -> None:
+            checked.append(many)
+            raise RuntimeError("seen")
+
+    monkeypatch.setattr("job.training.execution.Proof", Watched)
+    decoder = chosen(run).shape.decoder
     for tokens, longest, evaluated, many in (
         (64, 32, 0, False), (4096, 32, 0, True), (64, 4096, 0, True), (64, 32, 4096, True),
     ):  # fmt: skip
         checked.clear()
         Execution(run.settings, Choice(compute_of(run)), evaluated_tokens=evaluated)._fuse(
-            torch.nn.Module(), Plan("4-bit", 0, tokens, 1, longest_row=longest)
+            torch.nn.Module(), Plan("4-bit", 0, tokens, 1, longest_row=longest), decoder
         )
-        assert (proof.MANY in checked) == many, (tokens, longest, evaluated)
+        assert checked == [many], (tokens, longest, evaluated)
 
 
 def chosen(run: Run) -> Choice:

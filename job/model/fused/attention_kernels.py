@@ -106,7 +106,7 @@ def _of_query_kernel(
     query, key, value, out, of_out, of_query, normalisers, products, cos, sin, tiles, scale, by, length, stride,
     out_stride, of_out_stride, of_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
-    DESCRIBED: tl.constexpr
+    DESCRIBED: tl.constexpr, ROTATED: tl.constexpr
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
     begin, end, first = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
@@ -131,7 +131,7 @@ def _of_query_kernel(
         of_p = tl.dot(of_o, tl.trans(v), input_precision="ieee")
         of_scores = p * (of_p - product[:, None])
         gradient = tl.dot(of_scores.to(k.dtype), k, gradient, input_precision="ieee")
-    _store_rotated_back(gradient * by, of_query, cos, sin, first, own, inside, head, of_stride, DIM, OWN)
+    _store_rotated_back(gradient * by, of_query, cos, sin, first, own, inside, head, of_stride, DIM, OWN, ROTATED)
 
 
 # of_out (tokens, heads, DIM); of_key, of_value: columns of (tokens, ...). Writes both, of_key rotated back.
@@ -145,7 +145,7 @@ def _of_key_kernel(
     query, key, value, of_out, of_key, of_value, normalisers, products, cos, sin, tiles, scale, by, length, stride,
     of_out_stride, of_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, STAGES: tl.constexpr,
-    DESCRIBED: tl.constexpr
+    DESCRIBED: tl.constexpr, ROTATED: tl.constexpr
 ):  # fmt: skip
     tile, shared = tl.program_id(0), tl.program_id(1)
     end, first = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
@@ -176,27 +176,30 @@ def _of_key_kernel(
     to = of_value + tl.cast(first, tl.int64) * of_stride + shared * DIM
     to += own[:, None] * of_stride + tl.arange(0, DIM)[None, :]
     tl.store(to, of_v.to(of_value.dtype.element_ty), mask=inside[:, None])
-    _store_rotated_back(of_k * by, of_key, cos, sin, first, own, inside, shared, of_stride, DIM, OWN)
+    _store_rotated_back(of_k * by, of_key, cos, sin, first, own, inside, shared, of_stride, DIM, OWN, ROTATED)
 
 
 @triton.jit
 def _store_rotated_back(
-    gradient, to, cos, sin, first, own, inside, head, stride, DIM: tl.constexpr, OWN: tl.constexpr
+    gradient, to, cos, sin, first, own, inside, head, stride, DIM: tl.constexpr, OWN: tl.constexpr, ROTATED: tl.constexpr
 ):  # fmt: skip
-    """Rotate a gradient (OWN, DIM) back by its tokens' angles and store it, which saves a pass over it later."""
-    half: tl.constexpr = DIM // 2
-    one, two = tl.split(tl.permute(tl.reshape(gradient, (OWN, 2, half)), (0, 2, 1)))
-    columns = tl.arange(0, half)[None, :]
-    angles = tl.cast(first, tl.int64) * DIM + (own[:, None] * DIM + columns)
-    known = inside[:, None]
-    cos_first = tl.load(cos + angles, mask=known, other=0.0).to(tl.float32)
-    cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)
-    sin_first = tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)
-    sin_second = tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)
+    """Store a gradient (OWN, DIM), if ROTATED turned back by its tokens' angles, which saves a pass over it later."""
     kind = to.dtype.element_ty
-    place = to + tl.cast(first, tl.int64) * stride + head * DIM + (own[:, None] * stride + columns)
-    tl.store(place, (one * cos_first + two * sin_first).to(kind), mask=known)
-    tl.store(place + half, (two * cos_second - one * sin_second).to(kind), mask=known)
+    known = inside[:, None]
+    start = to + tl.cast(first, tl.int64) * stride + head * DIM + own[:, None] * stride
+    if ROTATED:
+        half: tl.constexpr = DIM // 2
+        one, two = tl.split(tl.permute(tl.reshape(gradient, (OWN, 2, half)), (0, 2, 1)))
+        columns = tl.arange(0, half)[None, :]
+        angles = tl.cast(first, tl.int64) * DIM + (own[:, None] * DIM + columns)
+        cos_first = tl.load(cos + angles, mask=known, other=0.0).to(tl.float32)
+        cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)
+        sin_first = tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)
+        sin_second = tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)
+        tl.store(start + columns, (one * cos_first + two * sin_first).to(kind), mask=known)
+        tl.store(start + columns + half, (two * cos_second - one * sin_second).to(kind), mask=known)
+    else:
+        tl.store(start + tl.arange(0, DIM)[None, :], gradient.to(kind), mask=known)
 
 
 def tiles_of(boundaries: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -237,13 +240,13 @@ def forward(
 
 def backward_(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, of_out: torch.Tensor,
-    normalisers: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tiles: torch.Tensor, scaling: float,
+    normalisers: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, tiles: torch.Tensor, scaling: float,
     place_: torch.Tensor,
 ) -> None:  # fmt: skip
     """Given the gradient of `forward`'s `out`, write those of query, key and value to the first columns of `place_`.
 
     They lie side by side in `place_` (tokens, ...). Those of query and key are rotated back by `cos` and `sin` (tokens,
-    head_dim).
+    head_dim), if given.
     """
     (tokens, heads, dim), shared = query.shape, key.shape[1]
     products = torch.empty_like(normalisers)  # of out and of_out, per token and head
@@ -251,16 +254,18 @@ def backward_(
     products[:, tokens:] = 0  # the last tiles of _of_key_kernel read them and multiply by zero, which must not give NaN
     factors, group = (scaling * _LOG2_E, scaling), heads // shared
     strides = query.stride(0), out.stride(0), of_out.stride(0), place_.stride(0)
+    rotated = cos is not None
+    angles = (cos, sin) if rotated else (query, query)
     (keys, values), shape = _loaded(OF_QUERY, key, value)
     _of_query_kernel[(len(tiles), heads)](
-        query, keys, values, out, of_out, place_, normalisers, products, cos, sin, tiles, *factors, length, *strides,
-        GROUP=group, DIM=dim, **shape,
+        query, keys, values, out, of_out, place_, normalisers, products, *angles, tiles, *factors, length, *strides,
+        GROUP=group, DIM=dim, ROTATED=rotated, **shape,
     )  # fmt: skip
     (queries, of_outs), shape = _loaded(OF_KEY, query, of_out)
     of_key, of_value = place_[:, heads * dim :], place_[:, (heads + shared) * dim :]
     _of_key_kernel[(len(tiles), shared)](
-        queries, key, value, of_outs, of_key, of_value, normalisers, products, cos, sin, tiles, *factors, length,
-        strides[0], *strides[2:], GROUP=group, DIM=dim, **shape,
+        queries, key, value, of_outs, of_key, of_value, normalisers, products, *angles, tiles, *factors, length,
+        strides[0], *strides[2:], GROUP=group, DIM=dim, ROTATED=rotated, **shape,
     )  # fmt: skip
 
 

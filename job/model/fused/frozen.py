@@ -17,9 +17,29 @@ from job.model.patches import Patches
 _ALIGNED = 8  # columns of 16 bits make 16 bytes; products are faster if their matrices start at multiples of that
 
 
+def padded(rank: int) -> int:
+    """The columns of a border that an adapter of this rank takes. Those beyond the rank stay zero."""
+    return -(-rank // _ALIGNED) * _ALIGNED
+
+
+def bias_of(layers: Sequence[torch.nn.Linear], dtype: torch.dtype) -> torch.Tensor | None:
+    """The biases of layers side by side, (all outputs) in `dtype`, or None if none of them has one."""
+    biases: list[Any] = [layer.bias for layer in layers]
+    if all(bias is None for bias in biases):
+        return None
+    parts = [
+        layer.weight.new_zeros(layer.out_features, dtype=dtype) if bias is None else bias.data.to(dtype)
+        for layer, bias in zip(layers, biases, strict=True)
+    ]
+    return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """One layer's LoRA: A (rank, inputs), B (outputs, rank), and its rows (`outputs`) and columns (`ranks`) of b."""
+    """One layer's LoRA: A (rank, inputs), B (outputs, rank), and its rows (`outputs`) and columns (`ranks`) of b.
+
+    The columns begin at a multiple of 8, and up to the next multiple after them the border holds zeros.
+    """
 
     a: torch.nn.Parameter
     b: torch.nn.Parameter
@@ -31,14 +51,17 @@ class Adapter:
 
 
 class Frozen:
-    """The frozen weights W with copies of the adapters as of the last `refresh`: `a`, which is all A stacked, and b."""
+    """The frozen weights W with copies of the adapters as of the last `refresh`: `a`, which is all A stacked, and b.
+
+    `bias` (all outputs) is added to products, if the layers have any.
+    """
 
     border = 0  # extra columns of inputs and outputs
     before = 0  # how many of them are to the left of an input
     a: torch.Tensor
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    def __init__(self, workspace: Workspace, bias: torch.Tensor | None) -> None:
+        self._workspace, self.bias = workspace, bias
         self._copied: Any = None
 
     def new_rounded(self, like: torch.Tensor, columns: int) -> Rounded | None:
@@ -48,7 +71,7 @@ class Frozen:
     def product_(
         self, x_: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
     ) -> torch.Tensor:
-        """x Wᵀ + `narrow` bᵀ: (tokens, all outputs), into `out` if given. `narrow` is written to the border of `x_`."""
+        """x Wᵀ + `narrow` bᵀ + bias: (tokens, all outputs), into `out` if given. `narrow` is written to the border of `x_`."""
         raise NotImplementedError
 
     def narrow_gradient_(self, of_y_: torch.Tensor) -> torch.Tensor:
@@ -91,12 +114,20 @@ class Bordered(Frozen):
     common b is zeros.
     """
 
-    def __init__(self, outputs: Sequence[int], inputs: int, ranks: Sequence[int], workspace: Workspace) -> None:
-        super().__init__(workspace)
+    def __init__(
+        self,
+        outputs: Sequence[int],
+        inputs: int,
+        ranks: Sequence[int],
+        workspace: Workspace,
+        bias: torch.Tensor | None,
+    ) -> None:
+        super().__init__(workspace, bias)
         self.border, self._widths, self._ranks = sum(ranks), outputs, ranks
         self._outputs, self._inputs = sum(outputs), inputs
-        if len(ranks) == 2 and min(ranks) > 0 and ranks[0] % _ALIGNED == 0:
+        if len(ranks) == 2 and min(ranks) > 0:
             self.before = ranks[0]
+        self._biases = (None, None) if bias is None else bias.split_with_sizes([outputs[0], self._outputs - outputs[0]])
 
     def product_(
         self, x_: torch.Tensor, narrow: torch.Tensor | None, out: torch.Tensor | None, rounded: Rounded | None
@@ -105,12 +136,12 @@ class Bordered(Frozen):
         if narrow is not None:
             pointwise.place(narrow[:, self.before :], x_[:, end:])
         if not self.before:
-            return torch.mm(x_, self._above_turned, out=out)
+            return _product(x_, self._above_turned, self.bias, out)
         assert narrow is not None
         pointwise.place(narrow[:, : self.before], x_[:, : self.before])
         first, out = self._widths[0], x_.new_empty(len(x_), self._outputs) if out is None else out
-        torch.mm(x_[:, :end], self._first_turned, out=out[:, :first])
-        torch.mm(x_[:, self.before :], self._second_turned, out=out[:, first:])
+        _product(x_[:, :end], self._first_turned, self._biases[0], out[:, :first])
+        _product(x_[:, self.before :], self._second_turned, self._biases[1], out[:, first:])
         return out
 
     def narrow_gradient_(self, of_y_: torch.Tensor) -> torch.Tensor:
@@ -143,9 +174,15 @@ class Bordered(Frozen):
 
     def _b_of(self, adapter: Adapter) -> torch.Tensor:
         if self.before and adapter.ranks.start == 0:
-            return self._above[adapter.outputs, : self.before]
+            return self._above[adapter.outputs, adapter.ranks]
         ranks = slice(adapter.ranks.start - self.before, adapter.ranks.stop - self.before)
         return self._behind[adapter.outputs, ranks]
+
+
+def _product(
+    x: torch.Tensor, turned: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    return torch.mm(x, turned, out=out) if bias is None else torch.addmm(bias, x, turned, out=out)
 
 
 class Resident(Bordered):
@@ -154,8 +191,9 @@ class Resident(Bordered):
     def __init__(
         self, layers: Sequence[torch.nn.Linear], ranks: Sequence[int], workspace: Workspace, patches: Patches
     ) -> None:
-        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks, workspace)
         weight = layers[0].weight
+        outputs, bias = [layer.out_features for layer in layers], bias_of(layers, weight.dtype)
+        super().__init__(outputs, layers[0].in_features, ranks, workspace, bias)
         self._look_at(torch.zeros(self._shape, device=weight.device, dtype=weight.dtype))
         for layer, part in zip(layers, self._parts, strict=True):
             part.copy_(layer.weight.data)
@@ -166,9 +204,10 @@ class FourBit(Bordered):
     """4-bit weights, dequantized for each product into a matrix that all products of the same shape share."""
 
     def __init__(self, layers: Sequence[bnb.nn.Linear4bit], ranks: Sequence[int], workspace: Workspace) -> None:
-        super().__init__([layer.out_features for layer in layers], layers[0].in_features, ranks, workspace)
-        self._weights = [layer.weight for layer in layers]
         device, dtype = layers[0].weight.device, layers[0].compute_dtype
+        outputs, bias = [layer.out_features for layer in layers], bias_of(layers, dtype)
+        super().__init__(outputs, layers[0].in_features, ranks, workspace, bias)
+        self._weights = [layer.weight for layer in layers]
         key = (device, dtype, self._inputs, *self._widths, *ranks)  # the ranks determine where the zeros are
         self._look_at(workspace.matrix(key, self._shape, layers[0].weight, dtype))
 
@@ -187,7 +226,7 @@ class EightBit(Frozen):
     """
 
     def __init__(self, layers: Sequence[torch.nn.Linear], border: int, workspace: Workspace, patches: Patches) -> None:
-        super().__init__(workspace)
+        super().__init__(workspace, bias_of(layers, layers[0].weight.dtype))
         matrix = torch.cat([layer.weight.data for layer in layers])
         self._by_output, self._by_input = (
             pointwise.quantize_rows(matrix),
@@ -205,6 +244,8 @@ class EightBit(Frozen):
     ) -> torch.Tensor:
         assert out is None, "8-bit products have no border, so the caller needs no room for one"
         y = pointwise.eight_bit_product(rounded or pointwise.quantize_rows(x_), self._by_output, x_.dtype, fast=True)
+        if self.bias is not None:
+            y += self.bias
         return y if narrow is None else y.addmm_(narrow, self._b.T)
 
     def _b_of(self, adapter: Adapter) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The kernels of the gate, silu(gate) · up, and of the adapters' products with its values.
+"""The kernels of the gate, act(gate) · up, and of the adapters' products with its values.
 
 The gate's values are the widest of a layer, so each pass over them costs as much as several passes elsewhere. The
 adapters' narrow products need the same values and are therefore computed while these are in registers. Each sum is
@@ -57,42 +57,57 @@ def _sigmoid(x):
         )  # fmt: skip
 
 
+_SCALE, _CUBE = tl.constexpr(1.5957691216057308), tl.constexpr(0.044715)  # of the GELU by tanh, as in `pointwise`
+
+
+# GELU chooses the activation: gate · sigmoid(z), where z is the gate itself (silu), or a cubic polynomial of it (the GELU
+# by tanh).
 @triton.jit
-def _opened(gate, kind):
-    """silu(gate), rounded where the plain version rounds."""
-    return (gate * _sigmoid(gate)).to(kind).to(tl.float32)
+def _opened(gate, kind, GELU: tl.constexpr):
+    """act(gate), rounded where the plain version rounds."""
+    inner = gate
+    if GELU:
+        inner = _SCALE * gate * (1 + _CUBE * gate * gate)
+    return (gate * _sigmoid(inner)).to(kind).to(tl.float32)
 
 
 @triton.jit
-def _gradients(gate, up, given, kind):
-    """silu(gate) · up, and its gradients with respect to gate and up. `given` is the gradient of the result."""
-    sigmoid = _sigmoid(gate)
-    opened = gate * sigmoid
+def _gradients(gate, up, given, kind, GELU: tl.constexpr):
+    """act(gate) · up, and its gradients with respect to gate and up. `given` is the gradient of the result."""
+    if GELU:
+        squared = gate * gate
+        sigmoid = _sigmoid(_SCALE * gate * (1 + _CUBE * squared))
+        opened = gate * sigmoid
+        slope = sigmoid + opened * (1 - sigmoid) * (_SCALE * (1 + 3 * _CUBE * squared))
+    else:
+        sigmoid = _sigmoid(gate)
+        opened = gate * sigmoid
+        slope = sigmoid + opened * (1 - sigmoid)
     act = (opened.to(kind).to(tl.float32) * up).to(kind)
-    return act, (given * up * (sigmoid + opened * (1 - sigmoid))).to(kind), (given * opened).to(kind)
+    return act, (given * up * slope).to(kind), (given * opened).to(kind)
 
 
 # gate_up (tokens, 2 · columns); out (tokens, ≥ columns). Writes out.
 # One program computes BLOCK columns of one row.
 @Kernel
 @triton.jit
-def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
+def _gated_kernel(gate_up, out, columns, gate_stride, out_stride, BLOCK: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
     gate = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0)
     up = tl.load(gate_up + row * gate_stride + columns + offsets, mask=inside, other=0.0)
     kind = gate.dtype
-    act = (_opened(gate.to(tl.float32), kind) * up.to(tl.float32)).to(kind)
+    act = (_opened(gate.to(tl.float32), kind, GELU) * up.to(tl.float32)).to(kind)
     tl.store(out + row * out_stride + offsets, act, mask=inside)
 
 
 # gradient, out (tokens, columns) contiguous; gate_up (tokens, 2 · columns). Overwrites gate_up with its gradient, and
-# writes silu(gate) · up to out again: it is not kept, and all its inputs are loaded here anyway.
+# writes act(gate) · up to out again: it is not kept, and all its inputs are loaded here anyway.
 # One program computes BLOCK columns of one row, of gate and of up.
 @Kernel
 @triton.jit
-def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: tl.constexpr):
+def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: tl.constexpr, GELU: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
@@ -100,7 +115,7 @@ def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: 
     gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
     given = tl.load(gradient + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
-    act, of_gate, of_up = _gradients(gate, up, given, gate_up.dtype.element_ty)
+    act, of_gate, of_up = _gradients(gate, up, given, gate_up.dtype.element_ty, GELU)
     tl.store(out + row * columns + offsets, act, mask=inside)
     tl.store(gates, of_gate, mask=inside)
     tl.store(ups, of_up, mask=inside)
@@ -111,7 +126,9 @@ def _gated_backward_kernel(gradient, gate_up, out, columns, gate_stride, BLOCK: 
 # `out` while that is still in the cache. The barrier makes the stores of all its threads visible first.
 @Kernel
 @triton.jit
-def _gated_rounded_kernel(gate_up, out, rounded, scales, columns, gate_stride, out_stride, BLOCK: tl.constexpr):
+def _gated_rounded_kernel(
+    gate_up, out, rounded, scales, columns, gate_stride, out_stride, BLOCK: tl.constexpr, GELU: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((), 0.0, tl.float32)
     for begin in range(0, columns, BLOCK):
@@ -120,7 +137,7 @@ def _gated_rounded_kernel(gate_up, out, rounded, scales, columns, gate_stride, o
         gate = tl.load(gate_up + row * gate_stride + offsets, mask=inside, other=0.0)
         up = tl.load(gate_up + row * gate_stride + columns + offsets, mask=inside, other=0.0)
         kind = gate.dtype
-        act = (_opened(gate.to(tl.float32), kind) * up.to(tl.float32)).to(kind)
+        act = (_opened(gate.to(tl.float32), kind, GELU) * up.to(tl.float32)).to(kind)
         tl.store(out + row * out_stride + offsets, act, mask=inside)
         largest = tl.maximum(largest, tl.max(tl.abs(act.to(tl.float32)), 0))
     tl.debug_barrier()
@@ -139,7 +156,7 @@ def _gated_rounded_kernel(gate_up, out, rounded, scales, columns, gate_stride, o
 @Kernel
 @triton.jit
 def _gated_backward_rounded_kernel(
-    gradient, gate_up, out, rounded, scales, columns, gate_stride, BLOCK: tl.constexpr
+    gradient, gate_up, out, rounded, scales, columns, gate_stride, BLOCK: tl.constexpr, GELU: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full((), 0.0, tl.float32)
@@ -150,7 +167,7 @@ def _gated_backward_rounded_kernel(
         gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(ups, mask=inside, other=0.0).to(tl.float32)
         given = tl.load(gradient + row * columns + offsets, mask=inside, other=0.0).to(tl.float32)
-        act, of_gate, of_up = _gradients(gate, up, given, gate_up.dtype.element_ty)
+        act, of_gate, of_up = _gradients(gate, up, given, gate_up.dtype.element_ty, GELU)
         tl.store(out + row * columns + offsets, act, mask=inside)
         tl.store(gates, of_gate, mask=inside)
         tl.store(ups, of_up, mask=inside)
@@ -172,14 +189,14 @@ def _gated_backward_rounded_kernel(
 
 
 # gate_up (tokens, 2 · columns) and a (ranks, columns) as descriptors; out (tokens, ≥ columns); sums (parts, tokens,
-# ranks) float32. Writes silu(gate) · up to out, and to sums its product with aᵀ, one part of the columns each.
+# ranks) float32. Writes act(gate) · up to out, and to sums its product with aᵀ, one part of the columns each.
 # One program handles ROWS tokens and part_columns columns. Several parts per row fill the GPU. The caller adds their
 # sums in a fixed order, whereas atomic additions would give other bits each time.
 @Kernel
 @triton.jit
 def _gated_narrow_kernel(
     gate_up, a, out, sums, tokens, columns, ranks, out_stride, part_columns,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr, GELU: tl.constexpr
 ):  # fmt: skip
     first, begin = tl.program_id(0) * ROWS, tl.program_id(1) * part_columns
     rows = tl.arange(0, ROWS)
@@ -189,7 +206,7 @@ def _gated_narrow_kernel(
     for at in tl.range(begin, tl.minimum(begin + part_columns, columns), BLOCK, num_stages=STAGES):
         gate, up = gate_up.load([first, at]), gate_up.load([first, columns + at])
         kind = gate.dtype
-        act = (_opened(gate.to(tl.float32), kind) * up.to(tl.float32)).to(kind)
+        act = (_opened(gate.to(tl.float32), kind, GELU) * up.to(tl.float32)).to(kind)
         offsets = at + tl.arange(0, BLOCK)
         tl.store(outs + offsets[None, :], act, mask=present[:, None] & (offsets < columns)[None, :])
         total = tl.dot(a.load([0, at]), tl.trans(act), total, input_precision="ieee")
@@ -203,7 +220,7 @@ def _gated_narrow_kernel(
 # Overwrites gate_up with its gradient, and writes to sums the gradients of down's A, gate's B and up's B, one part of
 # the tokens each. DOWN, GATE and UP say which of the adapters exist.
 # One program handles BLOCK columns and part_tokens tokens: the sums run over tokens, so they stay in registers while
-# tiles of ROWS tokens pass by. silu(gate) · up is needed for down's A only, and never stored. The caller adds the parts
+# tiles of ROWS tokens pass by. act(gate) · up is needed for down's A only, and never stored. The caller adds the parts
 # in a fixed order.
 @Kernel
 @triton.jit
@@ -211,7 +228,7 @@ def _gated_adapted_kernel(
     gate_up, gradient, of_down, narrow_gate, narrow_up, out, sums, tokens, columns, down_ranks, gate_ranks, up_ranks,
     gate_scale, up_scale, out_stride, part_tokens,
     DOWN: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    RANKS: tl.constexpr, STAGES: tl.constexpr
+    RANKS: tl.constexpr, STAGES: tl.constexpr, GELU: tl.constexpr
 ):  # fmt: skip
     column, begin = tl.program_id(0) * BLOCK, tl.program_id(1) * part_tokens
     columns_of = column + tl.arange(0, BLOCK)
@@ -225,7 +242,7 @@ def _gated_adapted_kernel(
         gate = gate_up.load([first, column]).to(tl.float32)
         up = gate_up.load([first, columns + column]).to(tl.float32)
         given = gradient.load([first, column]).to(tl.float32)
-        act, of_gate, of_up = _gradients(gate, up, given, out.dtype.element_ty)
+        act, of_gate, of_up = _gradients(gate, up, given, out.dtype.element_ty, GELU)
         gates = out + tl.cast(first, tl.int64) * out_stride + (rows[:, None] * out_stride + columns_of[None, :])
         inside = (rows < end - first)[:, None] & known[None, :]
         tl.store(gates, of_gate, mask=inside)
@@ -250,26 +267,28 @@ def _gated_adapted_kernel(
         tl.store(place, tl.trans(for_up * up_scale), mask=known[:, None] & (rank < up_ranks)[None, :])
 
 
-def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
+def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None, gelu: bool = False) -> torch.Tensor:
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
     strides = gate_up.stride(0), out.stride(0)
     if rounded is not None:
-        _gated_rounded_kernel[(rows,)](gate_up, out, *rounded, columns, *strides, BLOCK=_BLOCK)
+        _gated_rounded_kernel[(rows,)](gate_up, out, *rounded, columns, *strides, BLOCK=_BLOCK, GELU=gelu)
         return out
-    _gated_kernel[(rows, cdiv(columns, _BLOCK))](gate_up, out, columns, *strides, BLOCK=_BLOCK)
+    _gated_kernel[(rows, cdiv(columns, _BLOCK))](gate_up, out, columns, *strides, BLOCK=_BLOCK, GELU=gelu)
     return out
 
 
-def gated_backward_(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
+def gated_backward_(
+    gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rounded | None = None, gelu: bool = False
+) -> torch.Tensor:
     rows, columns = gradient.shape
     out = torch.empty_like(gradient)
     if rounded is not None:
         _gated_backward_rounded_kernel[(rows,)](
-            gradient, gate_up_, out, *rounded, columns, gate_up_.stride(0), BLOCK=_BLOCK
+            gradient, gate_up_, out, *rounded, columns, gate_up_.stride(0), BLOCK=_BLOCK, GELU=gelu
         )
         return out
     grid = (rows, cdiv(columns, _BLOCK))
-    _gated_backward_kernel[grid](gradient, gate_up_, out, columns, gate_up_.stride(0), BLOCK=_BLOCK)
+    _gated_backward_kernel[grid](gradient, gate_up_, out, columns, gate_up_.stride(0), BLOCK=_BLOCK, GELU=gelu)
     return out
 
 
@@ -289,7 +308,7 @@ def serves(values: Sequence[torch.Tensor], narrow: Sequence[torch.Tensor | None]
     )
 
 
-def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor, gelu: bool = False) -> torch.Tensor:
     (tokens, ranks), columns = (len(gate_up), len(a)), gate_up.shape[1] // 2
     tuned, padded = GATED_NARROW, _padded(ranks)
     row_blocks = cdiv(tokens, tuned.rows)
@@ -299,7 +318,7 @@ def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> t
     _gated_narrow_kernel[(row_blocks, parts)](
         described(gate_up, tuned.rows, tuned.block), described(a, padded, tuned.block), out, sums, tokens, columns, ranks,
         out.stride(0), part_columns,
-        ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages, num_warps=tuned.warps,
+        ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages, GELU=gelu, num_warps=tuned.warps,
     )  # fmt: skip
     return sums.sum(0).to(out.dtype)
 
@@ -311,6 +330,8 @@ def gated_backward_adapted_(
     gate: torch.Tensor | None,
     up: torch.Tensor | None,
     scales: tuple[float, float],
+    *,
+    gelu: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     tokens, columns = gradient.shape
     narrow = (of_down, gate, up)
@@ -326,10 +347,10 @@ def gated_backward_adapted_(
         *(values if part is None else described(part, tuned.rows, padded) for part in narrow),
         gate_up_, sums, tokens, columns, *ranks, *scales, gate_up_.stride(0), part_tokens,
         DOWN=of_down is not None, GATE=gate is not None, UP=up is not None,
-        ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages,
+        ROWS=tuned.rows, BLOCK=tuned.block, RANKS=padded, STAGES=tuned.stages, GELU=gelu,
         num_warps=tuned.warps * (padded // _RANKS),
     )  # fmt: skip
-    of_a, of_gate, of_up = torch.split(sums.sum(0).to(gate_up_.dtype), [columns * rank for rank in ranks])
+    of_a, of_gate, of_up = torch.split(sums.sum(0), [columns * rank for rank in ranks])
     return (
         of_a.view(-1, columns) if ranks[0] else None,
         of_gate.view(columns, -1) if ranks[1] else None,

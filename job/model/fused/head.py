@@ -13,7 +13,9 @@ import torch
 from peft import PeftModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from job.model.architectures import Decoder
 from job.model.fused import pointwise
+from job.model.fused.layer import Norm
 from job.model.patches import Patches, replaced
 
 _IGNORED = -100  # transformers' label for tokens that are not learned
@@ -21,11 +23,17 @@ _TOKENS = 4096  # tokens whose logits exist at once
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """The model's last norm, right before the head."""
+class LastNorm:
+    """The model's last norm, right before the head, and the cap of the logits if there is one."""
 
     weight: torch.Tensor
     epsilon: float
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, norm: torch.nn.Module, decoder: Decoder) -> LastNorm:
+        found = Norm.of(norm, decoder)
+        return cls(found.weight, found.epsilon, decoder.head_softcap)
 
 
 class _LabelLogProbs(torch.autograd.Function):
@@ -37,7 +45,7 @@ class _LabelLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, norm: _Norm, weight: torch.Tensor, labels: torch.Tensor
+        ctx: Any, states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(states.device.type, enabled=False):
             return _label_log_probs(ctx, states, norm, weight, labels)
@@ -45,7 +53,7 @@ class _LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of_results: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_log_prob, rows, learned = ctx.saved_tensors
-        norm: _Norm = ctx.norm
+        norm: LastNorm = ctx.norm
         of_normed = torch.empty_like(rows)
         pointwise.place(of_log_prob, of_normed, of_results[0].index_select(0, learned).unsqueeze(1))
         of_states = rows.new_zeros(len(of_results[0]), rows.shape[1])
@@ -55,7 +63,7 @@ class _LabelLogProbs(torch.autograd.Function):
 
 
 def _label_log_probs(
-    ctx: Any, states: torch.Tensor, norm: _Norm, weight: torch.Tensor, labels: torch.Tensor
+    ctx: Any, states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     (learned,) = torch.where(labels != _IGNORED)
     rows, labels = states.index_select(0, learned), labels.index_select(0, learned)
@@ -66,11 +74,18 @@ def _label_log_probs(
     results = []
     for begin in range(0, max(1, len(rows)), _TOKENS):
         part = slice(begin, begin + _TOKENS)
-        logits = normed[part] @ weight.T
+        logits = _logits(normed[part], weight)
+        slope = None
+        if norm.softcap is not None:
+            torch.tanh(logits.div_(norm.softcap), out=logits)
+            slope = 1 - logits.square() if needed else None
+            logits.mul_(norm.softcap)
         results.append(pointwise.label_log_probs_(logits, labels[part]))
+        if slope is not None:
+            logits.mul_(slope)
         if gradient is not None:
             torch.mm(logits, weight, out=gradient[part])
-        del logits
+        del logits, slope
     log_probs, entropy, first = (
         parts[0].new_zeros(len(states)).index_copy_(0, learned, torch.cat(parts))
         for parts in zip(*results, strict=True)
@@ -82,16 +97,30 @@ def _label_log_probs(
     return log_probs, entropy, first
 
 
+def label_log_probs(states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities of the labels, (tokens), with their gradient. Zero for tokens without a label (-100)."""
+    found: torch.Tensor = _LabelLogProbs.apply(states, norm, weight, labels)[0]  # type: ignore[no-untyped-call]
+    return found
+
+
+def _logits(normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """normed · weightᵀ. Rows begin at multiples of 16 bytes: products with an odd vocabulary would be slow otherwise."""
+    vocabulary = len(weight)
+    room = normed.new_empty(len(normed), -(-vocabulary // 8) * 8)
+    return torch.mm(normed, weight.T, out=room[:, :vocabulary])
+
+
 def can_fuse_head(model: PeftModel) -> bool:
     """Whether the head is a plain frozen layer without bias."""
     head: Any = model.get_output_embeddings()
     return bool(type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad)
 
 
-def fuse_head(model: PeftModel, patches: Patches) -> None:
+def fuse_head(model: PeftModel, decoder: Decoder, patches: Patches) -> None:
     """Make the model answer trl's calls with `fused_lm_head=True`. All other calls stay as they were."""
     base = model.get_base_model()
     forward, norm = base.forward, base.base_model.norm
+    last = LastNorm.of(norm, decoder)
 
     def answer(*, fused_lm_head: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
@@ -102,8 +131,7 @@ def fuse_head(model: PeftModel, patches: Patches) -> None:
             states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)  # each token predicts the next one
         found = _LabelLogProbs.apply(  # type: ignore[no-untyped-call]
-            states.flatten(0, 1), _Norm(norm.weight, norm.variance_epsilon), base.get_output_embeddings().weight,
-            shifted.flatten(),
+            states.flatten(0, 1), last, base.get_output_embeddings().weight, shifted.flatten(),
         )  # fmt: skip
         log_probs, entropy, first = (part.view(labels.shape)[:, :-1] for part in found)
         mask = shifted[:, :-1] != _IGNORED

@@ -26,8 +26,9 @@ def rms_norm_(
 ) -> torch.Tensor:
     """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) into the first columns of `out`.
 
-    It is computed in float32 and rounded before the weight, as in Llama. If `add` (tokens, features) is given, `x_` is
-    first overwritten by the sum of both. Returns the factor of each row, (tokens, 1) in float32.
+    It is computed in float32 and rounded before the weight, as in Llama, or only after a `weight` that is wider than `x_`,
+    as in Gemma. If `add` (tokens, features) is given, `x_` is first overwritten by the sum of both. Returns the factor of
+    each row, (tokens, 1) in float32.
     """
     if x_.is_cuda:
         from job.model.fused import triton_kernels
@@ -36,7 +37,7 @@ def rms_norm_(
     if add is not None:
         x_ += add
     normalised, inverse = _normalised(x_, epsilon)
-    out[:, : x_.shape[1]] = normalised.to(x_.dtype) * weight
+    out[:, : x_.shape[1]] = (normalised.to(weight.dtype) * weight).to(x_.dtype)
     _round(out[:, : x_.shape[1]], rounded)
     return inverse
 
@@ -77,81 +78,142 @@ def _round(x: torch.Tensor, rounded: Rounded | None) -> None:
         part.copy_(found)
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864). `cos` and `sin` are (tokens, head_dim).
+def norm_heads_(heads_: torch.Tensor, weights: torch.Tensor, epsilon: float, before: torch.Tensor) -> None:
+    """`rms_norm_` of each head, in place. `before` receives what was there.
 
-    `heads` and `out` are (tokens, heads, head_dim), and may be the same tensor.
+    `heads_` and `before` are (tokens, heads, head_dim), and `weights` (heads, head_dim).
+    """
+    if heads_.is_cuda:
+        from job.model.fused import triton_kernels
+
+        return triton_kernels.norm_heads_(heads_, weights, epsilon, before)
+    before.copy_(heads_)
+    heads_.copy_(_normalised(heads_, epsilon)[0].to(weights.dtype) * weights)
+    return None
+
+
+def norm_heads_backward_(gradient_: torch.Tensor, before: torch.Tensor, weights: torch.Tensor, epsilon: float) -> None:
+    """Overwrite the gradient of `norm_heads_`'s result, (tokens, heads, head_dim), by that of `before`."""
+    if gradient_.is_cuda:
+        from job.model.fused import triton_kernels
+
+        return triton_kernels.norm_heads_backward_(gradient_, before, weights, epsilon)
+    normalised, inverse = _normalised(before, epsilon)
+    scaled = gradient_.float() * weights.float()
+    gradient_.copy_(inverse * (scaled - normalised * (scaled * normalised).mean(-1, keepdim=True)))
+    return None
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864). `cos` and `sin` are (tokens, rotated).
+
+    `heads` and `out` are (tokens, heads, head_dim), and may be the same tensor. Only the first `rotated` values of each
+    head are rotated and written.
     """
     if heads.is_cuda:
         from job.model.fused import triton_kernels
 
         return triton_kernels.rotate(heads, cos, sin, out)
-    first, second = heads.float().chunk(2, dim=-1)
+    rotated = cos.shape[1]
+    first, second = heads[..., :rotated].float().chunk(2, dim=-1)
     c, s = (half.float().unsqueeze(1).chunk(2, dim=-1) for half in (cos, sin))
-    out.copy_(torch.cat([first * c[0] - second * s[0], second * c[1] + first * s[1]], dim=-1))
+    out[..., :rotated] = torch.cat([first * c[0] - second * s[0], second * c[1] + first * s[1]], dim=-1)
     return None
 
 
 def rotate_back(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> None:
     """The gradient of `rotate`: write the gradients of queries and keys, rotated back, and of values side by side.
 
-    The gradients are (tokens, heads, head_dim) each. They go to the first columns of `out`, (tokens, …).
+    The gradients are (tokens, heads, head_dim) each. They go to the first columns of `out`, (tokens, …). Without `cos` and
+    `sin` nothing is rotated.
     """
-    if query.is_cuda:
+    if query.is_cuda and cos is not None and sin is not None and cos.shape[1] == query.shape[2]:
         from job.model.fused import triton_kernels
 
         return triton_kernels.rotate_back(query, key, value, cos, sin, out)
     begin = 0
     for part in (query, key, value):
-        place = out[:, begin : begin + part[0].numel()].unflatten(1, part.shape[1:])  # type: ignore[no-untyped-call]
-        rotate(part, cos, -sin, out=place) if part is not value else place.copy_(part)
-        begin += part[0].numel()
+        flat = part.flatten(1)
+        place(flat, out[:, begin : begin + flat.shape[1]])
+        begin += flat.shape[1]
+    rotate_back_(out, query.shape[1] + key.shape[1], query.shape[2], cos, sin)
     return None
 
 
-def gated(gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
-    """silu(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202) into the first n columns of `out`, which is returned.
+def rotate_back_(out_: torch.Tensor, heads: int, dim: int, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
+    """Rotate the gradients of the first `heads` heads of `out_`, of `dim` values each, back in place."""
+    if cos is not None and sin is not None:
+        rotated = out_[:, : heads * dim].unflatten(1, (heads, dim))  # type: ignore[no-untyped-call]
+        rotate(rotated, cos, -sin, out=rotated)
 
-    `gate_up` is gate and up side by side: (tokens, 2 n).
+
+def gated(
+    gate_up: torch.Tensor, out: torch.Tensor, rounded: Rounded | None = None, *, gelu: bool = False
+) -> torch.Tensor:
+    """act(gate) · up (SwiGLU; Shazeer 2020, arXiv:2002.05202) into the first n columns of `out`, which is returned.
+
+    `gate_up` is gate and up side by side: (tokens, 2 n). act is silu, or with `gelu` the GELU by tanh (Hendrycks & Gimpel
+    2016, arXiv:1606.08415).
     """
     if gate_up.is_cuda:
         from job.model.fused import gate_kernels
 
-        return gate_kernels.gated(gate_up, out, rounded)
+        return gate_kernels.gated(gate_up, out, rounded, gelu)
     gate, up = gate_up.float().chunk(2, dim=-1)
-    out[:, : gate.shape[1]] = (torch.nn.functional.silu(gate).to(gate_up.dtype).float() * up).to(gate_up.dtype)
+    inner, _ = _inner(gate, gelu)
+    opened = (gate * torch.sigmoid(inner)).to(gate_up.dtype)
+    out[:, : gate.shape[1]] = (opened.float() * up).to(gate_up.dtype)
     _round(out[:, : gate.shape[1]], rounded)
     return out
 
 
-def gated_backward_(gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rounded | None = None) -> torch.Tensor:
-    """Overwrite `gate_up_` (tokens, 2 n) with its gradient, and return silu(gate) · up again: (tokens, n).
+_GELU, _GELU_CUBE = 1.5957691216057308, 0.044715  # 2 √(2 / π), since tanh(x) = 2 sigmoid(2 x) - 1
+
+
+def _inner(gate: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """z and its derivative, for act(gate) = gate · sigmoid(z)."""
+    if not gelu:
+        return gate, 1.0
+    squared = gate * gate
+    return _GELU * gate * (1 + _GELU_CUBE * squared), _GELU * (1 + 3 * _GELU_CUBE * squared)
+
+
+def gated_backward_(
+    gradient: torch.Tensor, gate_up_: torch.Tensor, rounded: Rounded | None = None, *, gelu: bool = False
+) -> torch.Tensor:
+    """Overwrite `gate_up_` (tokens, 2 n) with its gradient, and return act(gate) · up again: (tokens, n).
 
     `gradient` (tokens, n) is that of `gated`'s result. `rounded` receives the gradient of `gate_up_`.
     """
     if gate_up_.is_cuda:
         from job.model.fused import gate_kernels
 
-        return gate_kernels.gated_backward_(gradient, gate_up_, rounded)
+        return gate_kernels.gated_backward_(gradient, gate_up_, rounded, gelu)
     gate, up = gate_up_.float().chunk(2, dim=-1)
-    sigmoid, wide = torch.sigmoid(gate), gradient.float()
-    out = gated(gate_up_, torch.empty_like(gradient))
-    of_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
+    inner, slope = _inner(gate, gelu)
+    sigmoid, wide = torch.sigmoid(inner), gradient.float()
+    out = gated(gate_up_, torch.empty_like(gradient), gelu=gelu)
+    of_gate = wide * up * sigmoid * (1 + gate * slope * (1 - sigmoid))
     gate_up_.copy_(torch.cat([of_gate, wide * gate * sigmoid], dim=-1))
     _round(gate_up_, rounded)
     return out
 
 
-def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def gated_narrow(gate_up: torch.Tensor, a: torch.Tensor, out: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
     """`gated`, returning the product of its result and `a`ᵀ: (tokens, ranks) for `a` (ranks, n)."""
     if gate_up.is_cuda:
         from job.model.fused import gate_kernels
 
         if gate_kernels.serves([gate_up], [a]):
-            return gate_kernels.gated_narrow(gate_up, a, out)
-    return gated(gate_up, out)[:, : a.shape[1]] @ a.T
+            return gate_kernels.gated_narrow(gate_up, a, out, gelu)
+    return gated(gate_up, out, gelu=gelu)[:, : a.shape[1]] @ a.T
 
 
 class Beside(NamedTuple):
@@ -175,17 +237,19 @@ class Adapted(NamedTuple):
     of_up: torch.Tensor | None
 
 
-def gated_backward_adapted_(gradient: torch.Tensor, gate_up_: torch.Tensor, beside: Beside) -> Adapted:
-    """`gated_backward_`, returning the adapters' gradients instead of silu(gate) · up, which is not stored."""
+def gated_backward_adapted_(
+    gradient: torch.Tensor, gate_up_: torch.Tensor, beside: Beside, *, gelu: bool = False
+) -> Adapted:
+    """`gated_backward_`, returning the adapters' gradients in float32 instead of act(gate) · up, which is not stored."""
     if gate_up_.is_cuda:
         from job.model.fused import gate_kernels
 
         if gate_kernels.serves([gate_up_, gradient], beside[:3]):
-            return Adapted(*gate_kernels.gated_backward_adapted_(gradient, gate_up_, *beside))
-    act = gated_backward_(gradient, gate_up_)
-    of_a = None if beside.of_down is None else beside.of_down.T @ act
+            return Adapted(*gate_kernels.gated_backward_adapted_(gradient, gate_up_, *beside, gelu=gelu))
+    act = gated_backward_(gradient, gate_up_, gelu=gelu)
+    of_a = None if beside.of_down is None else gradient_product(beside.of_down, act)
     of_gate, of_up = (
-        None if narrow is None else torch.addmm(act.new_empty(()), half.T, narrow, beta=0, alpha=scale)
+        None if narrow is None else gradient_product(half, narrow, scale)
         for half, narrow, scale in zip(gate_up_.chunk(2, dim=-1), beside[1:3], beside.scales, strict=True)
     )
     return Adapted(of_a, of_gate, of_up)
@@ -276,6 +340,17 @@ def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scal
     for one, out, scale in zip(values, outs, scales, strict=True):
         torch.mul(one, scale, out=out)
     return None
+
+
+def gradient_product(left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale · leftᵀ · right in float32, for `left` (tokens, m) and `right` (tokens, n): (m, n). Not rounded to 16 bits."""
+    if left.dtype == torch.float32:
+        found = left.T @ right
+    elif left.is_cuda:
+        found = torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        found = left.T.float() @ right.float()
+    return found if scale == 1.0 else found.mul_(scale)
 
 
 def eight_bit_product(x: Rounded, weight: Rounded, dtype: torch.dtype, *, fast: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 
 from job.model.changes import ADAPTER
 from job.model.fused import pointwise
-from job.model.fused.frozen import Adapter, EightBit, FourBit, Frozen, Resident
+from job.model.fused.frozen import Adapter, EightBit, FourBit, Frozen, Resident, padded
 from job.model.fused.rounding import Rounded
 from job.model.fused.workspace import Workspace
 from job.model.patches import Patches
@@ -41,15 +41,15 @@ class Normed:
         return out
 
     def products(self, other: torch.Tensor) -> torch.Tensor:
-        """otherᵀ · result, (ranks, width), for `other` (tokens, ranks).
+        """otherᵀ · result, (ranks, width) in float32, for `other` (tokens, ranks).
 
         `inverse` scales the narrow `other` and `weight` the small sum, so the wide result is never computed.
         """
         if self.x.dtype == torch.float16:  # the factor may overflow its range
-            return other.T @ self.values()
+            return pointwise.gradient_product(other, self.values())
         scaled = other.new_empty(other.shape)
         pointwise.place(other, scaled, self.inverse)
-        return (scaled.T @ self.x).mul_(self.weight)
+        return pointwise.gradient_product(scaled, self.x).mul_(self.weight)
 
 
 class Products:
@@ -66,8 +66,8 @@ class Products:
         self._module = layers[0]
         self._inputs, self._outputs = int(bases[0].in_features), sum(int(base.out_features) for base in bases)
         self.adapters = list(_adapters(layers, [int(base.out_features) for base in bases]))
-        self._border = sum(len(adapter.a) for adapter in self.adapters)
-        found = {adapter.seed: len(adapter.a) for adapter in self.adapters}
+        found = {adapter.seed: padded(len(adapter.a)) for adapter in self.adapters}
+        self._border, self._pads = sum(found.values()), any(len(one.a) % 8 for one in self.adapters)
         ranks = [found.get(place, 0) for place in range(len(bases))]
         self._frozen: Frozen
         if all(isinstance(base, bnb.nn.Linear4bit) for base in bases):
@@ -124,14 +124,16 @@ class Products:
         self._frozen.product_(x_, narrow, whole[:, : self._outputs], rounded)
         return whole, narrow
 
-    def forward_gated(self, gate_up: torch.Tensor, seeds: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`forward_` of x = silu(gate) · up, for gate and up side by side: (tokens, 2 · inputs)."""
+    def forward_gated(
+        self, gate_up: torch.Tensor, seeds: Sequence[Draw], *, gelu: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`forward_` of x = act(gate) · up, for gate and up side by side: (tokens, 2 · inputs)."""
         x, rounded = self.new_input(gate_up), self._frozen.new_rounded(gate_up, self._inputs)
         if rounded is not None or self.drops or not self.adapters:
-            pointwise.gated(gate_up, self.inner(x), rounded)
+            pointwise.gated(gate_up, self.inner(x), rounded, gelu=gelu)
             return self.forward_(x, seeds, rounded=rounded)
         self._frozen.refresh(self.adapters)
-        narrow = pointwise.gated_narrow(gate_up, self._frozen.a, self.inner(x))
+        narrow = pointwise.gated_narrow(gate_up, self._frozen.a, self.inner(x), gelu=gelu)
         return self._frozen.product_(x, narrow, None, None), narrow
 
     def _narrow(self, x: torch.Tensor, seeds: Sequence[Draw]) -> torch.Tensor | None:
@@ -141,7 +143,7 @@ class Products:
         x = self.inner(x)
         if not self.drops:
             return x @ self._frozen.a.T
-        narrow = x.new_empty(x.shape[0], self._border)
+        narrow = x.new_zeros(x.shape[0], self._border) if self._pads else x.new_empty(x.shape[0], self._border)
         for adapter in self.adapters:
             dropped = pointwise.dropout_(x, adapter.dropout, *seeds[adapter.seed])
             torch.mm(dropped, self._frozen.a[adapter.ranks].T, out=narrow[:, adapter.ranks])
@@ -170,28 +172,28 @@ class Products:
     def of_a(
         self, of_narrow: torch.Tensor | None, x: torch.Tensor | Normed, seeds: Sequence[Draw]
     ) -> list[torch.Tensor]:
-        """The gradients of the A, adapter by adapter: (rank, inputs) each."""
+        """The gradients of the A, adapter by adapter: (rank, inputs) each, in float32."""
         if of_narrow is None:
             return []
         if not self.drops:
-            together = x.products(of_narrow) if isinstance(x, Normed) else of_narrow.T @ x
+            together = x.products(of_narrow) if isinstance(x, Normed) else pointwise.gradient_product(of_narrow, x)
             return [together[adapter.ranks] for adapter in self.adapters]
         x = x.values() if isinstance(x, Normed) else x
         return [
-            of_narrow[:, adapter.ranks].T @ pointwise.dropout_(x, adapter.dropout, *seeds[adapter.seed])
+            pointwise.gradient_product(
+                of_narrow[:, adapter.ranks], pointwise.dropout_(x, adapter.dropout, *seeds[adapter.seed])
+            )
             for adapter in self.adapters
         ]
 
     def of_b(self, of_y: torch.Tensor, narrow: torch.Tensor | None) -> list[torch.Tensor]:
-        """The gradients of the B, adapter by adapter: (outputs, rank) each."""
+        """The gradients of the B, adapter by adapter: (outputs, rank) each, in float32."""
         if narrow is None:
             return []
-        found = []
-        for adapter in self.adapters:
-            of_b = of_y.new_empty(adapter.b.shape)
-            own, beside = of_y[:, adapter.outputs].T, narrow[:, adapter.ranks]
-            found.append(torch.addmm(of_b, own, beside, beta=0, alpha=adapter.scale, out=of_b))
-        return found
+        return [
+            pointwise.gradient_product(of_y[:, adapter.outputs], narrow[:, adapter.ranks], adapter.scale)
+            for adapter in self.adapters
+        ]
 
     def in_order(self, of_a: Sequence[torch.Tensor], of_b: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The gradients in the order and types of `parameters`."""
@@ -214,7 +216,7 @@ def _adapters(layers: Sequence[torch.nn.Module], widths: Sequence[int]) -> list[
         if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_A:
             continue
         a, b, dropout = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.lora_dropout[ADAPTER]
-        begin = found[-1].ranks.stop if found else 0
+        begin = sum(padded(len(one.a)) for one in found)
         first = sum(widths[:place])
         found.append(
             Adapter(

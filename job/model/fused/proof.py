@@ -1,83 +1,343 @@
-"""The check that the fused layers give what the model's own layers give, on this very machine.
+"""The check that the fused layers give the model's own results, on this very machine.
 
-Kernels are compiled again for each card, compiler and driver. So one layer is computed both ways on a few tokens before
-hours are spent on its gradients.
+Kernels are compiled again for each card, compiler and driver. So before hours are spent on their gradients, one layer of
+each kind is computed three times on a few tokens: by the fused layer, by transformers and peft in the type of training, and
+in float32, which is the judge. The fused layer may be at most `_WORSE` times as far from the judge as the plain layer is.
+
+The adapters are made large enough to matter, and are changed after the fused layer has used them. Some tokens are so small
+that the norms' epsilon matters. Masks of dropout are read out of the layer's own drawing, and given to the judge.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
+from job.model.architectures import Decoder
+from job.model.changes import ADAPTER
 from job.model.fused import MANY_TOKENS
+from job.model.fused.head import LastNorm, label_log_probs
+from job.model.fused.layer import FusedLayer
+from job.model.fused.products import base_of
+from job.model.quantization import full_weight
 
 FEW = (48, 16)  # tokens of each row
 MANY = (MANY_TOKENS // 2, MANY_TOKENS // 2 - 100, 100)
+_WORSE = 2.0  # how much further from the judge than the plain layer
+_FLOOR = 1e-4  # differences that float32's own roundings make
+# Of 8-bit products: the largest difference of a whole result, and of a single row. An H200 gave up to 0.22 and 0.45, and
+# 0.37 for Gemma 2's sharp scores. Whatever is finer is caught by the same layer in 16 bits.
+_FP8 = (0.45, 1.0)
+_SHARE = 0.3  # of a linear layer's result that comes from the adapter
+_TINY = 4  # each such token is about as small as the norms' epsilon
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One layer's output and gradients for some tokens, without the residual that only passed through."""
+    """One layer's results for some tokens, without the residual that only passed through. In float32."""
 
     change: torch.Tensor
     of_input: torch.Tensor
-    of_adapter: tuple[torch.Tensor, ...]
+    of_adapters: tuple[torch.Tensor, ...]
 
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(part.isfinite().all()) for part in self._parts())
+    def differences(self, judge: Sample) -> Differences:
+        """How far from `judge` these results are, or infinity where one is not finite."""
+        found = []
+        for one, two in zip(self._all(), judge._all(), strict=True):
+            away, size = (one - two).norm(dim=1), two.norm(dim=1)
+            typical = size.square().mean().sqrt().clamp(min=1e-20)
+            worst = (away / (size + typical)).max()
+            found.append((_or_infinite(away.norm() / size.norm().clamp(min=1e-20)), _or_infinite(worst)))
+        return Differences(tuple(found))
 
-    def differs(self, other: Sample) -> float:
-        """The largest relative difference ‖a - b‖ / ‖b‖ among output, input's gradient and each adapter's gradients."""
-        pairs = zip(self._parts(), other._parts(), strict=True)
-        return max(float((one - two).norm() / two.norm().clamp(min=1e-20)) for one, two in pairs)
-
-    def _parts(self) -> tuple[torch.Tensor, ...]:
-        return (self.change, self.of_input, *self.of_adapter)
+    def _all(self) -> tuple[torch.Tensor, ...]:
+        return (self.change, self.of_input, *self.of_adapters)
 
 
-def sample(model: PeftModel, lengths: Sequence[int] = FEW, *, with_dropout: bool = False) -> Sample:
-    """Compute the first layer, as it is now, on random rows of these lengths. The model stays unchanged."""
-    base: Any = model.get_base_model().base_model
-    layer, device = base.layers[0], base.embed_tokens.weight.device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.embed_tokens.num_embeddings, (1, sum(lengths)), generator=generator).to(device)
-    x = base.embed_tokens(ids).detach().requires_grad_()
-    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
-    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    of_out = torch.randn(x.shape, generator=generator).to(x)
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    training = layer.training
-    layer.train(with_dropout)
-    weights = [parameter.detach().clone() for parameter in trained]
-    try:
-        with torch.no_grad():  # B starts at zero, and then the gradients of A would be zero too
-            for parameter in trained:
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
-        with torch.autocast(x.device.type, enabled=False):
-            out = layer(
-                x,
-                position_ids=positions,
-                position_embeddings=base.rotary_emb(x, position_ids=positions),
-                cu_seq_lens_q=boundaries,
-                cu_seq_lens_k=boundaries,
-                max_length_q=max(lengths),
-                max_length_k=max(lengths),
-            )
-        out = out[0] if isinstance(out, tuple) else out
-        of_x, *of_trained = torch.autograd.grad(out, [x, *trained], of_out)
-    finally:
+def _or_infinite(value: torch.Tensor) -> float:
+    return float(value) if bool(value.isfinite()) else math.inf
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Per result (output, input's gradient, each adapter's gradient): the relative difference of the whole, and of the worst row."""
+
+    found: tuple[tuple[float, float], ...]
+
+    def exceed(self, allowed: Sequence[tuple[float, float]]) -> str | None:
+        """Which result is further away than allowed, and how far. None if none is."""
+        for place, (one, most) in enumerate(zip(self.found, allowed, strict=True)):
+            names = ("its output", "its input's gradient")
+            name = names[place] if place < len(names) else f"gradient {place - len(names) + 1} of its adapters"
+            for value, limit, what in zip(one, most, ("as a whole", "in one row"), strict=True):
+                if not value <= limit:
+                    return f"{name} differs by {value:.2%} {what}, and {limit:.2%} is allowed"
+        return None
+
+
+class Proof:
+    """Compares layers of a model before and after they are fused. `prepare` comes before, `failure` after it.
+
+    `many` says whether training computes so many tokens at once that other kernels do it.
+    """
+
+    def __init__(self, model: PeftModel, decoder: Decoder, *, many: bool) -> None:
+        self._model, self._decoder = model, decoder
+        self._lengths = [FEW, MANY] if many else [FEW]
+        self._adapters: dict[int, list[torch.Tensor]] = {}
+        self._judged: dict[tuple[int, tuple[int, ...]], tuple[_Judge, Sample, Differences]] = {}
+
+    def kinds(self) -> list[int]:
+        """The first layer of each kind: with its window, and with or without positions."""
+        of_layers = list(zip(self._decoder.windows, self._decoder.rotates, strict=True))
+        return [of_layers.index(kind) for kind in dict.fromkeys(of_layers)]
+
+    def prepare(self, index: int) -> None:
+        """Compute layer `index`, which is not fused yet, in the type of training and in float32."""
+        layer = self._layer(index)
+        self._adapters[index] = _large_adapters(layer)
+        with _with_adapters(layer, self._adapters[index]):
+            judge = _Judge(layer, index)
+            for lengths in self._lengths:
+                wanted = self._sample(judge.layer, index, lengths, judge.trained, torch.float32)
+                plain = self._sample(layer, index, lengths, _trained(layer))
+                self._judged[index, lengths] = judge, wanted, plain.differences(wanted)
+
+    def failure(self, index: int, fused: FusedLayer, *, eight_bit: bool = False) -> str | None:
+        """What is wrong with layer `index`, which is now fused, with 8-bit products or not. None if nothing is."""
+        layer = self._layer(index)
+        kept = fused.kept
+        try:
+            for lengths in self._lengths:
+                judge, wanted, plain = self._judged[index, lengths]
+                allowed = [_allowed(one, eight_bit) for one in plain.found]
+                self._sample(layer, index, lengths, _trained(layer))  # with the adapters that it has now
+                with _with_adapters(layer, self._adapters[index]):
+                    for fused.kept in (True, False):
+                        how = "kept" if fused.kept else "recomputed"
+                        found = self._sample(layer, index, lengths, _trained(layer)).differences(wanted)
+                        if (reason := found.exceed(allowed)) is not None:
+                            return f"a {how} layer: {reason}"
+                        reason = self._dropped(judge, index, fused, lengths, allowed)
+                        if reason is not None:
+                            return f"a {how} layer with dropout: {reason}"
+        finally:
+            fused.kept = kept
+        return None
+
+    def _dropped(
+        self,
+        judge: _Judge,
+        index: int,
+        fused: FusedLayer,
+        lengths: Sequence[int],
+        allowed: Sequence[tuple[float, float]],
+    ) -> str | None:
+        layer = self._layer(index)
+        masks = fused.dropout_masks(sum(lengths))
+        if not masks:
+            return None
+        for probability, mask in masks.values():
+            dropped = float((mask == 0).float().mean())
+            spread = math.sqrt(probability * (1 - probability) / mask.numel())
+            if abs(dropped - probability) > 8 * spread:
+                return f"{dropped:.2%} of the values are dropped, not {probability:.2%}"
+        with judge.dropping({name: (mask != 0) / (1 - p) for name, (p, mask) in masks.items()}):
+            wanted = self._sample(judge.layer, index, lengths, judge.trained, torch.float32)
+        training = layer.training
+        layer.train(True)
+        try:
+            found = self._sample(layer, index, lengths, _trained(layer), training=True)
+        finally:
+            layer.train(training)
+        return found.differences(wanted).exceed(allowed)
+
+    def head_failure(self) -> str | None:
+        """What is wrong with the loss over the fused head. None if nothing is."""
+        base: Any = self._model.get_base_model()
+        embedded, generator = self._embedded(base.base_model, FEW)
+        head, norm = base.get_output_embeddings().weight, LastNorm.of(base.base_model.norm, self._decoder)
+        states = embedded.detach()[0]
+        labels = torch.randint(len(head), (len(states),), generator=generator).to(states.device)
+        labels[::5] = -100
+        factors = torch.rand(len(states), generator=generator).to(states.device)
+        samples = []
+        for dtype, way in ((torch.float32, _plain_loss), (states.dtype, _plain_loss), (states.dtype, label_log_probs)):
+            x = states.to(dtype).requires_grad_()
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+                found = way(x, norm, head.to(dtype), labels)
+                (of_x,) = torch.autograd.grad((found.float() * factors).sum(), x)
+            samples.append(Sample(found.detach().float().unsqueeze(1), of_x.float(), ()))
+        judge, plain, fused = samples
+        allowed = [_allowed(one, False) for one in plain.differences(judge).found]
+        reason = fused.differences(judge).exceed(allowed)
+        return None if reason is None else f"the head: {reason}"
+
+    def _layer(self, index: int) -> Any:
+        return self._model.get_base_model().base_model.layers[index]
+
+    def _embedded(self, base: Any, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Generator]:
+        """Embeddings of random tokens, some of which are scaled down: (1, tokens, width)."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(base.embed_tokens.num_embeddings, (1, sum(lengths)), generator=generator)
+        x = base.embed_tokens(ids.to(base.embed_tokens.weight.device)).detach()
+        small = LastNorm.of(base.norm, self._decoder).epsilon ** 0.5 / x.float().square().mean().sqrt().clamp(min=1e-20)
+        x[:, ::_TINY] *= small.clamp(max=1.0).to(x.dtype)
+        return x, generator
+
+    def _sample(
+        self,
+        layer: Any,
+        index: int,
+        lengths: Sequence[int],
+        trained: Sequence[torch.Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        training: bool = False,
+    ) -> Sample:
+        """Compute `layer`, as it is now, on random rows of these lengths."""
+        base: Any = self._model.get_base_model().base_model
+        embedded, generator = self._embedded(base, lengths)
+        x = embedded.to(dtype or embedded.dtype).requires_grad_()
+        device = x.device
+        positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
+        boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        of_out = torch.randn(x.shape, generator=generator).to(x)
+        kinds = getattr(base.config, "layer_types", None)
+        named = {"layer_type": kinds[index]} if kinds and hasattr(base.rotary_emb, "layer_types") else {}
+        half = x.dtype != torch.float32
+        mode = layer.training
         layer.train(training)
-        with torch.no_grad():
-            for parameter, value in zip(trained, weights, strict=True):
-                parameter.copy_(value)
-    return Sample(
-        (out.detach().float() - x.detach().float()),
-        of_x.float() - of_out.float(),
-        tuple(gradient.detach().float() for gradient in of_trained),
-    )
+        try:
+            with torch.enable_grad(), torch.autocast(device.type, dtype=x.dtype if half else None, enabled=half):
+                out = layer(
+                    x,
+                    position_ids=positions,
+                    position_embeddings=base.rotary_emb(x, positions, **named),
+                    attention_mask=None,
+                    cu_seq_lens_q=boundaries,
+                    cu_seq_lens_k=boundaries,
+                    max_length_q=max(lengths),
+                    max_length_k=max(lengths),
+                )
+            out = out[0] if isinstance(out, tuple) else out
+            of_x, *of_trained = torch.autograd.grad(out, [x, *trained], of_out.to(out.dtype))
+        finally:
+            layer.train(mode)
+        return Sample(
+            (out.detach().float() - x.detach().float())[0],
+            (of_x.float() - of_out.float())[0],
+            tuple(gradient.detach().float() for gradient in of_trained),
+        )
+
+
+def _allowed(plain: tuple[float, float], eight_bit: bool) -> tuple[float, float]:
+    bars = [max(_WORSE * one, _FLOOR) for one in plain]
+    return (max(bars[0], _FP8[0]), max(bars[1], _FP8[1])) if eight_bit else (bars[0], bars[1])
+
+
+def _trained(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
+def _large_adapters(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """Random values for the layer's adapters that make about `_SHARE` of the linear layers' results, as in `_trained`."""
+    generator = torch.Generator().manual_seed(1)
+    found: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for wrapped in layer.modules():
+        if isinstance(wrapped, LoraLayer) and ADAPTER in wrapped.lora_A:
+            a, b, scale = wrapped.lora_A[ADAPTER].weight, wrapped.lora_B[ADAPTER].weight, wrapped.scaling[ADAPTER]
+            frozen = float(full_weight(base_of(wrapped)).float().std()) * math.sqrt(a.shape[1])
+            found[a] = torch.randn(a.shape, generator=generator) / math.sqrt(a.shape[1])
+            found[b] = torch.randn(b.shape, generator=generator) * _SHARE * frozen / (abs(scale) * math.sqrt(len(a)))
+    return [found[parameter].to(parameter) for parameter in _trained(layer)]
+
+
+@contextlib.contextmanager
+def _with_adapters(layer: torch.nn.Module, values: Sequence[torch.Tensor]) -> Iterator[None]:
+    before = [parameter.detach().clone() for parameter in _trained(layer)]
+    _set(layer, values)
+    try:
+        yield
+    finally:
+        _set(layer, before)
+
+
+@torch.no_grad()
+def _set(layer: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(_trained(layer), values, strict=True):
+        parameter.copy_(value)
+
+
+class _Judge:
+    """A decoder layer in float32, with copies of all its weights. It computes LoRA by its formula, without peft."""
+
+    def __init__(self, layer: Any, index: int) -> None:
+        with torch.device("meta"):
+            self.layer = type(layer)(layer.self_attn.config, index)
+        self._linear: dict[str, _Adapted] = {}
+        for name, module in list(self.layer.named_modules()):
+            own = layer.get_submodule(name)
+            if isinstance(module, torch.nn.Linear):
+                parent, _, child = name.rpartition(".")
+                self._linear[name] = _Adapted(own)
+                setattr(self.layer.get_submodule(parent), child, self._linear[name])
+            else:
+                for key, value in own.named_parameters(recurse=False):
+                    setattr(module, key, torch.nn.Parameter(value.detach().float(), requires_grad=False))
+        self.layer.train(layer.training)
+        self.trained = [part for one in self._linear.values() for part in one.trained]
+
+    @contextlib.contextmanager
+    def dropping(self, masks: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Multiply the adapters' inputs by these factors, by the names of the linear layers."""
+        for name, mask in masks.items():
+            self._linear[name].factors = mask
+        try:
+            yield
+        finally:
+            for name in masks:
+                self._linear[name].factors = None
+
+
+class _Adapted(torch.nn.Module):
+    """A linear layer in float32 with its adapter, if it has one."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        base = base_of(layer)
+        self._weight = full_weight(base).float()
+        self._bias = None if base.bias is None else base.bias.detach().float()
+        self.trained: list[torch.Tensor] = []
+        self.factors: torch.Tensor | None = None
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+            self._scale = float(layer.scaling[ADAPTER])
+            pair = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+            self.trained = [part.detach().float().clone().requires_grad_() for part in pair]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.linear(x, self._weight, self._bias)
+        if not self.trained:
+            return y
+        a, b = self.trained
+        into = x if self.factors is None else x * self.factors
+        return y + self._scale * (into @ a.T @ b.T)
+
+
+def _plain_loss(states: torch.Tensor, norm: LastNorm, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`label_log_probs` by PyTorch's own functions."""
+    wide = states.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
+    logits = (normed.to(norm.weight.dtype) * norm.weight).to(states.dtype) @ head.T
+    if norm.softcap is not None:
+        logits = norm.softcap * torch.tanh(logits / norm.softcap)
+    chosen = torch.log_softmax(logits.float(), -1).gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return chosen * (labels >= 0)

@@ -51,7 +51,7 @@ def _rms_norm_kernel(
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
     tl.store(inverses + row, inverse)
     by = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
-    normalised = (wide * inverse).to(values.dtype).to(tl.float32)  # rounded here, as in the plain version
+    normalised = (wide * inverse).to(weight.dtype.element_ty).to(tl.float32)  # rounded here, as in the plain version
     result = (normalised * by).to(values.dtype)
     tl.store(out + row * out_stride + offsets, result, mask=inside)
     if ROUND:
@@ -90,13 +90,14 @@ def _rms_norm_backward_kernel(
         tl.store(rounded + row * columns + offsets, (result.to(tl.float32) / scale).to(tl.float8e4nv), mask=inside)
 
 
-# heads, out (tokens, count, 2 · half); cos, sin (tokens, 2 · half). Writes out, which may be heads.
+# heads, out (tokens, count, dim); cos, sin (tokens, 2 · half). Writes the first 2 · half values of each head of out, which
+# may be heads.
 # One program rotates HEADS heads of one token, so that the token's angles are loaded once for all of them. Both halves
 # of a head are loaded before either is stored, which makes the rotation in place safe.
 @Kernel
 @triton.jit
 def _rotate_kernel(
-    heads, cos, sin, out, count, half, heads_stride, out_stride, BLOCK: tl.constexpr, HEADS: tl.constexpr
+    heads, cos, sin, out, count, half, dim, heads_stride, out_stride, BLOCK: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -107,7 +108,7 @@ def _rotate_kernel(
     cos_second = tl.load(cos + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_first = tl.load(sin + angles, mask=known, other=0.0).to(tl.float32)[None, :]
     sin_second = tl.load(sin + angles + half, mask=known, other=0.0).to(tl.float32)[None, :]
-    at = rows[:, None] * (2 * half) + columns[None, :]
+    at = rows[:, None] * dim + columns[None, :]
     inside = (rows < count)[:, None] & known[None, :]
     first = tl.load(heads + token * heads_stride + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(heads + token * heads_stride + at + half, mask=inside, other=0.0).to(tl.float32)
@@ -115,6 +116,47 @@ def _rotate_kernel(
     to = out + token * out_stride + at
     tl.store(to, (first * cos_first - second * sin_first).to(kind), mask=inside)
     tl.store(to + half, (second * cos_second + first * sin_second).to(kind), mask=inside)
+
+
+# heads (tokens, count, dim) with a stride; weights (count, dim); before (tokens, count, dim) contiguous. Writes before, the
+# old values, and heads.
+# One program norms HEADS heads of one token, held in registers. The old values are stored on the way, since the backward
+# pass needs them and they are loaded here anyway.
+@Kernel
+@triton.jit
+def _norm_heads_kernel(heads, weights, before, count, dim, stride, epsilon, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    rows, columns = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    at = rows[:, None] * dim + columns[None, :]
+    inside = (rows < count)[:, None] & (columns < dim)[None, :]
+    values = tl.load(heads + token * stride + at, mask=inside, other=0.0)
+    tl.store(before + token * count * dim + at, values, mask=inside)
+    wide = values.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 1) / dim + epsilon)
+    normalised = (wide * inverse[:, None]).to(weights.dtype.element_ty).to(tl.float32)
+    by = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(heads + token * stride + at, (normalised * by).to(values.dtype), mask=inside)
+
+
+# gradient (tokens, count, dim) with a stride; before (tokens, count, dim) contiguous; weights (count, dim). Overwrites
+# gradient by that of before.
+# One program computes HEADS heads of one token, held in registers.
+@Kernel
+@triton.jit
+def _norm_heads_backward_kernel(
+    gradient, before, weights, count, dim, stride, epsilon, BLOCK: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    rows, columns = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    at = rows[:, None] * dim + columns[None, :]
+    inside = (rows < count)[:, None] & (columns < dim)[None, :]
+    wide = tl.load(before + token * count * dim + at, mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.load(gradient + token * stride + at, mask=inside, other=0.0).to(tl.float32)
+    scaled *= tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 1) / dim + epsilon)[:, None]
+    normalised = wide * inverse
+    own = inverse * (scaled - normalised * (tl.sum(scaled * normalised, 1) / dim)[:, None])
+    tl.store(gradient + token * stride + at, own.to(gradient.dtype.element_ty), mask=inside)
 
 
 # query (tokens, heads, 2 · half); key, value (tokens, shared, 2 · half), all gradients; cos, sin (tokens, 2 · half);
@@ -200,7 +242,7 @@ def _quantize_kernel(x, out, scales, columns, BLOCK: tl.constexpr):
     tl.store(out + row * columns + offsets, (wide / scale).to(tl.float8e4nv), mask=inside)
 
 
-# logits (rows, vocabulary); labels, log_probs, entropies, first (rows). Writes the last three, and overwrites logits
+# logits (rows, vocabulary) with a stride; labels, log_probs, entropies, first (rows). Writes the last three, and overwrites logits
 # with the gradient of the log-probability, onehot - p.
 # One program handles one row, too long for registers, in blocks. The first pass keeps a running maximum and rescales
 # its sums when that rises (online softmax), so it reads the logits once, not three times. It also sums exp(logit) ·
@@ -208,9 +250,9 @@ def _quantize_kernel(x, out, scales, columns, BLOCK: tl.constexpr):
 # tensor of this size.
 @Kernel
 @triton.jit
-def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns, BLOCK: tl.constexpr):
+def _label_log_probs_kernel(logits, labels, log_probs, entropies, first, columns, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    start = logits + row * columns
+    start = logits + row * stride
     label = tl.load(labels + row)
     labels_logit = tl.load(start + label).to(tl.float32)
     highest = tl.full((), float("-inf"), tl.float32)
@@ -353,10 +395,27 @@ def rms_norm_backward(
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
-    tokens, count, dim = heads.shape
-    grid, block = (tokens, cdiv(count, _HEADS)), next_power_of_2(dim // 2)
+    (tokens, count, dim), half = heads.shape, cos.shape[1] // 2
+    grid, block = (tokens, cdiv(count, _HEADS)), next_power_of_2(half)
     strides = heads.stride(0), out.stride(0)
-    _rotate_kernel[grid](heads, cos, sin, out, count, dim // 2, *strides, BLOCK=block, HEADS=_HEADS)
+    _rotate_kernel[grid](heads, cos, sin, out, count, half, dim, *strides, BLOCK=block, HEADS=_HEADS)
+
+
+def norm_heads_(heads_: torch.Tensor, weights: torch.Tensor, epsilon: float, before: torch.Tensor) -> None:
+    (tokens, count, dim), grid, shape = heads_.shape, *_some_heads(heads_)
+    assert tokens and before.is_contiguous() and weights.is_contiguous()
+    _norm_heads_kernel[grid](heads_, weights, before, count, dim, heads_.stride(0), epsilon, **shape)
+
+
+def norm_heads_backward_(gradient_: torch.Tensor, before: torch.Tensor, weights: torch.Tensor, epsilon: float) -> None:
+    (tokens, count, dim), grid, shape = gradient_.shape, *_some_heads(gradient_)
+    assert tokens and before.is_contiguous() and weights.is_contiguous()
+    _norm_heads_backward_kernel[grid](gradient_, before, weights, count, dim, gradient_.stride(0), epsilon, **shape)
+
+
+def _some_heads(heads: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    tokens, count, dim = heads.shape
+    return (tokens, cdiv(count, _HEADS)), {"BLOCK": next_power_of_2(dim), "HEADS": _HEADS}
 
 
 def rotate_back(
@@ -398,7 +457,9 @@ def label_log_probs_(logits_: torch.Tensor, labels: torch.Tensor) -> tuple[torch
     log_probs, entropies = (torch.empty(rows, device=logits_.device, dtype=torch.float32) for _ in range(2))
     first = torch.empty(rows, device=logits_.device, dtype=torch.bool)
     if rows:
-        _label_log_probs_kernel[(rows,)](logits_, labels, log_probs, entropies, first, columns, BLOCK=4096, num_warps=8)
+        _label_log_probs_kernel[(rows,)](
+            logits_, labels, log_probs, entropies, first, columns, logits_.stride(0), BLOCK=4096, num_warps=8
+        )
     return log_probs, entropies, first
 
 

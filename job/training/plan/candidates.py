@@ -22,6 +22,7 @@ Weights = Literal["4-bit", "resident", "fp8"]
 
 _HEAD_TOKENS = 4096  # tokens whose logits exist at once
 _ELEMENT = 2  # bytes of a 16-bit number
+_TRAINED = 4  # bytes of a trained weight, and of its gradient
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
                     plan,
                     micro_batch_tokens=tokens,
                     longest_row=load.longest_row,
-                    memory_bytes=round(predicted_bytes(shape, plan, settings)),
+                    memory_bytes=round(predicted_bytes(shape, plan, settings, card)),
                     seconds=predicted_seconds(shape, plan, load, card),
                 )
 
@@ -91,9 +92,9 @@ def _parts(load: Load, settings: Settings) -> tuple[int, ...]:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def predicted_bytes(shape: Shape, plan: Plan, settings: Settings) -> float:
+def predicted_bytes(shape: Shape, plan: Plan, settings: Settings, card: Card) -> float:
     """Predict torch's peak of allocated memory, without a paged optimizer's state, which makes room for others."""
-    return weight_bytes(shape, plan.weights, settings) + _activation_bytes(shape, plan)
+    return weight_bytes(shape, plan.weights, settings) + _activation_bytes(shape, plan, card)
 
 
 def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
@@ -108,26 +109,33 @@ def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
     else:
         scale_bytes = 1 / 64 + 4 / (64 * 256) if settings.use_nested_quant else 4 / 64
         frozen = shape.layers * shape.layer_weights * (0.5 + scale_bytes) + bordered
-    embeddings = shape.vocabulary * shape.hidden * _ELEMENT * (1 if shape.tied else 2)
-    norms = (2 * shape.layers + 1) * shape.hidden * _ELEMENT
+    decoder = shape.decoder
+    embeddings = decoder.vocabulary * decoder.hidden * _ELEMENT * (1 if decoder.tied else 2)
+    norms = (2 * shape.layers + 1) * decoder.hidden * _ELEMENT
     trained = shape.layers * shape.layer_adapter
-    element = 2 if settings.use_4bit and settings.bnb_4bit_compute_dtype != "float16" else 4
-    moments = 0 if settings.optim.startswith("paged_") else 2 if "8bit" in settings.optim else 2 * element
-    return frozen + embeddings + norms + trained * (2 * element + moments)
+    moments = 0 if settings.optim.startswith("paged_") else 2 if "8bit" in settings.optim else 2 * _TRAINED
+    return frozen + embeddings + norms + trained * (2 * _TRAINED + moments)
 
 
-def _activation_bytes(shape: Shape, plan: Plan) -> float:
-    hidden, gate = shape.hidden, shape.intermediate
+def _activation_bytes(shape: Shape, plan: Plan, card: Card) -> float:
+    decoder, architecture = shape.decoder, shape.decoder.architecture
+    hidden, gate, query, packed = decoder.hidden, decoder.intermediate, decoder.query, decoder.packed
     ranks = sum(rank for _, _, rank in shape.groups)
-    repeated = 0 if shape.shared_heads == shape.heads else 2 * shape.query  # the attention's copies for each query head
-    kept = shape.packed + shape.query + hidden + 2 * gate + shape.groups[2][2] + ranks + shape.heads * 4 / _ELEMENT
-    kept += repeated
+    behind = hidden if architecture.sandwich else 0  # results before their norms
+    own = card.own_attention and decoder.head_dim in (64, 128)
+    repeated = 2 * query  # copies of keys and values for each query head
+    if own or decoder.shared_heads == decoder.heads:
+        repeated = 0
+    kept: float = packed + query + hidden + 2 * gate + shape.groups[2][2] + ranks + decoder.heads * 4 / _ELEMENT
+    kept += repeated + behind + (query + (packed - query) / 2 if architecture.head_norms else 0)
     behind_gate = 2 * hidden + 2 * gate
-    behind_attention = hidden + 3 * shape.query + 2 * shape.packed + repeated - 2 * gate - hidden
+    behind_attention = hidden + 3 * query + 2 * packed + repeated - 2 * gate - hidden
     at_once = kept if plan.recomputed else 0.0
-    all_layers = shape.layers * hidden + plan.recomputed * shape.groups[3][2] + (shape.layers - plan.recomputed) * kept
+    all_layers: float = shape.layers * (hidden + behind) + plan.recomputed * shape.groups[3][2]
+    all_layers += (shape.layers - plan.recomputed) * kept
     per_token = all_layers + at_once + max(behind_gate, behind_attention)
-    head = min(plan.micro_batch_tokens, _HEAD_TOKENS) * shape.vocabulary
+    capped = 2 if decoder.head_softcap is not None else 0  # the cap's slope, and what it is computed from
+    head = min(plan.micro_batch_tokens, _HEAD_TOKENS) * decoder.vocabulary * (1 + capped)
     in_head = 4 * plan.micro_batch_tokens * hidden + head
     return _ELEMENT * max(plan.micro_batch_tokens * per_token, plan.micro_batch_tokens * all_layers + in_head)
 
@@ -148,14 +156,17 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
     """Predict the mean seconds of a batch's forward and backward pass."""
     rate, bandwidth = card.matmul_flops, card.bandwidth * _TRAFFIC
     again = plan.recomputed / shape.layers
-    large = shape.layers * (
-        4 * shape.layer_weights + again * 2 * (shape.layer_weights - shape.groups[3][0] * shape.hidden)
-    )
+    decoder = shape.decoder
+    hidden = decoder.hidden
+    large = shape.layers * (4 * shape.layer_weights + again * 2 * (shape.layer_weights - shape.groups[3][0] * hidden))
     large /= rate * (_FP8 if plan.weights == "fp8" else 1.0)
-    large += 4 * shape.vocabulary * shape.hidden / rate
+    large += 4 * decoder.vocabulary * hidden / rate
     narrow = shape.layers * (6 + 2 * again) * shape.layer_adapter / (rate * _NARROW)
-    attention = shape.layers * 2 * shape.query * load.mean_context * (3.5 + again) / (rate * _ATTENTION)
-    passes = 26 * shape.hidden + 6 * shape.packed + 11 * shape.intermediate
+    contexts = sum(_context(load.mean_context, window) for window in decoder.windows)
+    attention = 2 * decoder.query * contexts * (3.5 + again) / (rate * _ATTENTION)
+    passes = 26 * hidden + 6 * decoder.packed + 11 * decoder.intermediate
+    passes += 9 * hidden if decoder.architecture.sandwich else 0
+    passes += 5 * decoder.packed if decoder.architecture.head_norms else 0
     traffic = shape.layers * _ELEMENT * passes * (1 + 0.3 * again) / bandwidth
     per_batch = 0.0
     if plan.weights == "4-bit":
@@ -167,6 +178,11 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
         max(tokens * per_token + parts * per_part, parts * launched)
         for tokens, parts in ((tokens, _parts_of(tokens, plan, load)) for tokens in load.batches)
     )
+
+
+def _context(row: float, window: int | None) -> float:
+    """The length of a row in which tokens would attend to as many others as with the window in a row of this length."""
+    return row if window is None or window >= row else window * (2 - window / row)
 
 
 _FEW = 8  # rows of a part, below which whole rows matter: with more, the last row that does not fit wastes little

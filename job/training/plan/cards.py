@@ -13,6 +13,7 @@ class Card:
     """One GPU: bytes of memory, dense 16-bit tensor FLOP/s, memory bandwidth in bytes/s.
 
     `sustained` is the fraction of the FLOP/s that large products reach for minutes, when power is the limit.
+    `own_attention` says whether the job's own attention kernels serve the card (`model/fused/attention.py`).
     """
 
     name: str
@@ -22,6 +23,7 @@ class Card:
     sustained: float = 0.75
     bfloat16: bool = True
     fp8: bool = False
+    own_attention: bool = False
 
     @property
     def matmul_flops(self) -> float:
@@ -35,11 +37,11 @@ def _card(name: str, gib: float, teraflops: float, gigabytes_per_second: float, 
 # Memory is as the driver reports it. A name that consists of some of another name's words comes after that one.
 CARDS = (
     _card("B200", 178, 2250, 8000, fp8=True),
-    _card("GH200", 94, 989, 4000, fp8=True, sustained=0.7),
-    _card("H200", 139, 989, 4800, fp8=True, sustained=0.7),
-    _card("H100 PCIe", 79, 756, 2000, fp8=True, sustained=0.6),
-    _card("H100 NVL", 93, 835, 3900, fp8=True, sustained=0.6),
-    _card("H100", 79, 989, 3350, fp8=True, sustained=0.7),
+    _card("GH200", 94, 989, 4000, fp8=True, own_attention=True, sustained=0.7),
+    _card("H200", 139, 989, 4800, fp8=True, own_attention=True, sustained=0.7),
+    _card("H100 PCIe", 79, 756, 2000, fp8=True, own_attention=True, sustained=0.6),
+    _card("H100 NVL", 93, 835, 3900, fp8=True, own_attention=True, sustained=0.6),
+    _card("H100", 79, 989, 3350, fp8=True, own_attention=True, sustained=0.7),
     _card("A100-40GB", 39.4, 312, 1555, sustained=0.8),
     _card("A100", 79, 312, 2039, sustained=0.8),
     _card("L40S", 44.4, 362, 864, fp8=True, sustained=0.6),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from job.settings import Settings
 from job.training.plan.candidates import Plan, predicted_bytes
-from job.training.plan.cards import GIB
+from job.training.plan.cards import GIB, Card
 from job.training.plan.load import Shape
 
 _RESERVE = 0.75 * GIB  # CUDA's context, and blocks of the allocator that fit no tensor
@@ -25,7 +25,7 @@ def fits(plan: Plan, free_bytes: float) -> bool:
     return plan.memory_bytes * _FRAGMENTS + _RESERVE <= free_bytes
 
 
-def smaller_plan(plan: Plan, shape: Shape, settings: Settings) -> Plan | None:
+def smaller_plan(plan: Plan, shape: Shape, settings: Settings, card: Card) -> Plan | None:
     """The next plan that needs less memory and can be used immediately. None if there is none."""
     if plan.recomputed < shape.layers:
         more = max(1, shape.layers // 4)
@@ -35,4 +35,4 @@ def smaller_plan(plan: Plan, shape: Shape, settings: Settings) -> Plan | None:
         smaller = replace(plan, micro_batch_tokens=tokens, parts=2 * plan.parts)
     else:
         return None
-    return replace(smaller, memory_bytes=round(predicted_bytes(shape, smaller, settings)), seconds=0.0)
+    return replace(smaller, memory_bytes=round(predicted_bytes(shape, smaller, settings, card)), seconds=0.0)

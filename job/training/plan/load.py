@@ -12,75 +12,51 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from job.model.architectures import Decoder, NotDescribed
 from job.settings import Settings
-
-_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a Llama with LoRA that memory and time depend on."""
+    """What memory and time of a model with LoRA depend on: the dimensions of its decoder, and the adapters."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    shared_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
+    decoder: Decoder
     rank: int
     targets: frozenset[str]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], settings: Settings) -> Shape | None:
-        """The shape from a model's config.json. None if the fused layers do not support the model."""
-        if config.get("architectures") != ["LlamaForCausalLM"] or config.get("hidden_act", "silu") != "silu":
-            return None
-        if (
-            config.get("quantization_config")
-            or config.get("attention_bias")
-            or config.get("mlp_bias")
-            or config.get("attention_dropout")
-        ):
-            return None
-        heads = int(config["num_attention_heads"])
-        wanted: tuple[str, ...] = ("q_proj", "v_proj")  # peft's choice for Llama
+    def of(cls, config: Mapping[str, Any], settings: Settings) -> Shape:
+        """The shape from a model's config.json. Raises NotDescribed if the fused layers do not compute the model."""
+        decoder = Decoder.of(config)
+        architecture = decoder.architecture
+        wanted: tuple[str, ...] = architecture.default_targets
         if settings.lora_target_modules == "all-linear":
-            wanted = _LLAMA_TARGETS
+            wanted = architecture.linear
         elif settings.lora_target_modules != "auto":
             wanted = tuple(settings.lora_target_modules)
-        return cls(
-            hidden=int(config["hidden_size"]),
-            intermediate=int(config["intermediate_size"]),
-            layers=int(config["num_hidden_layers"]),
-            heads=heads,
-            shared_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            vocabulary=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            rank=settings.lora_r,
-            targets=frozenset(wanted),
+        return cls(decoder, settings.lora_r, frozenset(wanted) & frozenset(architecture.linear))
+
+    @property
+    def layers(self) -> int:
+        return self.decoder.layers
+
+    @property
+    def _parts(self) -> tuple[tuple[tuple[str, ...], int, int], ...]:
+        """The layers of each of the four products, with their common inputs and all their outputs."""
+        one, architecture = self.decoder, self.decoder.architecture
+        return (
+            (architecture.inputs, one.hidden, one.packed),
+            (("o_proj",), one.query, one.hidden),
+            (architecture.gates, one.hidden, 2 * one.intermediate),
+            (("down_proj",), one.intermediate, one.hidden),
         )
 
     @property
-    def query(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def packed(self) -> int:
-        """The width of a token's queries, keys and values together."""
-        return self.query + 2 * self.shared_heads * self.head_dim
-
-    @property
     def groups(self) -> tuple[tuple[int, int, int], ...]:
-        """Inputs, outputs and total adapter rank of each of a layer's four products."""
-        hidden, rank = self.hidden, {name: self.rank if name in self.targets else 0 for name in _LLAMA_TARGETS}
-        return (
-            (hidden, self.packed, rank["q_proj"] + rank["k_proj"] + rank["v_proj"]),
-            (self.query, hidden, rank["o_proj"]),
-            (hidden, 2 * self.intermediate, rank["gate_proj"] + rank["up_proj"]),
-            (self.intermediate, hidden, rank["down_proj"]),
+        """Inputs, outputs and the border (total adapter rank, see `fused/frozen.py`) of each of a layer's four products."""
+        padded = -(-self.rank // 8) * 8
+        return tuple(
+            (inputs, outputs, padded * len(self.targets & set(names))) for names, inputs, outputs in self._parts
         )
 
     @property
@@ -91,12 +67,16 @@ class Shape:
     @property
     def layer_adapter(self) -> int:
         """The number of trained weights in a layer."""
-        shared = self.shared_heads * self.head_dim
-        outputs = {"q_proj": self.query, "k_proj": shared, "v_proj": shared, "o_proj": self.hidden,
-                   "gate_proj": self.intermediate, "up_proj": self.intermediate, "down_proj": self.hidden}  # fmt: skip
-        inputs = {"o_proj": self.query, "down_proj": self.intermediate}
-        named = self.targets & set(_LLAMA_TARGETS)
-        return sum(self.rank * (inputs.get(name, self.hidden) + outputs[name]) for name in named)
+        one = self.decoder
+        shared = one.shared_heads * one.head_dim
+        apart = {"q_proj": one.query, "k_proj": shared, "v_proj": shared,
+                 "gate_proj": one.intermediate, "up_proj": one.intermediate}  # fmt: skip
+        return sum(
+            self.rank * (inputs + apart.get(name, outputs))
+            for names, inputs, outputs in self._parts
+            for name in names
+            if name in self.targets
+        )
 
 
 def unusual_adapter(settings: Settings) -> str | None:
@@ -108,12 +88,14 @@ def unusual_adapter(settings: Settings) -> str | None:
     return next((name for name, value in named.items() if value), None)
 
 
-def obstacle(settings: Settings, shape: Shape | None) -> str | None:
+def obstacle(settings: Settings, config: Mapping[str, Any]) -> str | None:
     """Why the fused layers cannot compute this run on any card, or None if they can. Only fused layers have plans."""
     if settings.decoder_layers in ("plain", "compiled"):
         return f"FT_DECODER_LAYERS={settings.decoder_layers}"
-    if shape is None:
-        return "the model is not a Llama without biases"
+    try:
+        Decoder.of(config)
+    except NotDescribed as error:
+        return str(error)
     if settings.padding_free is False and not settings.packing:
         return "they need rows without padding (FT_PADDING_FREE)"
     if settings.sharding != "none":
