@@ -61,6 +61,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         },
     ),
+    "gemma-3-4b": (
+        "gemma3_text",
+        {
+            "vocab_size": 262_208, "hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
+            "query_pre_attn_scalar": 256,
+        },
+    ),
     "gemma-3-12b": (
         "gemma3_text",
         {

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from job.environment import contradictions, settings_table  # noqa: E402
 from job.settings import Settings, variable  # noqa: E402
-from job.training.plan.load import Shape, obstacle  # noqa: E402
+from job.training.plan.load import obstacle  # noqa: E402
 
 FIRST = (
     "model_name", "dataset_name", "new_model", "publish_to", "store_url", "run_id", "max_seq_length", "packing", "lora_r",
@@ -34,11 +34,16 @@ _COMMON = {
 }
 _MODELS: dict[str, dict[str, Any]] = {
     "Llama 1 to 3.x, TinyLlama, SmolLM2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-    "Llama with biases": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True},
-    "Mistral, Qwen2 and 3, Gemma, Phi, other decoders": {
+    "Mistral, Qwen2, 2.5 and 3, Phi-3 and 4, SmolLM3, Gemma 3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+    },
+    "their checkpoints in bitsandbytes' 4 bits": {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     },
+    "Gemma 2, other decoders": {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"},
 }
 _WAYS: dict[str, dict[str, Any]] = {
     "QLoRA, 4-bit (default)": {},
@@ -65,7 +70,7 @@ def _verdict(named: dict[str, Any], config: dict[str, Any]) -> str:
         return "refused"
     if settings.device == "cpu":
         return "runs"  # the fused layers are for GPUs; on a CPU they only serve tests
-    reason = obstacle(settings, Shape.of({**_COMMON, **config}, settings))
+    reason = obstacle(settings, {**_COMMON, **config})
     if reason is None:
         return "**fast**"
     return "refused" if settings.frozen_precision == "fp8" else "runs"

@@ -51,6 +51,19 @@ def _in_stage_order(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in STAGE_NAMES if name in value)
 
 
+def _prices(value: Any) -> Any:
+    """`2.9`, or `A100=1.5,H100=2.9`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if "=" not in value:
+            return {"": float(value)}
+        pairs = (part.split("=") for part in value.split(",") if part.strip())
+        return {name.strip(): float(price) for name, price in pairs}
+    except ValueError as error:
+        raise ValueError("must be a number, or numbers by the names of GPUs, such as A100=1.5,H100=2.9") from error
+
+
 Auto = Literal["auto"]
 CommaList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Stages = Annotated[
@@ -70,6 +83,8 @@ CommaFormats = Annotated[
 Prompts = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], NoDecode, BeforeValidator(_json)]
 TextMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_json)]
 Encoding = Annotated[str, AfterValidator(_known_encoding)]
+Price = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Prices = Annotated[dict[str, Price], NoDecode, BeforeValidator(_prices)]
 NumberMap = Annotated[dict[str, Annotated[int, Field(ge=1, le=65536)]], NoDecode, BeforeValidator(_json)]
 JsonObject = Annotated[dict[str, Any], NoDecode, BeforeValidator(_json)]
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -340,7 +355,14 @@ class Settings(BaseSettings):
         None, "Limit on GPU memory for training, in GiB. Unset: all free memory.", since=None
     )
     plan_gpu: NonEmpty | None = _setting(
-        None, "GPU to plan for in `entrypoint.py plan`, such as `A100-40GB`. Unset: this machine's.", since=None
+        None,
+        "GPUs to plan for in `entrypoint.py plan`: `A100-40GB`, several such as `H100,2xL40S`, or `all`. Unset: this machine's, or all.",
+        since=None,
+    )
+    gpu_price: Prices = _setting(
+        {},
+        "Price of a GPU per hour, for `entrypoint.py plan`: one number, or one for each, such as `A100=1.5,H100=2.9`.",
+        since=None,
     )
     max_grad_norm: float = _setting(0.3, "Maximum gradient norm. Larger gradients are clipped.", since="train", gt=0)
     learning_rate: float = _setting(2e-4, "Peak learning rate.", since="train", gt=0, le=10)

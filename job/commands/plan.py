@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
 
-from job.cluster import visible_gpus
+from job.cluster import Gpu, visible_gpus
+from job.commands.card_table import PREDICTED, compare, lacks, wanted_cards
 from job.environment.local_files import SOURCES, source_names
-from job.errors import JobError, SettingsError
+from job.errors import JobError
 from job.hub.publish import destinations_of
 from job.hub.sources import Listing, Source, disk_needed, kind_of, look_up, model_config
 from job.run import Run, read_json
 from job.settings import Settings, variable
 from job.stages import stages_of
 from job.training.plan.candidates import Plan, plans
-from job.training.plan.cards import CARDS, GIB, Card, card_named
+from job.training.plan.cards import GIB, Card, card_named
 from job.training.plan.choose import choose, fits
 from job.training.plan.load import Load, Shape, load_of, obstacle
 
@@ -59,28 +61,34 @@ def print_plan(run: Run) -> None:
 
 
 def _computation(run: Run) -> list[str]:
-    """How a batch would be computed on this machine's GPU or on FT_PLAN_GPU, and which other plans there are."""
+    """How a batch would be computed on this machine's GPU or on those of FT_PLAN_GPU, and which other plans there are."""
     settings = run.settings
     if settings.plan_gpu is None and settings.device == "cpu":
         return []
-    card = _card(settings)
+    here = visible_gpus()
+    wanted = wanted_cards(settings, any_here=bool(here))
+    card = _card_here(here) if wanted is None else wanted[0][1]
     if card is None:
-        gpus = visible_gpus()
-        if not gpus:
-            return ["\nSet FT_PLAN_GPU to a card, such as H100 or L4, to see what fits on it and how fast it is."]
-        return [f"\nNo plan: the planner does not know the {gpus[0].name}. The job goes by its free memory."]
+        return [f"\nNo plan: the planner does not know the {here[0].name}. The job goes by its free memory."]
+    several = wanted is not None and (len(wanted) > 1 or wanted[0][0] > 1)
+    for_what = "" if several else f" for {card.name}"
     try:
         config = _config(run)
-        reason = obstacle(settings, config) or _lacks(card, settings)
+        reason = obstacle(settings, config) or (None if several else lacks(card, settings))
         shape = Shape.of(config, settings) if reason is None else None
     except (JobError, OSError, ValueError) as error:
-        return [
-            f"\nNo plan for {card.name}: the model's config.json cannot be read: {getattr(error, 'message', error)}"
-        ]
+        return [f"\nNo plan{for_what}: the model's config.json cannot be read: {getattr(error, 'message', error)}"]
     if shape is None:
         slower = "transformers and peft would train it: slower, and without a prediction of memory."
-        return [f"\nNo plan for {card.name}: only the job's fused layers are planned, and {reason}. {slower}"]
+        return [f"\nNo plan{for_what}: only the job's fused layers are planned, and {reason}. {slower}"]
     load, known = _load(run)
+    if several and wanted is not None:
+        return compare(wanted, shape, load, settings, tokens=_tokens(run, load) if known else None)
+    return _plans_for(card, shape, load, known, settings)
+
+
+def _plans_for(card: Card, shape: Shape, load: Load, known: bool, settings: Settings) -> list[str]:
+    """The plans for one card that are worth showing."""
     limit = math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB
     free = min(card.memory_bytes, limit)
     candidates = list(plans(shape, load, card, settings))
@@ -103,6 +111,16 @@ def _computation(run: Run) -> list[str]:
     return [*lines, *_legend(settings, fits(chosen, free), known)]
 
 
+def _tokens(run: Run, load: Load) -> float:
+    """All tokens of the training, as prepared."""
+    settings, train = run.settings, read_json(run.paths.data_report_file)["train"]
+    if settings.max_steps is not None:
+        per_step = settings.gradient_accumulation_steps * run.processes_per_node * run.node.count
+        return settings.max_steps * per_step * load.mean_batch
+    rows = int(train.get("packed_rows", train["rows"]))
+    return rows / settings.per_device_train_batch_size * load.mean_batch * settings.num_train_epochs
+
+
 def _legend(settings: Settings, found: bool, known: bool) -> list[str]:
     if found:
         lines = ["The arrow marks the fastest plan that fits."]
@@ -121,20 +139,12 @@ def _legend(settings: Settings, found: bool, known: bool) -> list[str]:
             else "None of them fits: rent a larger card, or lower FT_MAX_SEQ_LENGTH."
         ]
     lines.append("resident: 4-bit weights dequantized to 16 bits. recomputed: layers with gradient checkpointing.")
-    lines.append("Predicted from measurements on an H200 and the cards' data sheets, for adapters without dropout.")
+    lines.append(PREDICTED)
     if not known:
         lines.append(
             "Shorter rows mean fewer tokens per batch, which is slower. Once the data is prepared, this table uses its lengths."
         )
     return lines
-
-
-def _lacks(card: Card, settings: Settings) -> str | None:
-    if not card.bfloat16:
-        return "their attention needs an Ampere GPU or newer"
-    if settings.frozen_precision == "fp8" and not card.fp8:
-        return "this card has no 8-bit floats (FT_FROZEN_PRECISION)"
-    return None
 
 
 def _worth_showing(candidates: list[Plan], chosen: Plan, free: float) -> list[Plan]:
@@ -146,18 +156,7 @@ def _worth_showing(candidates: list[Plan], chosen: Plan, free: float) -> list[Pl
     return sorted(shown, key=lambda plan: (plan.seconds, plan.memory_bytes, plan.weights))
 
 
-def _card(settings: Settings) -> Card | None:
-    if settings.plan_gpu is not None:
-        card = card_named(settings.plan_gpu)
-        if card is None:
-            raise SettingsError(
-                f"FT_PLAN_GPU={settings.plan_gpu!r} is not a card that the planner knows.",
-                f"It knows {', '.join(card.name for card in CARDS)}.",
-            )
-        return card
-    gpus = visible_gpus()
-    if not gpus:
-        return None
+def _card_here(gpus: Sequence[Gpu]) -> Card | None:
     found = card_named(gpus[0].name)
     return (
         replace(found, memory_bytes=gpus[0].memory_bytes) if found is not None else None

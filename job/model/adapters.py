@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -13,11 +14,16 @@ from job.errors import InputError
 from job.settings import Settings
 
 
-def lora_config(settings: Settings, tokens: dict[str, list[int]] | list[int] | None = None) -> LoraConfig:
-    """The FT_LORA_* settings as peft's LoraConfig, with the rows of `tokens` to train beside."""
+def lora_config(
+    settings: Settings, tokens: dict[str, list[int]] | list[int] | None = None, auto: Sequence[str] | None = None
+) -> LoraConfig:
+    """The FT_LORA_* settings as peft's LoraConfig, with the rows of `tokens` to train beside.
+
+    `auto` are the layers that FT_LORA_TARGET_MODULES=auto stands for. None leaves that to peft.
+    """
     targets: str | list[str] | None
     if settings.lora_target_modules == "auto":
-        targets = None
+        targets = None if auto is None else list(auto)
     elif settings.lora_target_modules == "all-linear":
         targets = "all-linear"
     else:

@@ -32,7 +32,7 @@ def is_padding_free(settings: Settings, device: torch.device, config: Mapping[st
     wanted = settings.padding_free
     if settings.packing:
         return True
-    if wanted is True and not is_plain_attention(config):
+    if wanted is True and not is_plain_attention(config, device):
         raise InputError(
             "FT_PADDING_FREE=true: this model's attention is not known to work without padding.",
             "Set FT_PADDING_FREE=auto.",
@@ -40,16 +40,20 @@ def is_padding_free(settings: Settings, device: torch.device, config: Mapping[st
     if wanted != "auto":
         return bool(wanted)
     served = _has_kernel(device) or settings.decoder_layers == "fused"
-    return served and is_plain_attention(config)
+    return served and is_plain_attention(config, device)
 
 
-def is_plain_attention(config: Mapping[str, Any]) -> bool:
-    """Whether tokens attend to those before them by softmax, at most with a window and a cap: no sink, bias or dropout."""
+def is_plain_attention(config: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether tokens attend to those before them by softmax, at most with a window: no sink, bias or dropout.
+
+    A cap of the scores counts as plain on the CPU only. No kernel has it, and without one a GPU would need memory that
+    grows with the square of a row's length.
+    """
     try:
-        Decoder.of(config)
+        decoder = Decoder.of(config)
     except NotDescribed:
         return False
-    return True
+    return decoder.softcap is None or device.type == "cpu"
 
 
 @functools.cache

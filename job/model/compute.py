@@ -35,7 +35,7 @@ class Compute:
         device = device_of(settings, local_rank)
         dtype = compute_dtype(settings, device)
         padding_free = is_padding_free(settings, device, config)
-        varlen = padding_free and is_plain_attention(config)
+        varlen = padding_free and is_plain_attention(config, device)
         return cls(
             device=device,
             dtype=dtype,

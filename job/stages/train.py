@@ -24,6 +24,7 @@ from job.environment.local_files import public_name
 from job.environment.model_settings import refuse_unfit
 from job.errors import InputError, Stopped, is_lost_contact
 from job.model.adapters import hold_adapter_in_float32, lora_config
+from job.model.architectures import default_targets
 from job.model.compute import Compute
 from job.model.loading import load_base
 from job.model.vocabulary import give_heads_a_bias, grow, trained_rows
@@ -156,7 +157,7 @@ def _build_trainer(
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            peft_config=lora_config(settings, trained_rows(model, new)),
+            peft_config=lora_config(settings, trained_rows(model, new), default_targets(model.config.to_dict())),
             callbacks=[LogShortRuns(), ReportProgress(), OfferCheckpoints(), RefuseNonsense()],
             pace=pace,
             stop=stop,

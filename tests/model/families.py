@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.shapes import SHAPES
 from job.model.architectures import Decoder
 from job.model.fused.layer import FusedLayer, Weights, can_fuse, fuse_layer
 from job.model.fused.workspace import Workspace
@@ -88,10 +89,20 @@ def base_model(config: Any, dtype: torch.dtype = torch.float32, attention: str =
     return model.to(dtype)
 
 
+def as_json(config: Any) -> dict[str, Any]:
+    """What config.json would say."""
+    return {**config.to_dict(), "architectures": [AutoModelForCausalLM._model_mapping[type(config)].__name__]}
+
+
 def decoder_of(config: Any) -> Decoder:
     """The description that config.json would give."""
-    name = AutoModelForCausalLM._model_mapping[type(config)].__name__
-    return Decoder.of({**config.to_dict(), "architectures": [name]})
+    return Decoder.of(as_json(config))
+
+
+def config_of(shape: str) -> dict[str, Any]:
+    """The config.json of one of the benchmark's shapes."""
+    kind, sizes = SHAPES[shape]
+    return as_json(AutoConfig.for_model(kind, **{"pad_token_id": 0, **sizes}))
 
 
 def adapted(model: Any, rank: int = 8, targets: tuple[str, ...] | None = None, dropout: float = 0.0) -> PeftModel:

@@ -94,11 +94,15 @@ def _parts(load: Load, settings: Settings) -> tuple[int, ...]:
 
 def predicted_bytes(shape: Shape, plan: Plan, settings: Settings, card: Card) -> float:
     """Predict torch's peak of allocated memory, without a paged optimizer's state, which makes room for others."""
-    return weight_bytes(shape, plan.weights, settings) + _activation_bytes(shape, plan, card)
+    most, least = _activation_bytes(shape, plan, card)
+    gradients = shape.layers * shape.layer_adapter * _TRAINED
+    # They grow while the layers' inputs are freed. Only a later part of a step starts with all of them.
+    held = gradients if plan.parts > 1 or settings.gradient_accumulation_steps > 1 else 0
+    return weight_bytes(shape, plan.weights, settings) + max(most + held, least + gradients)
 
 
 def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
-    """The bytes of frozen weights, adapter, gradients and optimizer state."""
+    """The bytes of frozen weights, adapter and optimizer state."""
     bordered = sum((outputs + rank) * (inputs + rank) for inputs, outputs, rank in shape.groups) * _ELEMENT
     if weights == "resident":
         frozen: float = shape.layers * bordered
@@ -114,10 +118,11 @@ def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
     norms = (2 * shape.layers + 1) * decoder.hidden * _ELEMENT
     trained = shape.layers * shape.layer_adapter
     moments = 0 if settings.optim.startswith("paged_") else 2 if "8bit" in settings.optim else 2 * _TRAINED
-    return frozen + embeddings + norms + trained * (2 * _TRAINED + moments)
+    return frozen + embeddings + norms + trained * (_TRAINED + moments)
 
 
-def _activation_bytes(shape: Shape, plan: Plan, card: Card) -> float:
+def _activation_bytes(shape: Shape, plan: Plan, card: Card) -> tuple[float, float]:
+    """When all layers have been computed, and when the backward pass has come to the first one."""
     decoder, architecture = shape.decoder, shape.decoder.architecture
     hidden, gate, query, packed = decoder.hidden, decoder.intermediate, decoder.query, decoder.packed
     ranks = sum(rank for _, _, rank in shape.groups)
@@ -137,7 +142,9 @@ def _activation_bytes(shape: Shape, plan: Plan, card: Card) -> float:
     capped = 2 if decoder.head_softcap is not None else 0  # the cap's slope, and what it is computed from
     head = min(plan.micro_batch_tokens, _HEAD_TOKENS) * decoder.vocabulary * (1 + capped)
     in_head = 4 * plan.micro_batch_tokens * hidden + head
-    return _ELEMENT * max(plan.micro_batch_tokens * per_token, plan.micro_batch_tokens * all_layers + in_head)
+    tokens = plan.micro_batch_tokens
+    first = kept + hidden + behind + max(behind_gate, behind_attention)
+    return _ELEMENT * max(tokens * per_token, tokens * all_layers + in_head), _ELEMENT * tokens * first
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -149,6 +156,7 @@ _FP8 = 1.52  # 8-bit products, relative to the 16-bit rate, including the roundi
 # Seconds that a slow CPU needs to launch one layer's kernels, forward and backward, and the fraction that recomputing
 # adds
 _LAUNCH: dict[Weights, tuple[float, float]] = {"resident": (3e-3, 0.45), "4-bit": (3.3e-3, 0.5), "fp8": (3.7e-3, 0.5)}
+_DROPPED = 10  # passes over an adapter's input that its dropout adds: drawn three times, and a product less is shared
 _RAMP_SECONDS = 0.2e-3  # lost per layer because kernels ramp up and run out
 
 
@@ -167,6 +175,7 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
     passes = 26 * hidden + 6 * decoder.packed + 11 * decoder.intermediate
     passes += 9 * hidden if decoder.architecture.sandwich else 0
     passes += 5 * decoder.packed if decoder.architecture.head_norms else 0
+    passes += _DROPPED * shape.adapted_inputs if shape.drops else 0
     traffic = shape.layers * _ELEMENT * passes * (1 + 0.3 * again) / bandwidth
     per_batch = 0.0
     if plan.weights == "4-bit":

@@ -23,6 +23,7 @@ class Shape:
     decoder: Decoder
     rank: int
     targets: frozenset[str]
+    drops: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], settings: Settings) -> Shape:
@@ -34,7 +35,8 @@ class Shape:
             wanted = architecture.linear
         elif settings.lora_target_modules != "auto":
             wanted = tuple(settings.lora_target_modules)
-        return cls(decoder, settings.lora_r, frozenset(wanted) & frozenset(architecture.linear))
+        targets = frozenset(wanted) & frozenset(architecture.linear)
+        return cls(decoder, settings.lora_r, targets, settings.lora_dropout > 0)
 
     @property
     def layers(self) -> int:
@@ -60,6 +62,11 @@ class Shape:
         )
 
     @property
+    def adapted_inputs(self) -> int:
+        """The widths of the inputs of a layer's adapters, added up."""
+        return sum(inputs * len(self.targets & set(names)) for names, inputs, _ in self._parts)
+
+    @property
     def layer_weights(self) -> int:
         """The number of frozen weights in a layer's products."""
         return sum(inputs * outputs for inputs, outputs, _ in self.groups)
@@ -79,6 +86,27 @@ class Shape:
         )
 
 
+# SFTConfig arguments that change nothing between a batch and its gradients. All others are for plain layers.
+_HARMLESS_STARTS = (
+    "adam_",
+    "dataloader_",
+    "ddp_",
+    "log_",
+    "logging_",
+    "lr_scheduler_",
+    "warmup_",
+    "eval_",
+    "optim_",
+    "project",
+)
+_HARMLESS = frozenset({
+    "loss_type", "average_tokens_across_devices", "include_num_input_tokens_seen", "torch_empty_cache_steps", "run_name",
+    "skip_memory_metrics", "shuffle_dataset", "dataset_num_proc", "truncation_mode", "length_column_name",
+    "train_sampling_strategy", "group_by_length", "metric_for_best_model", "greater_is_better", "trackio_space_id",
+    "include_tokens_per_second", "use_legacy_prediction_loop", "batch_eval_metrics", "prediction_loss_only",
+})  # fmt: skip
+
+
 def unusual_adapter(settings: Settings) -> str | None:
     """The setting that makes the adapter something that the fused layers do not compute. None if there is none."""
     named = {
@@ -93,9 +121,11 @@ def obstacle(settings: Settings, config: Mapping[str, Any]) -> str | None:
     if settings.decoder_layers in ("plain", "compiled"):
         return f"FT_DECODER_LAYERS={settings.decoder_layers}"
     try:
-        Decoder.of(config)
+        decoder = Decoder.of(config)
     except NotDescribed as error:
         return str(error)
+    if decoder.softcap is not None and settings.device == "cuda":
+        return "no attention kernel of theirs limits scores, as this model does (attn_logit_softcapping)"
     if settings.padding_free is False and not settings.packing:
         return "they need rows without padding (FT_PADDING_FREE)"
     if settings.sharding != "none":
@@ -107,6 +137,13 @@ def obstacle(settings: Settings, config: Mapping[str, Any]) -> str | None:
     extra = settings.extra_training_args
     if extra.get("loss_type") not in (None, "nll") or extra.get("label_smoothing_factor"):
         return "they support one loss only (FT_EXTRA_TRAINING_ARGS: loss_type, label_smoothing_factor)"
+    others = [
+        name
+        for name, value in extra.items()
+        if value and name not in _HARMLESS and not name.startswith(_HARMLESS_STARTS)
+    ]
+    if others:
+        return f"it is not known whether they would compute the same with {', '.join(others)} (FT_EXTRA_TRAINING_ARGS)"
     if settings.device == "cuda" and settings.bnb_4bit_compute_dtype == "float32":
         return "their attention needs 16 bits (FT_BNB_4BIT_COMPUTE_DTYPE)"
     return None
