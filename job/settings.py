@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,13 @@ def _in_stage_order(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in STAGE_NAMES if name in value)
 
 
+@dataclass(frozen=True)
+class _Words:
+    """What is allowed, for a setting whose type does not say it."""
+
+    text: str
+
+
 def _prices(value: Any) -> Any:
     """`2.9`, or `A100=1.5,H100=2.9`."""
     if not isinstance(value, str):
@@ -61,7 +69,7 @@ def _prices(value: Any) -> Any:
         pairs = (part.split("=") for part in value.split(",") if part.strip())
         return {name.strip(): float(price) for name, price in pairs}
     except ValueError as error:
-        raise ValueError("must be a number, or numbers by the names of GPUs, such as A100=1.5,H100=2.9") from error
+        raise ValueError("not a number") from error
 
 
 Auto = Literal["auto"]
@@ -84,7 +92,12 @@ Prompts = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...],
 TextMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_json)]
 Encoding = Annotated[str, AfterValidator(_known_encoding)]
 Price = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Prices = Annotated[dict[str, Price], NoDecode, BeforeValidator(_prices)]
+Prices = Annotated[
+    dict[str, Price],
+    NoDecode,
+    BeforeValidator(_prices),
+    _Words("a number, or numbers by the names of GPUs, such as A100=1.5,H100=2.9"),
+]
 NumberMap = Annotated[dict[str, Annotated[int, Field(ge=1, le=65536)]], NoDecode, BeforeValidator(_json)]
 JsonObject = Annotated[dict[str, Any], NoDecode, BeforeValidator(_json)]
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -617,6 +630,9 @@ def value_text(value: Any) -> str:
 def allowed_text(field_name: str) -> str:
     """The allowed values of a setting, in words: `a whole number, at least 1 and at most 4096`."""
     field = Settings.model_fields[field_name]
+    words = next((item.text for item in field.metadata if isinstance(item, _Words)), None)
+    if words is not None:
+        return words
     limits = [_limit(item) for item in field.metadata]
     return ", ".join([_type_text(field.annotation), *filter(None, [" and ".join(filter(None, limits))])])
 

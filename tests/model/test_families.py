@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from job.model.architectures import ARCHITECTURES, Decoder, NotDescribed
+from job.model.architectures import ARCHITECTURES, Decoder, NotDescribed, default_targets
 from job.model.attention import register_varlen
 from job.model.fused.head import fuse_head
 from job.model.fused.layer import Weights
 from job.model.patches import Patches
-from tests.model.families import FAMILIES, Family, adapted, base_model, decoder_of, fuse
+from tests.model.families import FAMILIES, Family, adapted, as_json, base_model, decoder_of, fuse
 
 LENGTHS = (9, 23, 1, 14)
 
@@ -148,6 +149,22 @@ def test_a_model_that_is_not_described_says_why(changes: dict[str, object], told
     config = {**FAMILIES[0].config().to_dict(), "architectures": ["LlamaForCausalLM"], **changes}
     with pytest.raises(NotDescribed, match=told.replace(".", r"\.")):
         Decoder.of(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.name)
+def test_the_layers_that_auto_adapts_exist_and_are_peft_s_own_where_it_has_any(family: Family) -> None:
+    model = base_model(family.config(), attention="eager")
+    auto = default_targets(as_json(model.config))
+    assert auto is not None
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(auto) <= names
+    mapped = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+    assert mapped is None or list(auto) == mapped
+
+
+def test_a_model_that_is_not_described_leaves_auto_to_peft() -> None:
+    assert default_targets({"architectures": ["BloomForCausalLM"]}) is None
+    assert default_targets({}) is None
 
 
 def test_a_checkpoint_in_bitsandbytes_4_bits_is_described_by_its_base() -> None:

@@ -190,3 +190,15 @@ def test_it_supports_adamw_with_moments_in_float32_on_a_gpu(monkeypatch: pytest.
     assert at_once(torch.optim.AdamW, {}, gpu) is torch.optim.AdamW
     monkeypatch.setattr(optimizer, "can_compile_kernels", lambda: False)
     assert at_once(bnb.optim.AdamW, moments, gpu) is bnb.optim.AdamW
+
+
+def test_decay_alone_shrinks_an_adapter_as_adamw_says() -> None:
+    """The default rate and decay take 2e-7 of a value per step. In bfloat16, with its 8 bits, that is nothing."""
+    value, rate, decay, steps = torch.full((64,), 0.5), 2e-4, 0.001, 200
+    one = Parameter(value, torch.zeros_like(value), torch.zeros(64), torch.zeros(64))
+    for number in range(1, steps + 1):
+        adamw_kernel.adamw_([one], number, rate, (0.9, 0.999), 1e-8, decay)
+    wanted = 0.5 * (1 - rate * decay) ** steps
+    torch.testing.assert_close(value, torch.full((64,), wanted), rtol=0.0, atol=4e-6)
+    assert bool((value < 0.5 - 1e-5).all())
+    assert float(torch.tensor(0.5).bfloat16() * (1 - rate * decay)) == 0.5
