@@ -58,6 +58,45 @@ def test_the_pod_failure_policy_is_the_exit_code_table(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", MANIFESTS)
+def test_a_disruption_is_never_counted_and_what_cannot_succeed_is_never_tried_again(file: str) -> None:
+    """The first rule that matches decides. A pod whose node is reclaimed may end with 69 meanwhile, or with 65."""
+    rules = kubernetes_objects(file)["Job"]["spec"]["podFailurePolicy"]["rules"]
+    kinds = ["disruption" if "onPodConditions" in rule else rule["action"] for rule in rules]
+    assert kinds == ["FailJob", "disruption", "Ignore", "Count"]
+    (disruption,) = (rule for rule in rules if "onPodConditions" in rule)
+    assert disruption == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+
+
+def test_each_node_of_an_indexed_job_waits_by_itself() -> None:
+    """With a backoffLimit, eight nodes that all end with 75 once wait 600 s for their new pods, and 10 s with these limits."""
+    spec = kubernetes_objects("k8s/finetune-multinode.yaml")["Job"]["spec"]
+    assert "backoffLimit" not in spec
+    assert spec["backoffLimitPerIndex"] > 0 and spec["maxFailedIndexes"] == 0
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_nothing_moves_a_running_pod_to_save_a_node(file: str) -> None:
+    annotations = kubernetes_objects(file)["Job"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["karpenter.sh/do-not-disrupt"] == "true"
+    assert annotations["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+
+
+def test_an_ephemeral_volume_leaves_no_claim_and_pins_no_zone(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kustomization.yaml").write_text(
+        "nameSuffix: -again\nresources: [../k8s]\ncomponents: [../k8s/ephemeral]\n", encoding="utf-8"
+    )
+    objects = kustomized(tmp_path / "run")
+    assert "PersistentVolumeClaim" not in objects
+    plain = kubernetes_objects(MANIFESTS[0])
+    volumes = {volume["name"]: volume for volume in objects["Job"]["spec"]["template"]["spec"]["volumes"]}
+    claim = volumes["work"]["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert claim == plain["PersistentVolumeClaim"]["spec"]
+    assert set(volumes["work"]) == {"name", "ephemeral"} and set(volumes) == {"work", "tmp", "shm"}
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
 def test_the_pod_is_restricted_and_its_grace_period_is_longer_than_the_jobs(file: str) -> None:
     objects = kubernetes_objects(file)
     spec = objects["Job"]["spec"]
@@ -120,14 +159,15 @@ def test_an_overlay_sets_image_namespace_name_and_settings_without_editing(tmp_p
     assert claim == objects["PersistentVolumeClaim"]["metadata"]["name"] == "finetune-work-guanaco-2"
 
 
-def test_under_kueue_the_job_waits_in_a_queue(tmp_path: Path) -> None:
+def test_kueue_alone_decides_when_a_job_is_suspended(tmp_path: Path) -> None:
+    """It suspends a new Job with its label by itself. An overlay that says so too would suspend a running one."""
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "kustomization.yaml").write_text(
         "resources: [../k8s]\ncomponents: [../k8s/kueue]\n", encoding="utf-8"
     )
     job = kustomized(tmp_path / "run")["Job"]
-    assert job["spec"]["suspend"] is True
+    assert "suspend" not in job["spec"]
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert job["spec"]["podFailurePolicy"] == kubernetes_objects(MANIFESTS[0])["Job"]["spec"]["podFailurePolicy"]
 

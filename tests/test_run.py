@@ -17,6 +17,7 @@ from job.settings import Settings
 from job.stages import stages_of
 from tests.checkpoints.test_kernels import make_kernel
 from tests.conftest import LIGHTHOUSE, Job, contents, finished, is_running, published, read_until, session_folder
+from tests.model.families import FAMILIES, base_model
 
 # One worker makes the uninterrupted run that all of these tests look at.
 shares_the_uninterrupted_run = pytest.mark.xdist_group("uninterrupted")
@@ -212,6 +213,25 @@ def test_a_run_of_a_version_that_trained_in_bfloat16_goes_on_from_its_checkpoint
     assert {value.dtype for value in load_file(train / "adapter" / "adapter_model.safetensors").values()} == {
         torch.float32
     }
+
+
+def test_a_model_of_another_architecture_is_trained_by_fused_layers_merged_and_proved(job: Job, tmp_path: Path) -> None:
+    """Phi's layers make queries, keys and values by one product, and peft has no targets for it."""
+    folder = tmp_path / "phi"
+    config = next(one for one in FAMILIES if one.name == "phi 4 mini").config(vocab_size=512)
+    base_model(config, attention="eager").save_pretrained(folder)
+    for file in Path(job.environment["FT_MODEL_NAME"]).glob("*token*"):
+        shutil.copy(file, folder)
+    job.environment |= {
+        "FT_MODEL_NAME": str(folder), "FT_DECODER_LAYERS": "fused", "FT_PADDING_FREE": "true", "FT_MAX_STEPS": "2",
+        "FT_LORA_R": "12", "FT_LORA_TARGET_MODULES": "auto",
+    }  # fmt: skip
+    done = job.run()
+    assert done.code == 0, done.stderr
+    told = " ".join(event.get("message", "") for event in done.events)
+    assert "Plan: weights dequantized" in told and "Merge verified" in told
+    modules = json.loads((published(job) / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (modules["target_modules"], modules["r"]) == (["qkv_proj"], 12)
 
 
 def test_the_stages_of_tests_are_forked_and_not_started(job: Job) -> None:
