@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import os
 import socket
 import sys
@@ -174,3 +175,43 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
             break
         chosen.append(matches[0])
     return tuple(chosen)
+
+
+# Per major version of CUDA: the oldest driver that runs it, and the oldest card (NVIDIA's release notes and support matrix)
+_NEEDED = {12: (525, (5, 0)), 13: (580, (7, 5))}
+
+
+def cuda_build() -> str | None:
+    """The CUDA that the installed torch was built for, such as `13.0`, without loading torch. None for a CPU build."""
+    for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return ".".join(importlib.metadata.version(name).split(".")[:2])
+    return None
+
+
+def driver_problem(build: str | None) -> str | None:
+    """Why this machine's driver or cards cannot run a torch that was built for CUDA `build`. None if they can.
+
+    What the driver supports counts, not its number: NVIDIA's cuda-compat packages let older ones run newer CUDA.
+    """
+    if build is None or int(build.split(".")[0]) not in _NEEDED:
+        return None
+    major = int(build.split(".")[0])
+    oldest_driver, oldest_card = _NEEDED[major]
+    with contextlib.suppress(pynvml.NVMLError), _cards() as cards:
+        if not cards:
+            return None
+        driver, supported = str(pynvml.nvmlSystemGetDriverVersion()), int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        if supported // 1000 < major:
+            return (
+                f"driver {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, "
+                f"and this build (CUDA {build}) needs driver {oldest_driver} or newer"
+            )
+        for card in cards:
+            capability = tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(card)))
+            if capability < oldest_card:
+                return (
+                    f"the {pynvml.nvmlDeviceGetName(card)} has compute capability {capability[0]}.{capability[1]}, "
+                    f"and this build (CUDA {build}) needs {oldest_card[0]}.{oldest_card[1]} or newer"
+                )
+    return None

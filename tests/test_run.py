@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from job.settings import Settings
 from job.stages import stages_of
@@ -194,25 +194,6 @@ def test_an_adapter_is_trained_and_resumed_in_float32_bit_for_bit_beside_product
     stopped = Path(job.environment["FT_OUTPUT_DIR"]) / adapter
     assert stopped.read_bytes() == (tmp_path / "straight" / adapter).read_bytes()
     assert {value.dtype for value in load_file(stopped).values()} == {torch.float32}
-
-
-def test_a_run_of_a_version_that_trained_in_bfloat16_goes_on_from_its_checkpoint(job: Job) -> None:
-    job.environment |= {"FT_STAGES": "train", "FT_BNB_4BIT_COMPUTE_DTYPE": "bfloat16", "FT_SAVE_STEPS": "1"}
-    process = job.start()
-    read_until(process, event="progress", stage="train", done=3)
-    process.send_signal(signal.SIGTERM)
-    assert finished(process, *process.communicate(timeout=120)).code == 75
-    train = Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "train"
-    for file in train.glob("checkpoints/checkpoint-*/adapter_model.safetensors"):
-        save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
-        (file.parent / "manifest.json").unlink(missing_ok=True)
-    shutil.rmtree(job.store, ignore_errors=True)
-    done = job.run()
-    assert done.code == 0, done.stderr
-    assert any("Resuming from the checkpoint of step" in event.get("message", "") for event in done.events)
-    assert {value.dtype for value in load_file(train / "adapter" / "adapter_model.safetensors").values()} == {
-        torch.float32
-    }
 
 
 def test_a_model_of_another_architecture_is_trained_by_fused_layers_merged_and_proved(job: Job, tmp_path: Path) -> None:

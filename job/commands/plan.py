@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from job.cluster import Gpu, visible_gpus
+from job.cluster import Gpu, cuda_build, driver_problem, visible_gpus
 from job.commands.card_table import PREDICTED, compare, lacks, wanted_cards
 from job.environment.local_files import SOURCES, source_names
 from job.errors import JobError
@@ -52,6 +52,8 @@ def print_plan(run: Run) -> None:
     lines.append(
         ("publishes to", ", ".join(map(str, destinations_of(run))) if "publish" in settings.stages else "nothing")
     )
+    if settings.device == "cuda" and (problem := driver_problem(cuda_build())) is not None:
+        lines.append(("driver", f"too old: {problem}"))
     for label, text in lines:
         print(f"{label:<14}{text}")
     for line in _computation(run):

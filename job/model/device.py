@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from job.cluster import driver_problem
 from job.errors import NodeError
 from job.settings import Settings
 
@@ -21,6 +22,13 @@ def device_of(settings: Settings, local_rank: int) -> torch.device:
     """The device of this process. Raises NodeError if a GPU was asked for and there is none."""
     if settings.device == "cpu":
         return torch.device("cpu")
+    problem = driver_problem(torch.version.cuda)
+    if problem is not None:
+        raise NodeError(
+            f"FT_DEVICE=cuda, but {problem}.",
+            "Use a machine with a newer driver or card, or update the driver. On data-center cards, NVIDIA's package cuda-compat in the "
+            "image lets an older driver run it.",
+        )
     if not torch.cuda.is_available():
         raise NodeError(
             "FT_DEVICE=cuda, but torch sees no GPU on this machine.",

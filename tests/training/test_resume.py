@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from job.errors import InputError, NodeError, Stopped
@@ -115,6 +117,31 @@ def test_a_run_stopped_four_times_is_bit_identical_to_one_left_alone(
     stopped = prepared("stopped", **settings)
     train_with_stops(stopped, monkeypatch, 1, 4, 6, 9)
     assert final_state(stopped) == expected
+
+
+def test_a_run_of_a_version_that_trained_in_bfloat16_goes_on_in_float32(
+    prepared: MAKE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared("run", DATASET_SPLIT="train[:24]", BNB_4BIT_COMPUTE_DTYPE="bfloat16")
+    stop, real = 4, DecideSaves.on_step_end
+
+    def stop_there(self: DecideSaves, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == stop:
+            run.paths.stop_file.write_text("9e9", encoding="utf-8")
+        real(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecideSaves, "on_step_end", stop_there)
+        with pytest.raises(Stopped):
+            train(run)
+    run.paths.stop_file.unlink()
+    keep_only(run, stop)
+    file = run.paths.checkpoints_dir / f"checkpoint-{stop}" / "adapter_model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    train(run)
+    found = load_file(run.paths.adapter_dir / "adapter_model.safetensors")
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in found.values()), "updates are not rounded"
 
 
 def test_the_control_that_drops_the_generators_is_detected(prepared: MAKE, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,117 @@
+"""A driver or a card that is too old for the image's CUDA is named before anything is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+import pytest
+import torch
+
+from job import cluster
+from job.cluster import cuda_build, driver_problem
+from job.errors import ExitCode, NodeError
+from job.model.device import device_of
+from job.settings import Settings
+from tests.conftest import Job
+
+
+@dataclass
+class Nvml:
+    """What a driver would say of a machine with one card."""
+
+    driver: str
+    cuda: int
+    name: str = "NVIDIA H100 80GB HBM3"
+    capability: tuple[int, int] = (9, 0)
+
+
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    def make(*arguments: Any) -> None:
+        told = Nvml(*arguments)
+        for name, value in {
+            "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0,
+            "nvmlSystemGetDriverVersion": told.driver, "nvmlSystemGetCudaDriverVersion_v2": told.cuda,
+            "nvmlDeviceGetName": told.name, "nvmlDeviceGetCudaComputeCapability": told.capability,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(pynvml, name, lambda *_, found=value: found)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("driver", "supported", "told"),
+    [
+        (
+            "570.86.10",
+            12080,
+            "driver 570.86.10 supports CUDA 12.8, and this build (CUDA 13.0) needs driver 580 or newer",
+        ),
+        (
+            "550.54.14",
+            12040,
+            "driver 550.54.14 supports CUDA 12.4, and this build (CUDA 13.0) needs driver 580 or newer",
+        ),
+        (
+            "470.57.02",
+            11040,
+            "driver 470.57.02 supports CUDA 11.4, and this build (CUDA 13.0) needs driver 580 or newer",
+        ),
+        ("580.65.06", 13000, None),
+        ("570.86.10", 13000, None),  # with cuda-compat
+        ("590.1", 13010, None),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(
+    machine: Machine, driver: str, supported: int, told: str | None
+) -> None:
+    machine(driver, supported)
+    assert driver_problem("13.0") == told
+
+
+def test_a_card_that_is_too_old_is_named(machine: Machine) -> None:
+    machine("580.65.06", 13000, "Tesla V100-SXM2-16GB", (7, 0))
+    assert driver_problem("13.0") == (
+        "the Tesla V100-SXM2-16GB has compute capability 7.0, and this build (CUDA 13.0) needs 7.5 or newer"
+    )
+    assert driver_problem("12.6") is None
+    machine("580.65.06", 13000, "Tesla T4", (7, 5))
+    assert driver_problem("13.0") is None
+
+
+def test_a_build_for_the_cpu_a_machine_without_a_driver_and_an_unknown_cuda_are_no_problem(machine: Machine) -> None:
+    assert driver_problem("13.0") is None, "there is no driver here"
+    machine("550.54.14", 12040)
+    assert driver_problem(None) is None
+    assert driver_problem("14.0") is None
+
+
+def test_the_build_is_read_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.version.cuda is None:
+        assert cuda_build() is None
+    versions = {"nvidia-cuda-runtime": "13.0.96"}
+    monkeypatch.setattr(cluster.importlib.metadata, "version", lambda name: versions[name])
+    assert cuda_build() == "13.0"
+
+
+def test_preflight_and_training_name_the_driver_instead_of_saying_that_there_is_no_gpu(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("570.86.10", 12080)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(NodeError, match=r"FT_DEVICE=cuda, but driver 570\.86\.10 supports CUDA 12\.8") as raised:
+        device_of(Settings(device="cuda"), 0)
+    assert raised.value.exit_code == ExitCode.NODE_UNFIT
+    assert device_of(Settings(device="cpu"), 0).type == "cpu"
+
+
+def test_a_machine_without_a_gpu_says_so(job: Job) -> None:
+    refused = job.run(FT_DEVICE="cuda", FT_STAGES="preflight")
+    assert refused.code == 69
+    assert "torch sees no GPU" in refused.error["message"]
