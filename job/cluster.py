@@ -159,22 +159,26 @@ def gpu_memory_used() -> tuple[int, ...]:
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     """The NVIDIA GPUs this job may use, found without loading torch. Empty without a driver."""
     with _cards() as cards:
-        gpus = [
+        return tuple(
             Gpu(name=str(pynvml.nvmlDeviceGetName(card)), memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(card).total))
-            for card in cards
-        ]
-        uuids = [str(pynvml.nvmlDeviceGetUUID(card)) for card in cards]
+            for card in _visible(cards, environ)
+        )
+
+
+def _visible(cards: list[Any], environ: Mapping[str, str]) -> list[Any]:
+    """Those of the cards that CUDA_VISIBLE_DEVICES names, by number or by the start of their UUID. All if it is unset."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return tuple(gpus)
+        return cards
+    uuids = [str(pynvml.nvmlDeviceGetUUID(card)) for card in cards]
     chosen = []
     for name in filter(None, (part.strip() for part in visible.split(","))):
-        matches = [gpus[int(name)]] if name.isdigit() and int(name) < len(gpus) else []
-        matches += [gpu for gpu, uuid in zip(gpus, uuids, strict=True) if uuid.startswith(name)]
+        matches = [cards[int(name)]] if name.isdigit() and int(name) < len(cards) else []
+        matches += [card for card, uuid in zip(cards, uuids, strict=True) if uuid.startswith(name)]
         if not matches:  # CUDA, too, stops at the first name it does not recognize
             break
         chosen.append(matches[0])
-    return tuple(chosen)
+    return chosen
 
 
 # Per major version of CUDA: the oldest driver that runs it, and the oldest card (NVIDIA's release notes and support matrix)
@@ -189,8 +193,9 @@ def cuda_build() -> str | None:
     return None
 
 
-def driver_problem(build: str | None) -> str | None:
-    """Why this machine's driver or cards cannot run a torch that was built for CUDA `build`. None if they can.
+def driver_problem(build: str | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why this machine's driver, or all cards that this job may use, cannot run a torch that was built for CUDA `build`.
+    None if they can.
 
     What the driver supports counts, not its number: NVIDIA's cuda-compat packages let older ones run newer CUDA.
     """
@@ -198,8 +203,8 @@ def driver_problem(build: str | None) -> str | None:
         return None
     major = int(build.split(".")[0])
     oldest_driver, oldest_card = _NEEDED[major]
-    with contextlib.suppress(pynvml.NVMLError), _cards() as cards:
-        if not cards:
+    with contextlib.suppress(pynvml.NVMLError), _cards() as all_cards:
+        if not (cards := _visible(all_cards, environ)):
             return None
         driver, supported = str(pynvml.nvmlSystemGetDriverVersion()), int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
         if supported // 1000 < major:
@@ -207,11 +212,14 @@ def driver_problem(build: str | None) -> str | None:
                 f"driver {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, "
                 f"and this build (CUDA {build}) needs driver {oldest_driver} or newer"
             )
-        for card in cards:
-            capability = tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(card)))
-            if capability < oldest_card:
-                return (
-                    f"the {pynvml.nvmlDeviceGetName(card)} has compute capability {capability[0]}.{capability[1]}, "
-                    f"and this build (CUDA {build}) needs {oldest_card[0]}.{oldest_card[1]} or newer"
-                )
+        newest = max(cards, key=_capability)
+        if _capability(newest) < oldest_card:
+            return (
+                f"the {pynvml.nvmlDeviceGetName(newest)} has compute capability {'.'.join(map(str, _capability(newest)))}, "
+                f"and this build (CUDA {build}) needs {oldest_card[0]}.{oldest_card[1]} or newer"
+            )
     return None
+
+
+def _capability(card: Any) -> tuple[int, ...]:
+    return tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(card)))

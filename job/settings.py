@@ -60,10 +60,12 @@ class _Words:
 
 
 def _prices(value: Any) -> Any:
-    """`2.9`, or `A100=1.5,H100=2.9`."""
+    """`2.9`, or `A100=1.5,H100=2.9`, or the same as a JSON object."""
     if not isinstance(value, str):
         return value
     try:
+        if value.lstrip().startswith("{"):
+            return json.loads(value)
         if "=" not in value:
             return {"": float(value)}
         pairs = (part.split("=") for part in value.split(",") if part.strip())

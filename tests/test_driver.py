@@ -26,6 +26,7 @@ class Nvml:
     cuda: int
     name: str = "NVIDIA H100 80GB HBM3"
     capability: tuple[int, int] = (9, 0)
+    display: tuple[int, int] | None = None  # the compute capability of a second card
 
 
 Machine = Callable[..., None]
@@ -36,11 +37,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def make(*arguments: Any) -> None:
         told = Nvml(*arguments)
         for name, value in {
-            "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0,
+            "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 1 if told.display is None else 2,
             "nvmlSystemGetDriverVersion": told.driver, "nvmlSystemGetCudaDriverVersion_v2": told.cuda,
-            "nvmlDeviceGetName": told.name, "nvmlDeviceGetCudaComputeCapability": told.capability,
+            "nvmlDeviceGetName": told.name, "nvmlDeviceGetUUID": "GPU-1",
         }.items():  # fmt: skip
             monkeypatch.setattr(pynvml, name, lambda *_, found=value: found)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+        capabilities = [told.capability, told.display]
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", capabilities.__getitem__)
 
     return make
 
@@ -83,6 +87,14 @@ def test_a_card_that_is_too_old_is_named(machine: Machine) -> None:
     assert driver_problem("12.6") is None
     machine("580.65.06", 13000, "Tesla T4", (7, 5))
     assert driver_problem("13.0") is None
+
+
+def test_an_old_card_beside_a_new_one_is_no_problem_unless_it_is_the_only_one_to_use(machine: Machine) -> None:
+    machine("580.65.06", 13000, "NVIDIA GeForce GTX 1080", (8, 9), (6, 1))
+    assert driver_problem("13.0", {}) is None
+    assert driver_problem("13.0", {"CUDA_VISIBLE_DEVICES": "0"}) is None
+    assert "compute capability 6.1" in str(driver_problem("13.0", {"CUDA_VISIBLE_DEVICES": "1"}))
+    assert driver_problem("13.0", {"CUDA_VISIBLE_DEVICES": ""}) is None
 
 
 def test_a_build_for_the_cpu_a_machine_without_a_driver_and_an_unknown_cuda_are_no_problem(machine: Machine) -> None:

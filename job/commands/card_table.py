@@ -87,7 +87,10 @@ class _Row:
 
 
 def compare(cards: Cards, shape: Shape, load: Load, settings: Settings, tokens: float | None) -> list[str]:
-    """The lines of the table. `tokens` are those of the whole training, or None before the data is prepared."""
+    """The lines of the table.
+
+    `tokens` are those of the whole training, or with FT_MAX_STEPS those of each card. None before the data is prepared.
+    """
     limit = math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB
     rows = sorted(
         (_row(count, card, shape, load, settings, tokens or _UNKNOWN_TOKENS, limit) for count, card in cards),
@@ -123,7 +126,7 @@ def _row(count: int, card: Card, shape: Shape, load: Load, settings: Settings, t
     if not fits(plan, free):
         return _Row(name, card, None, None, None, plan, "does not fit")
     rate = count * load.mean_batch / plan.seconds * (_SEVERAL_FACTOR if count > 1 else 1.0)
-    hours = tokens / rate / 3600
+    hours = tokens / rate / 3600 * (count if settings.max_steps is not None else 1)
     price = _price_of(card, settings)
     return _Row(name, card, rate, hours, None if price is None else price * hours * count, plan)
 

@@ -76,14 +76,16 @@ def _computation(run: Run) -> list[str]:
     for_what = "" if several else f" for {card.name}"
     try:
         config = _config(run)
-        reason = obstacle(settings, config) or (None if several else lacks(card, settings))
+        load, known = _load(run)
+        reason = obstacle(settings, config, load.longest_row) or (None if several else lacks(card, settings))
         shape = Shape.of(config, settings) if reason is None else None
     except (JobError, OSError, ValueError) as error:
         return [f"\nNo plan{for_what}: the model's config.json cannot be read: {getattr(error, 'message', error)}"]
     if shape is None:
         slower = "transformers and peft would train it: slower, and without a prediction of memory."
+        if card.too_old and not several:
+            return [f"\n{card.name}: {reason}."]
         return [f"\nNo plan{for_what}: only the job's fused layers are planned, and {reason}. {slower}"]
-    load, known = _load(run)
     if several and wanted is not None:
         return compare(wanted, shape, load, settings, tokens=_tokens(run, load) if known else None)
     return _plans_for(card, shape, load, known, settings)
@@ -114,11 +116,10 @@ def _plans_for(card: Card, shape: Shape, load: Load, known: bool, settings: Sett
 
 
 def _tokens(run: Run, load: Load) -> float:
-    """All tokens of the training, as prepared."""
+    """The tokens of the training as prepared: of each card with FT_MAX_STEPS, of all together without."""
     settings, train = run.settings, read_json(run.paths.data_report_file)["train"]
     if settings.max_steps is not None:
-        per_step = settings.gradient_accumulation_steps * run.processes_per_node * run.node.count
-        return settings.max_steps * per_step * load.mean_batch
+        return settings.max_steps * settings.gradient_accumulation_steps * load.mean_batch
     rows = int(train.get("packed_rows", train["rows"]))
     return rows / settings.per_device_train_batch_size * load.mean_batch * settings.num_train_epochs
 

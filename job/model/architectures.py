@@ -29,7 +29,8 @@ def _no_windows(config: Config) -> Windows:
 
 def _same_window(config: Config) -> Windows:
     """One window for all layers, unless it is null."""
-    return (config.get("sliding_window"),) * int(config["num_hidden_layers"])
+    window = config.get("sliding_window")
+    return (None if window is None else int(window),) * int(config["num_hidden_layers"])
 
 
 def _later_windows(config: Config) -> Windows:
@@ -47,10 +48,19 @@ def _alternate_windows(config: Config) -> Windows:
     return _windows_by_type(config, config["sliding_window"], lambda layer: (layer + 1) % pattern != 0)
 
 
+def _windows_without_positions(config: Config) -> Windows:
+    """A window in the layers that `layer_types` names, or else in those without positions, if windows are on at all."""
+    count, window = int(config["num_hidden_layers"]), config.get("sliding_window")
+    if not config.get("use_sliding_window") or window is None:
+        return (None,) * count
+    rotates = _some_layers_rotate(config)
+    return _windows_by_type(config, window, lambda layer: not rotates[layer])
+
+
 def _windows_by_type(config: Config, window: int, otherwise: Callable[[int], bool]) -> Windows:
     count, types = int(config["num_hidden_layers"]), config.get("layer_types")
     has = [kind == "sliding_attention" for kind in types] if types else [otherwise(layer) for layer in range(count)]
-    return tuple(window if one else None for one in has)
+    return tuple(int(window) if one else None for one in has)
 
 
 def _every_layer_rotates(config: Config) -> tuple[bool, ...]:
@@ -59,7 +69,7 @@ def _every_layer_rotates(config: Config) -> tuple[bool, ...]:
 
 def _some_layers_rotate(config: Config) -> tuple[bool, ...]:
     """No positions in each nth layer (NoPE; Yang et al. 2025, arXiv:2501.18795)."""
-    named = config.get("no_rope_layers")  # 1 for layers with positions, whatever the name says
+    named = config.get("no_rope_layers")  # 1 for layers with positions, in spite of the name
     if named:
         return tuple(map(bool, named))
     every = int(config["no_rope_layer_interval"])
@@ -113,7 +123,9 @@ _GEMMA_DEFAULTS = (
 
 ARCHITECTURES = (
     Architecture(name="LlamaForCausalLM", layer="LlamaDecoderLayer"),
-    Architecture(name="MistralForCausalLM", layer="MistralDecoderLayer", windows=_same_window),
+    Architecture(name="MistralForCausalLM", layer="MistralDecoderLayer", windows=_same_window,
+        defaults=(("sliding_window", 4096),),
+    ),
     Architecture(name="Qwen2ForCausalLM", layer="Qwen2DecoderLayer", windows=_later_windows),
     Architecture(
         name="Qwen3ForCausalLM", layer="Qwen3DecoderLayer", head_norms=True, windows=_later_windows,
@@ -124,7 +136,7 @@ ARCHITECTURES = (
         drops=("attention_dropout", "resid_pdrop"), default_targets=("qkv_proj",), windows=_same_window,
     ),
     Architecture(
-        name="SmolLM3ForCausalLM", layer="SmolLM3DecoderLayer", windows=_later_windows, rotates=_some_layers_rotate,
+        name="SmolLM3ForCausalLM", layer="SmolLM3DecoderLayer", windows=_windows_without_positions, rotates=_some_layers_rotate,
         defaults=(("no_rope_layer_interval", 4), ("tie_word_embeddings", True)),
     ),
     Architecture(
@@ -149,7 +161,7 @@ class Decoder:
 
     `windows` says per layer how many tokens a token attends to, itself included, or None for all before it. `rotates` says
     per layer whether queries and keys are rotated. `softcap` limits attention's scores, and `head_softcap` the logits, by
-    c · tanh(x / c).
+    c · tanh(x / c). From rows of `lengths_matter_from` tokens on, the positions' angles depend on a batch's longest row.
     """
 
     architecture: Architecture
@@ -166,14 +178,15 @@ class Decoder:
     rotates: tuple[bool, ...]
     softcap: float | None
     head_softcap: float | None
+    lengths_matter_from: int | None = None
 
     @classmethod
     def of(cls, config: Config) -> Decoder:
         """The decoder that a config.json describes. Raises NotDescribed if the fused layers do not compute it."""
-        architecture = _architecture(config)
         try:
+            architecture = _architecture(config)
             return cls._of(architecture, {**dict(architecture.defaults), **config})
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise NotDescribed(f"they cannot read the model's config.json ({type(error).__name__}: {error})") from error
 
     @classmethod
@@ -194,7 +207,12 @@ class Decoder:
             rotates=architecture.rotates(config),
             softcap=config.get("attn_logit_softcapping"),
             head_softcap=config.get("final_logit_softcapping"),
+            lengths_matter_from=_lengths_matter_from(config),
         )
+        if not found.layers == len(found.windows) == len(found.rotates) > 0:
+            raise ValueError(
+                f"{found.layers} layers, {len(found.windows)} windows, {len(found.rotates)} kinds of positions"
+            )
         for name in architecture.drops:
             if config.get(name):
                 raise NotDescribed(f"they do not support the model's {name}={config[name]}")
@@ -202,7 +220,7 @@ class Decoder:
             raise NotDescribed("they do not support attention to later tokens (use_bidirectional_attention)")
         if found.activation not in _ACTIVATIONS:
             raise NotDescribed(f"they do not support the model's activation, {found.activation}")
-        if found.head_dim % 8 or found.head_dim > LARGEST_HEAD:
+        if has_odd_heads(config):
             raise NotDescribed(
                 f"their attention needs heads of a multiple of 8 up to {LARGEST_HEAD} values, and the model's have {found.head_dim}"
             )
@@ -228,6 +246,24 @@ def _architecture(config: Config) -> Architecture:
     if stored and not (stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")):
         raise NotDescribed("they read 16-bit weights and bitsandbytes' 4 bits only, and the model has others")
     return found
+
+
+def has_odd_heads(config: Config) -> bool:
+    """Whether PyTorch's attention kernel refuses the size of the heads."""
+    try:
+        size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return True
+    return size % 8 != 0 or size > LARGEST_HEAD
+
+
+def _lengths_matter_from(config: Config) -> int | None:
+    """transformers chooses the factors of longrope, and the base of dynamic NTK, by the longest row of a batch."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "dynamic"):
+        return None
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return int(original or config["max_position_embeddings"]) + 1
 
 
 def default_targets(config: Config) -> tuple[str, ...] | None:

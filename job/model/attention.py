@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from job.errors import InputError
-from job.model.architectures import LARGEST_HEAD, Decoder, NotDescribed
+from job.model.architectures import LARGEST_HEAD, Decoder, NotDescribed, has_odd_heads
 from job.settings import Settings
 
 VARLEN = "varlen"
@@ -51,8 +51,9 @@ def is_plain_attention(config: Mapping[str, Any], device: torch.device) -> bool:
     """
     try:
         decoder = Decoder.of(config)
-    except NotDescribed:
-        return False
+    except NotDescribed:  # for reasons that may have nothing to do with attention
+        known = config.get("model_type") in ("llama", "qwen2", "qwen3") and not config.get("use_sliding_window")
+        return known and not config.get("attention_dropout") and not has_odd_heads(config)
     return decoder.softcap is None or device.type == "cpu"
 
 

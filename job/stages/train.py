@@ -56,6 +56,7 @@ def train(run: Run) -> None:
         own = with_adapters_own(run.settings, read_json(run.paths.earlier_adapter_dir / "adapter_config.json"))
         run = dataclasses.replace(run, settings=own)
     if run.takes_over:
+        await_turn(run, "train")  # before it, the supervisor may still clear the stage's folder
         _take_over(run)
         return
     if compute.on_gpu:

@@ -47,7 +47,8 @@ def choose_steps(
     asked = is_asked_for(settings)
     if settings.decoder_layers in ("plain", "compiled") or (not compute.on_gpu and not asked):
         return Choice(compute)
-    reason = _obstacle(settings, compute.device, config)
+    load = load_of(data_report, settings)
+    reason = _obstacle(settings, compute.device, config, load.longest_row)
     if reason is not None:
         if asked:
             named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
@@ -60,7 +61,6 @@ def choose_steps(
     if compute.on_gpu:
         card = card_named(torch.cuda.get_device_name(compute.device)) or card
         free = free_bytes(settings, compute.device)
-    load = load_of(data_report, settings)
     plan = choose(list(plans(shape, load, card, settings)), free)
     for _ in range(int(os.environ.get("JOB_PLAN_STEPS_DOWN", "0"))):
         plan = smaller_plan(plan, shape, settings, card) or plan
@@ -80,11 +80,11 @@ def is_asked_for(settings: Settings) -> bool:
     return settings.decoder_layers == "fused" or settings.frozen_precision == "fp8"
 
 
-def _obstacle(settings: Settings, device: torch.device, config: Mapping[str, Any]) -> str | None:
+def _obstacle(settings: Settings, device: torch.device, config: Mapping[str, Any], longest_row: int) -> str | None:
     """Why settings, model or machine do not allow the fused layers for this run. None if they do."""
     if without_kernels():
         return "one of the job's own kernels crashed on this GPU"
-    reason = obstacle(settings, config)
+    reason = obstacle(settings, config, longest_row)
     if reason is not None:
         return reason
     if device.type == "cpu":

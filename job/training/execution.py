@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ from job.model.patches import Patches
 from job.model.quantization import make_resident
 from job.report.events import message
 from job.settings import Settings
-from job.training.choice import SLOWER, Choice, is_asked_for
+from job.training.choice import SLOWER, Choice, free_bytes, is_asked_for
 from job.training.plan.candidates import Plan
 from job.training.plan.choose import smaller_plan
 
@@ -72,9 +73,15 @@ class Execution:
             return
         assert self.shape is not None
         decoder = self.shape.decoder
-        if not can_fuse(model, decoder, self.plan.weights):  # config.json passed the same rules
-            raise InputError("The model's layers are not those that its config.json describes.", _PLAIN)
-        failure = self._fuse(model, self.plan, decoder)
+        failure: str | None
+        if not can_fuse(
+            model, decoder, self.plan.weights
+        ):  # such as a checkpoint with some layers in 4 bits, others not
+            if is_asked_for(settings):
+                raise InputError("The model's layers are not those that its config.json describes.", _PLAIN)
+            failure = "the model's layers are not those that its config.json describes"
+        else:
+            failure = self._fuse(model, self.plan, decoder)
         if failure is None:
             if can_fuse_head(model):
                 fuse_head(model, decoder, self.patches)
@@ -101,13 +108,17 @@ class Execution:
             return fuse_layer(model, index, decoder, plan.weights, workspace, self.patches)
 
         try:
-            proof = Proof(model, decoder, many=many)
+            proof, failure, fused = Proof(model, decoder, many=many, free_bytes=self._free_bytes()), None, {}
             for index in proof.kinds():
                 proof.prepare(index)
-            failure = self._failure_in_16_bits(model, proof, decoder) if plan.weights == "fp8" else None
-            fused = {index: fuse(index) for index in proof.kinds()} if failure is None else {}
-            for index, layer in fused.items():
-                failure = failure or proof.failure(index, layer, eight_bit=plan.weights == "fp8")
+                if plan.weights == "fp8":
+                    failure = self._failure_in_16_bits(model, proof, index, decoder)
+                if failure is None:
+                    fused[index] = fuse(index)
+                    failure = proof.failure(index, fused[index], eight_bit=plan.weights == "fp8")
+                if failure is not None:
+                    break
+            proof.forget()
             if failure is None and can_fuse_head(model):
                 failure = proof.head_failure()
         except torch.OutOfMemoryError:
@@ -125,18 +136,21 @@ class Execution:
         self._layers = [fused[index] if index in fused else fuse(index) for index in range(decoder.layers)]
         return None
 
-    def _failure_in_16_bits(self, model: PeftModel, proof: Proof, decoder: Decoder) -> str | None:
-        """What is wrong with fused layers in 16 bits. The roundings of 8-bit products would hide most mistakes."""
+    def _failure_in_16_bits(self, model: PeftModel, proof: Proof, index: int, decoder: Decoder) -> str | None:
+        """What is wrong with a fused layer in 16 bits. The roundings of 8-bit products would hide most mistakes."""
         trial = Patches()
-        workspace = Workspace(trial)
         try:
-            for index in proof.kinds():
-                fused = fuse_layer(model, index, decoder, "resident", workspace, trial)
-                if (failure := proof.failure(index, fused)) is not None:
-                    return failure
+            fused = fuse_layer(model, index, decoder, "resident", Workspace(trial), trial)
+            return proof.failure(index, fused)
         finally:
             trial.undo()
-        return None
+
+    def _free_bytes(self) -> float:
+        """What the proof may use of the GPU beside the model."""
+        device = self.compute.device
+        if device.type != "cuda":
+            return math.inf
+        return free_bytes(self._settings, device) - torch.cuda.memory_allocated(device)
 
     def batches(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Cut the batch into micro-batches of at most the planned tokens. Rows are never cut, even longer ones."""

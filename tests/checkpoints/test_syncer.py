@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,13 @@ def test_only_the_newest_checkpoint_waits_while_an_upload_runs(
     for step in (4, 6):
         syncer.offer(step, checkpoint(run, step))  # returns at once: the trainer never waits
     assert not syncer.drain(0.05)
-    assert sorted(path.name for path in run.paths.checkpoints_dir.iterdir()) == ["checkpoint-2", "checkpoint-6"]
+    deadline = time.monotonic() + 30
+    while (names := sorted(path.name for path in run.paths.checkpoints_dir.iterdir())) != [
+        "checkpoint-2",
+        "checkpoint-6",
+    ]:
+        assert time.monotonic() < deadline, names
+        time.sleep(0.01)
     may_upload.set()
     assert syncer.drain(30)
     assert committed_steps(run, lease) == [6, 2]

@@ -42,9 +42,15 @@ def kernels() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int]]:
         for described in (True, False):
             tile = f"tensordesc<bf16[{tuned.other}, 128]>"
             constants = {
-                "GROUP": 1, "DIM": 128, "OWN": attention_kernels.OWN, "OTHER": tuned.other, "STAGES": tuned.stages,
+                "GROUP": 1,
+                "DIM": 128,
+                "OWN": attention_kernels.OWN,
+                "OTHER": tuned.other,
+                "STAGES": tuned.stages,
                 "DESCRIBED": described,
-            }  # fmt: skip
+            }
+            if kernel is not attention_kernels._forward_kernel:
+                constants["ROTATED"] = described  # fmt: skip
             yield kernel, dict.fromkeys(loaded, tile) if described else {}, constants, tuned.warps
     yield adamw_kernel._adamw_kernel, {}, {"BLOCK": 1024}, 4
     for ranks in (64, 128):
@@ -63,7 +69,7 @@ def _descriptors(tiles: dict[str, tuple[int, int]]) -> dict[str, str]:
 
 
 def _constants(tuned: gate_kernels.Tuned, ranks: int) -> dict[str, Any]:
-    return {"ROWS": tuned.rows, "BLOCK": tuned.block, "RANKS": ranks, "STAGES": tuned.stages}
+    return {"ROWS": tuned.rows, "BLOCK": tuned.block, "RANKS": ranks, "STAGES": tuned.stages, "GELU": False}
 
 
 def compiled(kernel: Any, loaded: dict[str, str], constants: dict[str, Any], warps: int) -> Any:

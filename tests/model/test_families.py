@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import AutoConfig
 
 from job.model.architectures import ARCHITECTURES, Decoder, NotDescribed, default_targets
 from job.model.attention import register_varlen
@@ -128,6 +129,40 @@ def test_the_fused_head_of_each_family_gives_the_losses_of_its_logits(family: Fa
         assert float((parameter.grad - gradient).norm() / gradient.norm()) < 2e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda one: one.name)
+def test_windows_and_positions_of_each_layer_are_transformers_own(family: Family) -> None:
+    model = base_model(family.config(), attention="eager")
+    decoder = decoder_of(model.config)
+    for index, layer in enumerate(model.base_model.layers):
+        attention = layer.self_attn
+        own = (
+            attention.sliding_window
+            if hasattr(attention, "sliding_window")
+            else getattr(attention.config, "sliding_window", None)
+        )
+        assert decoder.windows[index] == own, index
+        assert decoder.rotates[index] == bool(getattr(attention, "use_rope", True)), index
+
+
+def test_what_a_config_leaves_out_is_what_transformers_assumes() -> None:
+    """config.json files written by hand, or before a key existed."""
+    for kind, name, changes in (
+        ("mistral", "MistralForCausalLM", {}), ("smollm3", "SmolLM3ForCausalLM", {"use_sliding_window": True, "sliding_window": 512}),
+        ("gemma3_text", "Gemma3ForCausalLM", {}), ("qwen2", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 8}),
+    ):  # fmt: skip
+        short = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "vocab_size": 99,
+        }
+        whole = AutoConfig.for_model(kind, **{"pad_token_id": 0, **short, **changes}).to_dict()
+        found = Decoder.of({"architectures": [name], **short, **changes})
+        wanted = Decoder.of({**whole, "architectures": [name]})
+        assert (found.windows, found.rotates, found.head_dim) == (wanted.windows, wanted.rotates, wanted.head_dim), kind
+
+
 def test_every_architecture_is_tried() -> None:
     assert {decoder_of(one.config()).architecture.name for one in FAMILIES} == {one.name for one in ARCHITECTURES}
 
@@ -143,6 +178,9 @@ def test_every_architecture_is_tried() -> None:
         ({"head_dim": 264}, "have 264"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "16-bit weights and bitsandbytes' 4 bits only"),
         ({"num_attention_heads": None}, "cannot read the model's config.json"),
+        ({"num_hidden_layers": 0}, "cannot read the model's config.json"),
+        ({"quantization_config": "none"}, "cannot read the model's config.json"),
+        ({"architectures": 5}, "cannot read the model's config.json"),
     ],
 )
 def test_a_model_that_is_not_described_says_why(changes: dict[str, object], told: str) -> None:

@@ -14,7 +14,7 @@ from job.model.fused import attention, head, layer, pointwise
 from job.model.fused.frozen import Bordered, Frozen
 from job.model.fused.layer import FusedLayer, Weights, fuse_layer
 from job.model.fused.products import Normed, Products
-from job.model.fused.proof import Proof
+from job.model.fused.proof import FEW, MANY, Proof
 from job.model.fused.workspace import Workspace
 from job.model.patches import Patches
 from tests.model.families import FAMILIES, Family, adapted, base_model, decoder_of
@@ -31,10 +31,11 @@ def failure(
     decoder, patches = decoder_of(config), Patches()
     proof = Proof(model, decoder, many=False)
     workspace = Workspace(patches)
+    found = []
     for index in proof.kinds():
         proof.prepare(index)
-    fused = {index: fuse_layer(model, index, decoder, weights, workspace, patches) for index in proof.kinds()}
-    found = [proof.failure(index, one, eight_bit=weights == "fp8") for index, one in fused.items()]
+        fused = fuse_layer(model, index, decoder, weights, workspace, patches)
+        found.append(proof.failure(index, fused, eight_bit=weights == "fp8"))
     return next(filter(None, [*found, proof.head_failure()]), None)
 
 
@@ -306,6 +307,10 @@ def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, d
     ("name", "planted"),
     [
         ("smollm 3", lambda m: m.setattr(layer, "Rows", lambda cos, sin, *a: attention.Rows(None, None, *a))),
+        (
+            "mistral, window longer than rows",
+            lambda m: _around(m, attention, "row_by_row", lambda f, q, k, v, b, s, w, c: f(q, k, v, b, s, None, c)),
+        ),
         ("mistral, window shorter than rows", lambda m: m.setattr(layer, "Scores", lambda s, w, c: attention.Scores(s, None, c))),
         ("gemma 2", lambda m: m.setattr(layer, "Scores", lambda s, w, c: attention.Scores(s, w, None))),
         ("gemma 3", lambda m: _around(m, pointwise, "norm_heads_backward_", lambda f, *a: None)),
@@ -331,3 +336,14 @@ def test_adapters_have_their_own_values_again_after_the_proof() -> None:
     assert proof.failure(0, fuse_layer(model, 0, decoder, "resident", Workspace(patches), patches)) is None
     patches.undo()
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def test_where_a_layer_in_float32_does_not_fit_the_judge_sits_on_the_cpu_and_sees_few_tokens() -> None:
+    config = _LLAMA.config()
+    model, decoder = adapted(base_model(config)), decoder_of(config)
+    assert Proof(model, decoder, many=True)._lengths == [FEW, MANY]
+    assert Proof(model, decoder, many=True, free_bytes=1e6)._lengths == [FEW]
+    with torch.device("meta"):
+        elsewhere = adapted(base_model(config))
+    assert Proof(elsewhere, decoder, many=False)._on.type == "meta"
+    assert Proof(elsewhere, decoder, many=False, free_bytes=1e4)._on.type == "cpu"

@@ -117,7 +117,7 @@ passes = 0
 def full(self, *arguments, **named):
     global passes
     passes += 1
-    if os.environ.get("RANK") == "1" and self.kept and passes > 6:
+    if os.environ.get("RANK") == "1" and self.kept and passes > 9:  # five of them are the proof's
         import torch
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return backward(self, *arguments, **named)
@@ -126,7 +126,7 @@ def patched(name, *rest, **named):
     global backward
     module = real(name, *rest, **named)
     layer = sys.modules.get("job.model.fused.layer")
-    if layer is not None and hasattr(layer, "fuse_layers") and layer.FusedLayer.backward_ is not full:
+    if layer is not None and hasattr(layer, "fuse_layer") and layer.FusedLayer.backward_ is not full:
         backward, layer.FusedLayer.backward_ = layer.FusedLayer.backward_, full
     return module
 

@@ -63,7 +63,7 @@ def _goes_on(text: str) -> bool:
         return (
             first_line >= 0
             and error.pos > first_line
-            and re.match(r'\{\s*\n?\s*"', text) is not None
+            and re.match(r'\{\s*"(?:[^"\\\n]|\\.)*"\s*:', text) is not None
             and (len(text) >= _PART // 8 or text[:first_line].rstrip().endswith(("{", "[", ",", ":")))
         )
     except RecursionError:

@@ -84,7 +84,7 @@ class FusedLayer:
 
     `kept` says whether the layer is kept or recomputed. It may change between steps, and the numbers stay the same.
     `dropout_seed` is the first of the `LINEAR_LAYERS` consecutive seeds that the layer uses. `first_token` is the place
-    in the batch of the tokens that come next.
+    in the batch of the tokens that come next. `scores` is how attention computes its scores.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class FusedLayer:
         self.kept, self.dropout_seed, self.first_token = True, 0, 0
         self._workspace = workspace
         self._dim, self._heads, self._shared_heads = decoder.head_dim, decoder.heads, decoder.shared_heads
-        self._scores = Scores(float(attention.scaling), decoder.windows[index], decoder.softcap)
+        self.scores = Scores(float(attention.scaling), decoder.windows[index], decoder.softcap)
         self._rotates, self._gelu = decoder.rotates[index], decoder.activation != "silu"
         self._norms = [Norm.of(getattr(layer, name), decoder) for name in architecture.norms]
         self._result_norms = [Norm.of(getattr(layer, name), decoder) for name in architecture.sandwich or ()]
@@ -173,7 +173,7 @@ class FusedLayer:
             pointwise.rotate(rotated, rows.cos, rows.sin, out=rotated)
         query, key, value = self._split_heads(packed)
         flat = self.output.new_input(x)
-        attended = attend(query, key, value, rows, self._scores, self.output.inner(flat))
+        attended = attend(query, key, value, rows, self.scores, self.output.inner(flat))
         middle, narrow_output = self.output.forward_(flat, seeds[_ATTENTION_OUTPUT])
         attention = None
         if self._result_norms:
@@ -233,7 +233,8 @@ class FusedLayer:
         if of_x:  # with room for the border of the layer before this one, whose result may be normed first
             wide = torch.empty_like(of_normed) if self._result_norms else self.down.new_output(of_normed)
             gradient = self._norm_backward(of_normed, kept_.first_normed, of_middle, wide)[:, : of_normed.shape[1]]
-            self._workspace.leave_gradient(wide)
+            if not self._result_norms:  # whose layers do not ask for it
+                self._workspace.leave_gradient(wide)
         return gradient, [*of_inputs, *of_output, *of_gates, *of_down]
 
     def _gate_backward_(
@@ -252,7 +253,7 @@ class FusedLayer:
         of_normed, of_narrow = self.gates.input_gradient_(kept_.gate_up_whole, seeds[_GATES], rounded=rounded)
         del rounded
         of_gates = self.gates.in_order(self.gates.of_a(of_narrow, kept_.second_normed, seeds[_GATES]), of_gates_b)
-        rounded = self.output.rounded_output(of_out)
+        rounded = None if self._result_norms else self.output.rounded_output(of_out)
         room = self.output.new_output(of_out)
         of_middle = self._norm_backward(of_normed, kept_.second_normed, of_out, room, rounded)
         return (of_middle, rounded), of_gates, of_down

@@ -5,7 +5,9 @@ each kind is computed three times on a few tokens: by the fused layer, by transf
 in float32, which is the judge. The fused layer may be at most `_WORSE` times as far from the judge as the plain layer is.
 
 The adapters are made large enough to matter, and are changed after the fused layer has used them. Some tokens are so small
-that the norms' epsilon matters. Masks of dropout are read out of the layer's own drawing, and given to the judge.
+that the norms' epsilon matters. Masks of dropout are read out of the layer's own drawing, and given to the judge. A window
+that is longer than the proof's rows is made shorter for the proof. The judge is computed on the CPU, on few tokens, where
+the GPU's memory does not hold a layer in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ _FLOOR = 1e-4  # differences that float32's own roundings make
 _FP8 = (0.45, 1.0)
 _SHARE = 0.3  # of a linear layer's result that comes from the adapter
 _TINY = 4  # each such token is about as small as the norms' epsilon
+_WINDOW = 16  # for the proof of layers whose window is longer than its rows
+_HEAD_ROWS = 4096  # of the vocabulary, whose head is proved
 
 
 @dataclass(frozen=True)
@@ -83,55 +87,86 @@ class Differences:
         return None
 
 
+@dataclass(frozen=True)
+class _Case:
+    """Rows of these lengths, computed with another window than the layer's own if `window` is given."""
+
+    lengths: tuple[int, ...]
+    window: int | None = None
+
+
 class Proof:
     """Compares layers of a model before and after they are fused. `prepare` comes before, `failure` after it.
 
-    `many` says whether training computes so many tokens at once that other kernels do it.
+    `many` says whether training computes so many tokens at once that other kernels do it. `free_bytes` are those of the
+    device that the proof may use.
     """
 
-    def __init__(self, model: PeftModel, decoder: Decoder, *, many: bool) -> None:
+    def __init__(self, model: PeftModel, decoder: Decoder, *, many: bool, free_bytes: float = math.inf) -> None:
         self._model, self._decoder = model, decoder
-        self._lengths = [FEW, MANY] if many else [FEW]
-        self._adapters: dict[int, list[torch.Tensor]] = {}
-        self._judged: dict[tuple[int, tuple[int, ...]], tuple[_Judge, Sample, Differences]] = {}
+        device = model.get_base_model().base_model.embed_tokens.weight.device
+        in_float32 = 4 * decoder.hidden * (decoder.packed + decoder.query + 3 * decoder.intermediate)
+        for_many = 4 * sum(MANY) * 8 * (decoder.hidden + decoder.packed + decoder.intermediate)
+        self._on = device if 1.5 * in_float32 < free_bytes else torch.device("cpu")
+        self._lengths = [FEW, MANY] if many and in_float32 + for_many < free_bytes else [FEW]
+        self._adapters: list[torch.Tensor] = []
+        self._judged: dict[_Case, tuple[_Judge, Sample, Differences]] = {}
 
     def kinds(self) -> list[int]:
         """The first layer of each kind: with its window, and with or without positions."""
         of_layers = list(zip(self._decoder.windows, self._decoder.rotates, strict=True))
         return [of_layers.index(kind) for kind in dict.fromkeys(of_layers)]
 
+    def _cases(self, index: int) -> list[_Case]:
+        window = self._decoder.windows[index]
+        cases = [_Case(lengths) for lengths in self._lengths]
+        if window is not None and window >= max(FEW):
+            cases.append(_Case(FEW, _WINDOW))
+        return cases
+
     def prepare(self, index: int) -> None:
-        """Compute layer `index`, which is not fused yet, in the type of training and in float32."""
+        """Compute layer `index`, which is not fused yet, in the type of training and in float32. Forgets other layers."""
         layer = self._layer(index)
-        self._adapters[index] = _large_adapters(layer)
-        with _with_adapters(layer, self._adapters[index]):
-            judge = _Judge(layer, index)
-            for lengths in self._lengths:
-                wanted = self._sample(judge.layer, index, lengths, judge.trained, torch.float32)
-                plain = self._sample(layer, index, lengths, _trained(layer))
-                self._judged[index, lengths] = judge, wanted, plain.differences(wanted)
+        self._judged.clear()
+        self._adapters = _large_adapters(layer)
+        with _with_adapters(layer, self._adapters):
+            judge = _Judge(layer, index, self._on)
+            for case in self._cases(index):
+                with _windowed(judge.layer, case.window), _windowed(layer, case.window):
+                    wanted = self._sample(judge.layer, index, case.lengths, judge.trained, judge.device)
+                    plain = self._sample(layer, index, case.lengths, _trained(layer))
+                self._judged[case] = judge, wanted, plain.differences(wanted)
 
     def failure(self, index: int, fused: FusedLayer, *, eight_bit: bool = False) -> str | None:
-        """What is wrong with layer `index`, which is now fused, with 8-bit products or not. None if nothing is."""
+        """What is wrong with layer `index`, which was prepared last and is now fused, with 8-bit products or not.
+
+        None if nothing is.
+        """
         layer = self._layer(index)
-        kept = fused.kept
+        kept, scores = fused.kept, fused.scores
         try:
-            for lengths in self._lengths:
-                judge, wanted, plain = self._judged[index, lengths]
+            for case, (judge, wanted, plain) in self._judged.items():
                 allowed = [_allowed(one, eight_bit) for one in plain.found]
-                self._sample(layer, index, lengths, _trained(layer))  # with the adapters that it has now
-                with _with_adapters(layer, self._adapters[index]):
+                if case.window is not None:
+                    fused.scores = replace(scores, window=case.window)
+                self._sample(layer, index, case.lengths, _trained(layer))  # with the adapters that it has now
+                with _with_adapters(layer, self._adapters), _windowed(judge.layer, case.window):
                     for fused.kept in (True, False):
                         how = "kept" if fused.kept else "recomputed"
-                        found = self._sample(layer, index, lengths, _trained(layer)).differences(wanted)
+                        found = self._sample(layer, index, case.lengths, _trained(layer)).differences(wanted)
                         if (reason := found.exceed(allowed)) is not None:
                             return f"a {how} layer: {reason}"
-                        reason = self._dropped(judge, index, fused, lengths, allowed)
+                        reason = self._dropped(judge, index, fused, case.lengths, allowed)
                         if reason is not None:
                             return f"a {how} layer with dropout: {reason}"
+                fused.scores = scores
         finally:
-            fused.kept = kept
+            fused.kept, fused.scores = kept, scores
         return None
+
+    def forget(self) -> None:
+        """Free what was computed for the last layer."""
+        self._judged.clear()
 
     def _dropped(
         self,
@@ -150,8 +185,9 @@ class Proof:
             spread = math.sqrt(probability * (1 - probability) / mask.numel())
             if abs(dropped - probability) > 8 * spread:
                 return f"{dropped:.2%} of the values are dropped, not {probability:.2%}"
-        with judge.dropping({name: (mask != 0) / (1 - p) for name, (p, mask) in masks.items()}):
-            wanted = self._sample(judge.layer, index, lengths, judge.trained, torch.float32)
+        factors = {name: ((mask != 0) / (1 - p)).to(judge.device) for name, (p, mask) in masks.items()}
+        with judge.dropping(factors):
+            wanted = self._sample(judge.layer, index, lengths, judge.trained, judge.device)
         training = layer.training
         layer.train(True)
         try:
@@ -164,7 +200,8 @@ class Proof:
         """What is wrong with the loss over the fused head. None if nothing is."""
         base: Any = self._model.get_base_model()
         embedded, generator = self._embedded(base.base_model, FEW)
-        head, norm = base.get_output_embeddings().weight, LastNorm.of(base.base_model.norm, self._decoder)
+        head = base.get_output_embeddings().weight[:_HEAD_ROWS]  # all would take as much memory as the layers' judge
+        norm = LastNorm.of(base.base_model.norm, self._decoder)
         states = embedded.detach()[0]
         labels = torch.randint(len(head), (len(states),), generator=generator).to(states.device)
         labels[::5] = -100
@@ -199,14 +236,15 @@ class Proof:
         index: int,
         lengths: Sequence[int],
         trained: Sequence[torch.Tensor],
-        dtype: torch.dtype | None = None,
+        judged_on: torch.device | None = None,
         *,
         training: bool = False,
     ) -> Sample:
-        """Compute `layer`, as it is now, on random rows of these lengths."""
+        """Compute `layer`, as it is now, on random rows of these lengths, or the judge in float32 on its device."""
         base: Any = self._model.get_base_model().base_model
         embedded, generator = self._embedded(base, lengths)
-        x = embedded.to(dtype or embedded.dtype).requires_grad_()
+        home = embedded.device
+        x = (embedded if judged_on is None else embedded.float().to(judged_on)).requires_grad_()
         device = x.device
         positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
         boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
@@ -221,7 +259,9 @@ class Proof:
                 out = layer(
                     x,
                     position_ids=positions,
-                    position_embeddings=base.rotary_emb(x, positions, **named),
+                    position_embeddings=tuple(
+                        part.to(device) for part in base.rotary_emb(x.to(home), positions.to(home), **named)
+                    ),
                     attention_mask=None,
                     cu_seq_lens_q=boundaries,
                     cu_seq_lens_k=boundaries,
@@ -233,9 +273,9 @@ class Proof:
         finally:
             layer.train(mode)
         return Sample(
-            (out.detach().float() - x.detach().float())[0],
-            (of_x.float() - of_out.float())[0],
-            tuple(gradient.detach().float() for gradient in of_trained),
+            (out.detach().float() - x.detach().float())[0].to(home),
+            (of_x.float() - of_out.float())[0].to(home),
+            tuple(gradient.detach().float().to(home) for gradient in of_trained),
         )
 
 
@@ -271,6 +311,21 @@ def _with_adapters(layer: torch.nn.Module, values: Sequence[torch.Tensor]) -> It
         _set(layer, before)
 
 
+@contextlib.contextmanager
+def _windowed(layer: Any, window: int | None) -> Iterator[None]:
+    """Give transformers' layer another window, where it keeps its own: in its attention, or in the config. None: its own."""
+    if window is None:
+        yield
+        return
+    attention = layer.self_attn
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    before, owner.sliding_window = owner.sliding_window, window
+    try:
+        yield
+    finally:
+        owner.sliding_window = before
+
+
 @torch.no_grad()
 def _set(layer: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
     for parameter, value in zip(_trained(layer), values, strict=True):
@@ -280,7 +335,8 @@ def _set(layer: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
 class _Judge:
     """A decoder layer in float32, with copies of all its weights. It computes LoRA by its formula, without peft."""
 
-    def __init__(self, layer: Any, index: int) -> None:
+    def __init__(self, layer: Any, index: int, device: torch.device) -> None:
+        self.device = device
         with torch.device("meta"):
             self.layer = type(layer)(layer.self_attn.config, index)
         self._linear: dict[str, _Adapted] = {}
@@ -288,11 +344,11 @@ class _Judge:
             own = layer.get_submodule(name)
             if isinstance(module, torch.nn.Linear):
                 parent, _, child = name.rpartition(".")
-                self._linear[name] = _Adapted(own)
+                self._linear[name] = _Adapted(own, device)
                 setattr(self.layer.get_submodule(parent), child, self._linear[name])
             else:
                 for key, value in own.named_parameters(recurse=False):
-                    setattr(module, key, torch.nn.Parameter(value.detach().float(), requires_grad=False))
+                    setattr(module, key, torch.nn.Parameter(value.detach().to(device).float(), requires_grad=False))
         self.layer.train(layer.training)
         self.trained = [part for one in self._linear.values() for part in one.trained]
 
@@ -311,17 +367,17 @@ class _Judge:
 class _Adapted(torch.nn.Module):
     """A linear layer in float32 with its adapter, if it has one."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, device: torch.device) -> None:
         super().__init__()
         base = base_of(layer)
-        self._weight = full_weight(base).float()
-        self._bias = None if base.bias is None else base.bias.detach().float()
+        self._weight = full_weight(base).to(device).float()
+        self._bias = None if base.bias is None else base.bias.detach().to(device).float()
         self.trained: list[torch.Tensor] = []
         self.factors: torch.Tensor | None = None
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
             self._scale = float(layer.scaling[ADAPTER])
             pair = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-            self.trained = [part.detach().float().clone().requires_grad_() for part in pair]
+            self.trained = [part.detach().to(device).float().clone().requires_grad_() for part in pair]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.nn.functional.linear(x, self._weight, self._bias)

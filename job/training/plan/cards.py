@@ -69,7 +69,7 @@ CARDS = (
     _card("P100", 15.9, 19, 732, bfloat16=False, too_old=True),
 )
 
-_SLICE = re.compile(r"\bmig[\s_-]+(\d)g\.(\d+)gb", re.IGNORECASE)
+_SLICE = re.compile(r"\bmig[\s_-]+([1-7])g\.([1-9]\d*)gb", re.IGNORECASE)
 _SLICES = 7  # of a card's multiprocessors; 1g has one of them
 _GIGABYTE = 0.975 * GIB  # what the driver reports of each in the name
 

@@ -116,8 +116,11 @@ def unusual_adapter(settings: Settings) -> str | None:
     return next((name for name, value in named.items() if value), None)
 
 
-def obstacle(settings: Settings, config: Mapping[str, Any]) -> str | None:
-    """Why the fused layers cannot compute this run on any card, or None if they can. Only fused layers have plans."""
+def obstacle(settings: Settings, config: Mapping[str, Any], longest_row: int = 0) -> str | None:
+    """Why the fused layers cannot compute this run on any card, or None if they can. Only fused layers have plans.
+
+    `longest_row` are the tokens of the data's longest row, if that is known.
+    """
     if settings.decoder_layers in ("plain", "compiled"):
         return f"FT_DECODER_LAYERS={settings.decoder_layers}"
     try:
@@ -126,6 +129,8 @@ def obstacle(settings: Settings, config: Mapping[str, Any]) -> str | None:
         return str(error)
     if decoder.softcap is not None and settings.device == "cuda":
         return "no attention kernel of theirs limits scores, as this model does (attn_logit_softcapping)"
+    if decoder.lengths_matter_from is not None and longest_row >= decoder.lengths_matter_from:
+        return f"with rows of {decoder.lengths_matter_from:,} tokens or more, the model's positions depend on what is computed together"
     if settings.padding_free is False and not settings.packing:
         return "they need rows without padding (FT_PADDING_FREE)"
     if settings.sharding != "none":

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from job.commands.card_table import compare
 from job.settings import Settings
 from job.training.plan.candidates import Plan, plans, predicted_bytes, predicted_seconds
 from job.training.plan.cards import CARDS, GIB, card_named
@@ -286,6 +287,7 @@ def test_a_slice_of_a_card_has_its_share_of_the_figures() -> None:
     assert 38 * GIB < part.memory_bytes < 40 * GIB
     assert part.bandwidth < 0.55 * whole.bandwidth
     assert card_named("Radeon MIG 1g.5gb") is None
+    assert card_named("H100 MIG 0g.10gb") is None and card_named("H100 MIG 1g.0gb") is None
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,26 @@ def test_a_slice_of_a_card_has_its_share_of_the_figures() -> None:
 def test_arguments_that_change_the_mathematics_are_for_plain_layers(extra: dict[str, Any], told: str | None) -> None:
     found = obstacle(settings(extra_training_args=extra), LLAMA_7B)
     assert (found is None) if told is None else told in str(found)
+
+
+def test_where_positions_depend_on_a_batch_s_longest_row_long_rows_are_for_plain_layers() -> None:
+    """transformers chooses longrope's factors per call, so that the same row would differ by what is computed beside it."""
+    rope = {
+        "rope_scaling": {"type": "longrope", "short_factor": [], "long_factor": []},
+        "original_max_position_embeddings": 4096,
+    }
+    phi = {**LLAMA_7B, "architectures": ["Phi3ForCausalLM"], **rope}
+    assert obstacle(settings(), phi, 4096) is None
+    assert "with rows of 4,097 tokens or more" in str(obstacle(settings(), phi, 4097))
+    assert obstacle(settings(), LLAMA_7B, 10**6) is None
+
+
+def test_with_a_fixed_number_of_steps_more_cards_take_as_long_and_cost_more() -> None:
+    lines = compare([(1, H200), (8, H200)], shape(), LOAD, settings(max_steps=100, gpu_price={"": 2.0}), tokens=1e9)  # type: ignore[list-item]
+    rows = {line[:20].strip(): line.split() for line in lines if line.startswith(("H200", "8 × H200"))}
+    hours, prices = ([float(rows[name][at].replace(",", "")) for name in ("H200", "8 × H200")] for at in (-2, -1))
+    assert hours[1] == pytest.approx(hours[0] / 0.95, rel=0.01)
+    assert prices[1] == pytest.approx(8 * prices[0] / 0.95, rel=0.01)
 
 
 def test_dropout_takes_time_and_windows_save_some() -> None:
