@@ -205,6 +205,23 @@ def test_a_layer_with_wrong_results_on_this_machine_is_computed_the_plain_way(
     assert read_json(run.paths.metrics_file)["plan"] is None
 
 
+def test_a_checkpoint_whose_layers_are_held_in_different_ways_is_trained_by_plain_layers(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some checkpoints in 4 bits leave single layers in 16, which no config.json says in a form to rely on."""
+    plain = prepared("plain", **{**FUSED, "DECODER_LAYERS": "plain"})
+    train(plain)
+    run = prepared("mixed", **FUSED)
+    monkeypatch.setattr("job.training.execution.can_fuse", lambda *_: False)
+    with pytest.raises(InputError, match="not those that its config.json describes"):
+        train(run)
+    monkeypatch.setattr("job.training.execution.is_asked_for", lambda settings: False)
+    monkeypatch.setattr("job.stages.train.choose_steps", _chosen_as_on_a_gpu)
+    train(run)
+    assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
+    assert_equal(adapter(run), adapter(plain))
+
+
 _FAULT = """
 import builtins, os, sys
 real = builtins.__import__
