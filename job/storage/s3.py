@@ -252,6 +252,8 @@ class S3Store:
                         "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role.",
                     )
                 hint = "Check the AWS credentials and the bucket policy."
+                if answer.right and answer.meaning is Meaning.REFUSED:
+                    hint = f"{answer.operation} needs the right {answer.right}. {hint}"
                 if answer.code == "SignatureDoesNotMatch":
                     hint += " Google and Oracle also say so of checksums: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required."
                 return PermissionRefused(f"S3 refused access to {what}: {answer.words}.", hint)

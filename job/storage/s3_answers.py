@@ -119,13 +119,30 @@ _WITHOUT_ANSWER: tuple[tuple[tuple[type[Exception], ...], Meaning], ...] = (
 )
 
 
+# The right that each of the job's requests needs (Amazon S3's "Required permissions for Amazon S3 API operations")
+_RIGHTS = {
+    "HeadBucket": "s3:ListBucket", "ListObjectsV2": "s3:ListBucket", "GetObject": "s3:GetObject", "HeadObject": "s3:GetObject",
+    "PutObject": "s3:PutObject", "CreateMultipartUpload": "s3:PutObject", "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject", "DeleteObject": "s3:DeleteObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload", "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+}  # fmt: skip
+_ALSO = " (and s3:ListBucket, without which S3 refuses to say that an object is absent)"
+
+
 @dataclass(frozen=True)
 class Answer:
-    """A failed request: what it means, and the service's own words for it."""
+    """A failed request: what it means, the service's own words for it, and which operation it was."""
 
     meaning: Meaning
     words: str
     code: str = ""
+    operation: str = ""
+
+    @property
+    def right(self) -> str:
+        """The right that the request needs, or nothing if that is not known."""
+        right = _RIGHTS.get(self.operation, "")
+        return right + _ALSO if right == "s3:GetObject" else right
 
 
 def answer_of(error: BaseException) -> Answer | None:
@@ -162,7 +179,7 @@ def _answered(error: ClientError) -> Answer:
         meaning = _BY_STATUS.get(status) or (Meaning.NEVER if 400 <= status < 500 else Meaning.LATER)
     words = " ".join(filter(None, [str(status), "" if code.isdigit() else code]))
     text = str(told.get("Message", "")).strip()
-    return Answer(meaning, f"{words}: {text}" if text else words, code)
+    return Answer(meaning, f"{words}: {text}" if text else words, code, str(getattr(error, "operation_name", "")))
 
 
 def _for_good(error: BaseException) -> str:

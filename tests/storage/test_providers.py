@@ -689,3 +689,27 @@ def test_a_proxy_that_wants_a_password_is_no_reason_to_start_again(
     server.shutdown()
     server.server_close()
     assert met.value.exit_code in (PERMISSION, SETTINGS)
+
+
+# A policy that lacks one right: what Amazon answers to the requests that need it
+_DENIED = Refusal("denied", 403, "AccessDenied", "Access Denied", _AWS_LIST, PERMISSION, PERMISSION)
+
+
+@pytest.mark.parametrize(
+    ("right", "needs"),
+    [
+        ("s3:ListBucket", lambda request: request.method in ("GET", "HEAD") and not request.key),
+        ("s3:GetObject", lambda request: request.method in ("GET", "HEAD") and bool(request.key)),
+        ("s3:PutObject", lambda request: request.method in ("PUT", "POST")),
+        ("s3:DeleteObject", lambda request: request.method == "DELETE" and "uploadId" not in request.query),
+    ],
+)
+def test_before_anything_is_paid_for_the_right_that_a_policy_lacks_is_named(
+    service: Service, right: str, needs: When
+) -> None:
+    service.refuse(_DENIED, needs)
+    with pytest.raises(JobError) as raised:
+        prove(open_store("s3://bucket/runs"), "run")
+    assert raised.value.exit_code == ExitCode.PERMISSION
+    assert f"needs the right {right}" in raised.value.hint, raised.value.hint
+    assert "AccessDenied" in raised.value.message

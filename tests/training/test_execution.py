@@ -213,7 +213,7 @@ def test_a_checkpoint_whose_layers_are_held_in_different_ways_is_trained_by_plai
     train(plain)
     run = prepared("mixed", **FUSED)
     monkeypatch.setattr("job.training.execution.can_fuse", lambda *_: False)
-    with pytest.raises(InputError, match="not those that its config.json describes"):
+    with pytest.raises(InputError, match=r"not those that its config\.json describes"):
         train(run)
     monkeypatch.setattr("job.training.execution.is_asked_for", lambda settings: False)
     monkeypatch.setattr("job.stages.train.choose_steps", _chosen_as_on_a_gpu)
