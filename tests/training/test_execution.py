@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from job.errors import InputError, NodeError
 from job.model.fused import pointwise
 from job.model.fused.layer import FusedLayer
-from job.model.fused.products import Normed
+from job.model.fused.products import Normed, Products
 from job.model.fused.proof import Proof
 from job.model.patches import Patches
 from job.run import Run, read_json
@@ -203,6 +203,22 @@ def test_a_layer_with_wrong_results_on_this_machine_is_computed_the_plain_way(
     assert "The layers are computed by transformers and peft, which is slower" in capsys.readouterr().out
     assert_equal(adapter(run), adapter(plain))
     assert read_json(run.paths.metrics_file)["plan"] is None
+
+
+def test_8_bit_layers_are_proved_in_16_bits_first_where_their_roundings_hide_nothing(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "job.stages.train.choose_steps",
+        lambda settings, compute, config, report: Choice(compute, Shape.of(config, settings), Plan("fp8", 0, 4096, 1)),
+    )
+    run = prepared("right", **FUSED)
+    train(run)
+    assert read_json(run.paths.metrics_file)["plan"]["weights"] == "fp8"
+    of_b = Products.of_b
+    monkeypatch.setattr(Products, "of_b", lambda self, *others: [part * 1.15 for part in of_b(self, *others)])
+    with pytest.raises(NodeError, match=r"gradient \d+ of its adapters differs by 15"):
+        train(prepared("wrong", **FUSED))
 
 
 def test_a_checkpoint_whose_layers_are_held_in_different_ways_is_trained_by_plain_layers(
