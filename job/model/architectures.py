@@ -134,6 +134,7 @@ ARCHITECTURES = (
     Architecture(
         name="Phi3ForCausalLM", layer="Phi3DecoderLayer", inputs=("qkv_proj",), gates=("gate_up_proj",),
         drops=("attention_dropout", "resid_pdrop"), default_targets=("qkv_proj",), windows=_same_window,
+        defaults=(("original_max_position_embeddings", 4096),),
     ),
     Architecture(
         name="SmolLM3ForCausalLM", layer="SmolLM3DecoderLayer", windows=_windows_without_positions, rotates=_some_layers_rotate,
@@ -259,11 +260,20 @@ def has_odd_heads(config: Config) -> bool:
 
 def _lengths_matter_from(config: Config) -> int | None:
     """transformers chooses the factors of longrope, and the base of dynamic NTK, by the longest row of a batch."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "dynamic"):
-        return None
-    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return int(original or config["max_position_embeddings"]) + 1
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parts = [part for part in rope.values() if isinstance(part, Mapping)] or [
+        rope
+    ]  # one for each kind of layer, or for all
+    found = []
+    for part in parts:
+        kind = part.get("rope_type") or part.get("type")
+        if kind == "dynamic":
+            found.append(int(config["max_position_embeddings"]) + 1)
+        elif kind == "longrope" or (kind in ("su", "yarn") and config.get("architectures") == ["Phi3ForCausalLM"]):
+            # older names, which transformers takes for longrope in Phi's files
+            original = config.get("original_max_position_embeddings") or part.get("original_max_position_embeddings")
+            found.append(int(original or config["max_position_embeddings"]) + 1)
+    return min(found, default=None)
 
 
 def default_targets(config: Config) -> tuple[str, ...] | None:

@@ -41,9 +41,13 @@ class Patches:
         self._settled = True
         self._undo = [(holds, act) for holds, act in self._undo if not holds]
 
-    def undo(self) -> None:
-        """Revert every recorded change."""
-        while self._undo:
+    def mark(self) -> int:
+        """How many changes are recorded, for `undo`."""
+        return len(self._undo)
+
+    def undo(self, until: int = 0) -> None:
+        """Revert the recorded changes after the first `until`."""
+        while len(self._undo) > until:
             self._undo.pop()[1]()
 
     def _exchange(self, owner: torch.nn.Module, name: str, value: Any) -> None:

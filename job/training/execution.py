@@ -102,25 +102,14 @@ class Execution:
     def _fuse(self, model: PeftModel, plan: Plan, decoder: Decoder) -> str | None:
         """Fuse a layer of each kind, and the others if these pass the proof. Returns what went wrong, or None."""
         many = max(plan.micro_batch_tokens, plan.longest_row, self._evaluated_tokens) >= MANY_TOKENS
-        workspace = Workspace(self.patches)
-
-        def fuse(index: int) -> FusedLayer:
-            return fuse_layer(model, index, decoder, plan.weights, workspace, self.patches)
-
+        before, free = self.patches.mark(), self._free_bytes()
         try:
-            proof, failure, fused = Proof(model, decoder, many=many, free_bytes=self._free_bytes()), None, {}
-            for index in proof.kinds():
-                proof.prepare(index)
-                if plan.weights == "fp8":
-                    failure = self._failure_in_16_bits(model, proof, index, decoder)
-                if failure is None:
-                    fused[index] = fuse(index)
-                    failure = proof.failure(index, fused[index], eight_bit=plan.weights == "fp8")
-                if failure is not None:
-                    break
-            proof.forget()
-            if failure is None and can_fuse_head(model):
-                failure = proof.head_failure()
+            try:
+                return self._proved(model, plan, decoder, many, free)
+            except torch.OutOfMemoryError:  # training itself may need less
+                self.patches.undo(before)
+            torch.cuda.empty_cache()
+            return self._proved(model, plan, decoder, many, 0.0)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, drivers and kernels may raise anything
@@ -130,7 +119,27 @@ class Execution:
                     f"A kernel of the fused layers crashed the GPU: {reason}.", f"{_PLAIN} Another card may work."
                 ) from error
             return reason
-        if failure is not None:
+
+    def _proved(self, model: PeftModel, plan: Plan, decoder: Decoder, many: bool, free: float) -> str | None:
+        """`_fuse`, with a proof that may use `free` bytes of the GPU."""
+        workspace = Workspace(self.patches)
+
+        def fuse(index: int) -> FusedLayer:
+            return fuse_layer(model, index, decoder, plan.weights, workspace, self.patches)
+
+        proof, fused = Proof(model, decoder, many=many, free_bytes=free), {}
+        for index in proof.kinds():
+            proof.prepare(index)
+            if (
+                plan.weights == "fp8"
+                and (failure := self._failure_in_16_bits(model, proof, index, decoder)) is not None
+            ):
+                return failure
+            fused[index] = fuse(index)
+            if (failure := proof.failure(index, fused[index], eight_bit=plan.weights == "fp8")) is not None:
+                return failure
+        proof.forget()
+        if can_fuse_head(model) and (failure := proof.head_failure()) is not None:
             return failure
         self.patches.settle_weights()
         self._layers = [fused[index] if index in fused else fuse(index) for index in range(decoder.layers)]

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
@@ -324,6 +325,14 @@ def test_a_fault_in_what_sets_a_family_apart_is_caught(
 ) -> None:
     planted(monkeypatch)
     assert failure(next(one for one in FAMILIES if one.name == name)) is not None
+
+
+def test_layers_whose_weights_are_held_in_another_way_are_another_kind() -> None:
+    config = _LLAMA.config(num_hidden_layers=3)
+    model = adapted(base_model(config))
+    layer = model.get_base_model().base_model.layers[2].mlp.down_proj
+    layer.base_layer = bnb.nn.Linear4bit(config.intermediate_size, config.hidden_size, bias=False)
+    assert Proof(model, decoder_of(config), many=False).kinds() == [0, 2]
 
 
 def test_adapters_have_their_own_values_again_after_the_proof() -> None:

@@ -205,6 +205,32 @@ def test_a_layer_with_wrong_results_on_this_machine_is_computed_the_plain_way(
     assert read_json(run.paths.metrics_file)["plan"] is None
 
 
+def test_a_proof_that_needs_too_much_memory_is_tried_again_with_less(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = prepared("plain", **FUSED)
+    train(plain)
+    given: list[float] = []
+
+    class Full(Proof):
+        def __init__(self, *arguments: Any, free_bytes: float, **named: Any) -> None:
+            given.append(free_bytes)
+            super().__init__(*arguments, free_bytes=free_bytes, **named)
+
+        def failure(self, *arguments: Any, **named: Any) -> str | None:
+            found = super().failure(*arguments, **named)
+            if len(given) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return found
+
+    monkeypatch.setattr("job.training.execution.Proof", Full)
+    run = prepared("full", **FUSED)
+    train(run)
+    assert given == [float("inf"), 0.0]
+    assert_equal(adapter(run), adapter(plain))
+    assert read_json(run.paths.metrics_file)["plan"] is not None
+
+
 def test_8_bit_layers_are_proved_in_16_bits_first_where_their_roundings_hide_nothing(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:

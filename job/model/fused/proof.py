@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -41,7 +42,7 @@ _FP8 = (0.45, 1.0)
 _SHARE = 0.3  # of a linear layer's result that comes from the adapter
 _TINY = 4  # each such token is about as small as the norms' epsilon
 _WINDOW = 16  # for the proof of layers whose window is longer than its rows
-_HEAD_ROWS = 4096  # of the vocabulary, whose head is proved
+_HEAD_ROWS = 3 * 4096 + 512  # of the vocabulary, whose head is proved: some of its kernel's blocks, and a part of one
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,27 @@ class Proof:
         self._model, self._decoder = model, decoder
         device = model.get_base_model().base_model.embed_tokens.weight.device
         in_float32 = 4 * decoder.hidden * (decoder.packed + decoder.query + 3 * decoder.intermediate)
-        for_many = 4 * sum(MANY) * 8 * (decoder.hidden + decoder.packed + decoder.intermediate)
-        self._on = device if 1.5 * in_float32 < free_bytes else torch.device("cpu")
-        self._lengths = [FEW, MANY] if many and in_float32 + for_many < free_bytes else [FEW]
+        activations = sum(MANY) * 14 * (decoder.hidden + decoder.packed + decoder.intermediate)  # and dropout's masks
+        scores = decoder.heads * (
+            sum(length**2 for length in MANY) + 4 * max(MANY) ** 2
+        )  # of plain attention in float32
+        self._on = device if 2.5 * in_float32 < free_bytes else torch.device("cpu")
+        self._lengths = [FEW, MANY] if many and 2 * in_float32 + 4 * (activations + scores) < free_bytes else [FEW]
         self._adapters: list[torch.Tensor] = []
         self._judged: dict[_Case, tuple[_Judge, Sample, Differences]] = {}
 
     def kinds(self) -> list[int]:
-        """The first layer of each kind: with its window, and with or without positions."""
-        of_layers = list(zip(self._decoder.windows, self._decoder.rotates, strict=True))
+        """The first layer of each kind: with its window, with or without positions, and with weights in 4 bits or not."""
+        held = [self._held(self._layer(index)) for index in range(self._decoder.layers)]
+        of_layers = list(zip(self._decoder.windows, self._decoder.rotates, held, strict=True))
         return [of_layers.index(kind) for kind in dict.fromkeys(of_layers)]
+
+    def _held(self, layer: Any) -> tuple[bool, ...]:
+        """Which linear layers have 4-bit weights."""
+        names = self._decoder.architecture.linear
+        owners = [layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp for name in names]
+        bases = [base_of(getattr(owner, name)) for owner, name in zip(owners, names, strict=True)]
+        return tuple(isinstance(base, bnb.nn.Linear4bit) for base in bases)
 
     def _cases(self, index: int) -> list[_Case]:
         window = self._decoder.windows[index]
@@ -200,7 +212,8 @@ class Proof:
         """What is wrong with the loss over the fused head. None if nothing is."""
         base: Any = self._model.get_base_model()
         embedded, generator = self._embedded(base.base_model, FEW)
-        head = base.get_output_embeddings().weight[:_HEAD_ROWS]  # all would take as much memory as the layers' judge
+        whole = base.get_output_embeddings().weight
+        head = whole[: _HEAD_ROWS + len(whole) % 16]  # all would take as much memory as the layers' judge
         norm = LastNorm.of(base.base_model.norm, self._decoder)
         states = embedded.detach()[0]
         labels = torch.randint(len(head), (len(states),), generator=generator).to(states.device)

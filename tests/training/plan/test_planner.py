@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from job.commands.card_table import compare
+from job.model.architectures import Decoder
 from job.settings import Settings
 from job.training.plan.candidates import Plan, plans, predicted_bytes, predicted_seconds
 from job.training.plan.cards import CARDS, GIB, card_named
@@ -314,6 +315,19 @@ def test_where_positions_depend_on_a_batch_s_longest_row_long_rows_are_for_plain
     assert obstacle(settings(), phi, 4096) is None
     assert "with rows of 4,097 tokens or more" in str(obstacle(settings(), phi, 4097))
     assert obstacle(settings(), LLAMA_7B, 10**6) is None
+    older = {**phi, "rope_scaling": {"type": "su"}, "original_max_position_embeddings": None}
+    for one in (older, {**older, "rope_scaling": {"type": "yarn"}}):
+        assert Decoder.of({name: value for name, value in one.items() if value is not None}).lengths_matter_from == 4097
+    nested = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "dynamic"}}
+    gemma = {
+        **LLAMA_7B,
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_parameters": nested,
+        "max_position_embeddings": 2048,
+    }
+    assert Decoder.of(gemma).lengths_matter_from == 2049
+    llama = {**LLAMA_7B, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    assert Decoder.of(llama).lengths_matter_from is None
 
 
 def test_with_a_fixed_number_of_steps_more_cards_take_as_long_and_cost_more() -> None:
