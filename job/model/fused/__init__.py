@@ -10,6 +10,7 @@
     rounding.py    rows in 8-bit floats
     launch.py      cheap launches of Triton kernels
     proof.py       the check that fused layers give the model's own results on this machine
+    judge.py       the plain formulas in float32 that the check compares with
 
 The bordered product
     A linear layer with an adapter computes y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ. With a = A and b = s·B around the frozen weights W,

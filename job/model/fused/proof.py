@@ -28,6 +28,7 @@ from job.model.architectures import Decoder
 from job.model.changes import ADAPTER
 from job.model.fused import MANY_TOKENS
 from job.model.fused.head import LastNorm, label_log_probs
+from job.model.fused.judge import Judge, plain_loss
 from job.model.fused.layer import FusedLayer
 from job.model.fused.products import base_of
 from job.model.quantization import full_weight
@@ -114,7 +115,7 @@ class Proof:
         self._on = device if 2.5 * in_float32 < free_bytes else torch.device("cpu")
         self._lengths = [FEW, MANY] if many and 2 * in_float32 + 4 * (activations + scores) < free_bytes else [FEW]
         self._adapters: list[torch.Tensor] = []
-        self._judged: dict[_Case, tuple[_Judge, Sample, Differences]] = {}
+        self._judged: dict[_Case, tuple[Judge, Sample, Differences]] = {}
 
     def kinds(self) -> list[int]:
         """The first layer of each kind: with its window, with or without positions, and with weights in 4 bits or not."""
@@ -142,7 +143,7 @@ class Proof:
         self._judged.clear()
         self._adapters = _large_adapters(layer)
         with _with_adapters(layer, self._adapters):
-            judge = _Judge(layer, index, self._on)
+            judge = Judge(layer, index, self._on)
             for case in self._cases(index):
                 with _windowed(judge.layer, case.window), _windowed(layer, case.window):
                     wanted = self._sample(judge.layer, index, case.lengths, judge.trained, judge.device)
@@ -182,7 +183,7 @@ class Proof:
 
     def _dropped(
         self,
-        judge: _Judge,
+        judge: Judge,
         index: int,
         fused: FusedLayer,
         lengths: Sequence[int],
@@ -220,7 +221,7 @@ class Proof:
         labels[::5] = -100
         factors = torch.rand(len(states), generator=generator).to(states.device)
         samples = []
-        for dtype, way in ((torch.float32, _plain_loss), (states.dtype, _plain_loss), (states.dtype, label_log_probs)):
+        for dtype, way in ((torch.float32, plain_loss), (states.dtype, plain_loss), (states.dtype, label_log_probs)):
             x = states.to(dtype).requires_grad_()
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
                 found = way(x, norm, head.to(dtype), labels)
@@ -343,70 +344,3 @@ def _windowed(layer: Any, window: int | None) -> Iterator[None]:
 def _set(layer: torch.nn.Module, values: Sequence[torch.Tensor]) -> None:
     for parameter, value in zip(_trained(layer), values, strict=True):
         parameter.copy_(value)
-
-
-class _Judge:
-    """A decoder layer in float32, with copies of all its weights. It computes LoRA by its formula, without peft."""
-
-    def __init__(self, layer: Any, index: int, device: torch.device) -> None:
-        self.device = device
-        with torch.device("meta"):
-            self.layer = type(layer)(layer.self_attn.config, index)
-        self._linear: dict[str, _Adapted] = {}
-        for name, module in list(self.layer.named_modules()):
-            own = layer.get_submodule(name)
-            if isinstance(module, torch.nn.Linear):
-                parent, _, child = name.rpartition(".")
-                self._linear[name] = _Adapted(own, device)
-                setattr(self.layer.get_submodule(parent), child, self._linear[name])
-            else:
-                for key, value in own.named_parameters(recurse=False):
-                    setattr(module, key, torch.nn.Parameter(value.detach().to(device).float(), requires_grad=False))
-        self.layer.train(layer.training)
-        self.trained = [part for one in self._linear.values() for part in one.trained]
-
-    @contextlib.contextmanager
-    def dropping(self, masks: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Multiply the adapters' inputs by these factors, by the names of the linear layers."""
-        for name, mask in masks.items():
-            self._linear[name].factors = mask
-        try:
-            yield
-        finally:
-            for name in masks:
-                self._linear[name].factors = None
-
-
-class _Adapted(torch.nn.Module):
-    """A linear layer in float32 with its adapter, if it has one."""
-
-    def __init__(self, layer: Any, device: torch.device) -> None:
-        super().__init__()
-        base = base_of(layer)
-        self._weight = full_weight(base).to(device).float()
-        self._bias = None if base.bias is None else base.bias.detach().to(device).float()
-        self.trained: list[torch.Tensor] = []
-        self.factors: torch.Tensor | None = None
-        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
-            self._scale = float(layer.scaling[ADAPTER])
-            pair = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-            self.trained = [part.detach().to(device).float().clone().requires_grad_() for part in pair]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.nn.functional.linear(x, self._weight, self._bias)
-        if not self.trained:
-            return y
-        a, b = self.trained
-        into = x if self.factors is None else x * self.factors
-        return y + self._scale * (into @ a.T @ b.T)
-
-
-def _plain_loss(states: torch.Tensor, norm: LastNorm, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`label_log_probs` by PyTorch's own functions."""
-    wide = states.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
-    logits = (normed.to(norm.weight.dtype) * norm.weight).to(states.dtype) @ head.T
-    if norm.softcap is not None:
-        logits = norm.softcap * torch.tanh(logits / norm.softcap)
-    chosen = torch.log_softmax(logits.float(), -1).gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return chosen * (labels >= 0)
