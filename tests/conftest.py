@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,11 @@ SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSIO
 
 sys.path.insert(0, str(ROOT))
 from tests import forkserver  # noqa: E402
+
+# Where all tests must run (.ci/run), they try the same examples each time; elsewhere new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+if os.environ.get("ALL_TESTS_MUST_RUN"):
+    hypothesis.settings.load_profile("same")
 
 os.environ["FT_ENV_FILE"] = os.devnull  # a developer's .env must not affect the tests
 if not shutil.which("nvidia-smi"):
