@@ -52,8 +52,8 @@ def choose_steps(
     if reason is not None:
         if asked:
             named = "FT_DECODER_LAYERS=fused" if settings.decoder_layers == "fused" else "FT_FROZEN_PRECISION=fp8"
-            raise InputError(f"{named} is not possible: {reason}.", "Leave it at its default.")
-        return Choice(compute, reason=f"{SLOWER}: {reason}.", slower=True)
+            raise InputError(f"{named} is not possible. {_CANNOT}: {reason}.", "Leave it at its default.")
+        return Choice(compute, reason=f"{SLOWER}. {_CANNOT}: {reason}.", slower=True)
     shape = Shape.of(config, settings)
     if settings.frozen_precision == "fp8":
         require_fp8(compute.device)
@@ -73,6 +73,7 @@ def choose_steps(
 
 
 SLOWER = "The layers are computed by transformers and peft, which is slower"
+_CANNOT = "The job's own fused layers cannot be used here"
 
 
 def is_asked_for(settings: Settings) -> bool:
