@@ -108,10 +108,9 @@ class Proof:
         self._model, self._decoder = model, decoder
         device = model.get_base_model().base_model.embed_tokens.weight.device
         in_float32 = 4 * decoder.hidden * (decoder.packed + decoder.query + 3 * decoder.intermediate)
-        activations = sum(MANY) * 14 * (decoder.hidden + decoder.packed + decoder.intermediate)  # and dropout's masks
-        scores = decoder.heads * (
-            sum(length**2 for length in MANY) + 4 * max(MANY) ** 2
-        )  # of plain attention in float32
+        # About what they take. If it is more, the proof runs out of memory and is tried again with less (`Execution`).
+        activations = sum(MANY) * 7 * (decoder.hidden + decoder.packed + decoder.intermediate)
+        scores = decoder.heads * sum(length**2 for length in MANY)
         self._on = device if 2.5 * in_float32 < free_bytes else torch.device("cpu")
         self._lengths = [FEW, MANY] if many and 2 * in_float32 + 4 * (activations + scores) < free_bytes else [FEW]
         self._adapters: list[torch.Tensor] = []
