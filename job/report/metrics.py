@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Info, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Enum, Info, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
 
+from job import __version__
 from job.cluster import gpu_memory_used
 from job.report import endpoint
 from job.settings import STAGE_NAMES
@@ -21,6 +22,8 @@ _FIGURES = {
     "learning_rate": ("finetune_learning_rate", "Learning rate at the last logged step."),
     "tokens_per_second": ("finetune_tokens_per_second", "Training tokens per second, over all GPUs."),
     "mfu": ("finetune_mfu_ratio", "Model FLOPs utilization: useful FLOPs relative to the GPU's dense bfloat16 peak."),
+    "eval_loss": ("finetune_eval_loss", "Loss of the last evaluation, in nats per learned token."),
+    "grad_norm": ("finetune_gradient_norm", "Norm of all gradients before clipping, at the last logged step."),
 }
 
 
@@ -34,15 +37,17 @@ class Metrics:
         self._committed_at: float | None = None
         self._offered_at: float | None = None
         self._upload_seconds = 0.0
+        self._trains_since: float | None = None
+        self._steps: tuple[int, int] | None = None  # taken, and in total
+        self._first_step: tuple[int, float] | None = None  # of this start, and when it was reported
+        self._figures: dict[str, float] = {}
         registry = self._registry = CollectorRegistry()
         Info("finetune_run", "The run that this job is working on.", registry=registry).info({"run_id": run_id})
+        Info("finetune_build", "The version of this job.", registry=registry).info({"version": __version__})
         self._stage = Enum(
             "finetune_stage", "The stage that is running.", states=["none", *STAGE_NAMES], registry=registry
         )
-        self._step = Gauge("finetune_step", "Optimizer steps taken since the run started.", registry=registry)
-        self._steps = Gauge("finetune_steps", "Optimizer steps that the run will take in total.", registry=registry)
         self._restarts = Counter("finetune_restarts", "Earlier starts of this run.", registry=registry)
-        self._figures = {name: Gauge(*described, registry=registry) for name, described in _FIGURES.items()}
         registry.register(_Now(self))
 
     # -- what happens -----------------------------------------------------------------------------------------------
@@ -53,6 +58,8 @@ class Metrics:
 
     def stage(self, name: str | None) -> None:
         self._stage.state(name or "none")
+        if name == "train" and self._trains_since is None:
+            self._trains_since = self._clock()
 
     def working(self, under_way: bool) -> None:
         """Record whether a stage's process is at work. Only then does a lack of progress count as a stall."""
@@ -70,11 +77,10 @@ class Metrics:
         now = (event["done"], event.get("evaluated"))
         if now != self._last_progress and self._moved_at is not None:
             self._last_progress, self._moved_at = now, self._clock()
-        self._step.set(event["done"])
-        self._steps.set(event["total"])
-        for name, gauge in self._figures.items():
-            if name in event:
-                gauge.set(event[name])
+        self._steps = event["done"], event["total"]
+        if self._first_step is None:
+            self._first_step = event["done"], self._clock()
+        self._figures |= {name: float(event[name]) for name in _FIGURES if name in event}
 
     def checkpoint_offered(self) -> None:
         """Record that a checkpoint on the local disk is waiting to be stored."""
@@ -94,10 +100,23 @@ class Metrics:
         return self.stalled_seconds() <= self._stall_seconds
 
     def moments(self) -> Iterator[GaugeMetricFamily]:
-        """The current values of metrics that change with time alone."""
-        if self._committed_at is not None:
-            age = self._clock() - self._committed_at
-            yield GaugeMetricFamily("finetune_checkpoint_age_seconds", "Time since a checkpoint was last stored.", age)
+        """The current values of metrics that change with time alone, and of those that have none at first.
+
+        A series that reads 0 before its first value would look like a loss of 0, or like a training that stands still.
+        """
+        for name, value in self._figures.items():
+            yield GaugeMetricFamily(*_FIGURES[name], value)
+        if self._steps is not None:
+            done, total = self._steps
+            yield GaugeMetricFamily("finetune_step", "Optimizer steps taken since the run started.", done)
+            yield GaugeMetricFamily("finetune_steps", "Optimizer steps that the run will take in total.", total)
+            if (left := self._seconds_left(done, total)) is not None:
+                told = "Time that the remaining steps will take at this start's rate."
+                yield GaugeMetricFamily("finetune_remaining_seconds", told, left)
+        since = self._committed_at if self._committed_at is not None else self._trains_since
+        if since is not None:
+            told = "Time since a checkpoint was last stored, or since the training began."
+            yield GaugeMetricFamily("finetune_checkpoint_age_seconds", told, self._clock() - since)
         lag = self._clock() - self._offered_at if self._offered_at is not None else self._upload_seconds
         yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
         stalled = "Time since the running stage last made progress."
@@ -106,6 +125,12 @@ class Metrics:
         for index, used in enumerate(gpu_memory_used()):
             memory.add_metric([str(index)], used)
         yield memory
+
+    def _seconds_left(self, done: int, total: int) -> float | None:
+        if self._first_step is None or done <= self._first_step[0]:
+            return None
+        first, moment = self._first_step
+        return (total - done) * (self._clock() - moment) / (done - first)
 
     def serve(self, address: str, port: int) -> None:
         """Serve `/metrics` and `/healthz` from a thread. Raises OSError if the address or the port cannot be used."""

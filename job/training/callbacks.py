@@ -22,6 +22,7 @@ class ReportProgress(TrainerCallback):
 
     def __init__(self) -> None:
         self._figures: dict[str, Any] = {}
+        self._evaluation: dict[str, float] = {}
         self._last_event = 0.0
         self._evaluated = 0
         self._flops_per_token = 0.0
@@ -45,9 +46,12 @@ class ReportProgress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
+            self._evaluation = {"eval_loss": float(logs["eval_loss"])}
             message(f"Step {state.global_step}: evaluation loss {logs['eval_loss']:.4f} nats/token.")
         if "loss" in logs:
             self._figures = {"loss": float(logs["loss"]), "learning_rate": float(logs["learning_rate"])}
+            if "grad_norm" in logs:
+                self._figures["grad_norm"] = float(logs["grad_norm"])
             tokens, moment = float(logs.get("num_tokens", 0)), time.monotonic()
             if tokens > self._tokens > 0:
                 rate = self._figures["tokens_per_second"] = (tokens - self._tokens) / (moment - self._since)
@@ -78,7 +82,7 @@ class ReportProgress(TrainerCallback):
 
     def _report(self, state: TrainerState) -> None:
         self._last_event = time.monotonic()
-        figures = self._figures | ({"evaluated": self._evaluated} if self._evaluated else {})
+        figures = self._figures | self._evaluation | ({"evaluated": self._evaluated} if self._evaluated else {})
         progress(state.global_step, state.max_steps, "steps", **figures)
 
 

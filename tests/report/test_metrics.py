@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 
+from job import __version__
 from job.report.metrics import Metrics
 from tests.conftest import Job, free_port
 
@@ -65,6 +66,28 @@ def test_the_metrics_of_a_training_can_be_scraped() -> None:
     assert {name: value(text, name) for name in expected} == expected
 
 
+def test_a_series_begins_with_its_first_value_and_the_checkpoint_s_age_with_the_training() -> None:
+    clock, port = Clock(), free_port()
+    metrics = Metrics("a-run", 60, clock)
+    metrics.serve("127.0.0.1", port)
+    text = answer(port, "/metrics")[1]
+    for name in ("loss", "eval_loss", "gradient_norm", "step", "steps", "remaining_seconds", "checkpoint_age_seconds"):
+        assert f"finetune_{name}" not in text, name
+    assert value(text, f'finetune_build_info{{version="{__version__}"}}') == 1
+    metrics.stage("train")
+    metrics.working(True)
+    clock.now += 30
+    metrics.progress("train", step(10, loss=2.0))
+    text = answer(port, "/metrics")[1]
+    assert value(text, "finetune_checkpoint_age_seconds") == 30
+    assert "finetune_remaining_seconds" not in text and "finetune_eval_loss" not in text
+    clock.now += 20
+    metrics.progress("train", step(14, loss=1.9, eval_loss=2.5, grad_norm=0.7))
+    text = answer(port, "/metrics")[1]
+    assert value(text, "finetune_remaining_seconds") == 86 * 20 / 4
+    assert (value(text, "finetune_eval_loss"), value(text, "finetune_gradient_norm")) == (2.5, 0.7)
+
+
 def test_the_probe_fails_when_a_stage_stalls_and_only_then() -> None:
     clock, port = Clock(), free_port()
     metrics = Metrics("a-run", 60, clock)
@@ -98,7 +121,9 @@ def test_a_real_job_serves_its_metrics_while_it_trains_and_a_taken_port_does_not
     reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
     reader.start()
     deadline, seen = time.monotonic() + 120, ""
-    while "finetune_checkpoint_age_seconds" not in seen:
+    while not all(
+        f"finetune_{name} " in seen for name in ("checkpoint_age_seconds", "tokens_per_second", "gradient_norm")
+    ):
         assert time.monotonic() < deadline and process.poll() is None, seen
         try:
             seen = answer(port, "/metrics")[1]
