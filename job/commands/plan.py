@@ -32,6 +32,7 @@ def print_plan(run: Run) -> None:
     first error that a run would meet at its sources.
     """
     settings = run.settings
+    wanted_cards(settings, any_here=True)  # a wrong name is told before anybody is asked for sizes
     lines = [("run", run.id), ("store", run.store.url)]
     if run.node.count > 1:
         lines.append(("node", f"{run.node.index} of {run.node.count}; they meet in the store"))
