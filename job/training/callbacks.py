@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from job.errors import InputError
 from job.report.events import emit, message, progress
 from job.training.pace import SavePace
+from job.training.ranks import meeting_device
 from job.training.utilization import peak_flops, useful_flops_per_token
 
 
@@ -155,7 +156,7 @@ def _largest(args: TrainingArguments, *values: float) -> list[float]:
     """The maximum of each value over all processes, the same in each of them."""
     if not torch.distributed.is_initialized():
         return list(values)  # without a tensor on the GPU, whose read would wait for its work
-    votes = torch.tensor(values, device=args.device, dtype=torch.float64)
+    votes = torch.tensor(values, device=meeting_device(args.device), dtype=torch.float64)
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
     return [float(vote) for vote in votes]
 

@@ -16,6 +16,7 @@ import torch
 from job.errors import KernelsFault, in_a_line
 from job.model.device import can_compile_kernels, is_alive
 from job.report.events import message
+from job.training.ranks import is_so_everywhere
 
 _SCARCE = 2**30  # free bytes of the GPU below which CUDA may have moved paged moments to the host
 
@@ -63,7 +64,8 @@ class AdamWAtOnce(bnb.optim.AdamW):
         if groups is None:
             return super().step(closure)
         if groups and self._compares:
-            self._compares, self._fails = False, not _agrees_everywhere(groups[0][0][0])
+            like = groups[0][0][0]  # all processes must take the same steps
+            self._compares, self._fails = False, not is_so_everywhere(_agrees(like), like.value.device)
             if self._fails:
                 return super().step()
         for parameters, step in groups:
@@ -126,16 +128,6 @@ def _free_bytes() -> int:
 def _is_plain(one: Parameter) -> bool:
     moments = one.mean.dtype == one.square.dtype == torch.float32
     return moments and all(part.is_contiguous() for part in one)
-
-
-def _agrees_everywhere(like: Parameter) -> bool:
-    """Whether the kernel agrees with bitsandbytes in every process, since all must take the same steps."""
-    agrees = _agrees(like)
-    if not torch.distributed.is_initialized():
-        return agrees
-    everyone = torch.tensor(int(agrees), device=like.value.device)
-    torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MIN)
-    return bool(everyone)
 
 
 def _agrees(like: Parameter) -> bool:

@@ -32,7 +32,7 @@ def join(node: Node, *, on_gpu: bool, sharded: bool) -> None:
         for library in ("NCCL", "GLOO"):
             os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(
-        "gloo" if not on_gpu else "cuda:nccl,cpu:gloo" if sharded else "nccl",
+        "gloo" if not on_gpu else "cuda:nccl,cpu:gloo" if sharded or file is not None else "nccl",
         store=FileStore(file, node.world_size) if file is not None else _over_tcp(node),
         rank=node.rank,
         world_size=node.world_size,
@@ -93,6 +93,23 @@ def from_first(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     sent = values.to(device, copy=True)
     torch.distributed.broadcast(sent, src=0)
     return sent.cpu()
+
+
+def meeting_device(device: torch.device) -> torch.device:
+    """Where ranks exchange what each of them reads at once: on the CPU if they can, since a GPU first does all its work.
+
+    On several nodes that do not shard a model they can not: which of a node's addresses others reach, only NCCL was told.
+    """
+    return torch.device("cpu") if "cpu:" in torch.distributed.get_backend_config() else device
+
+
+def is_so_everywhere(own: bool, device: torch.device) -> bool:
+    """Whether it is true in every process that trains. All of them must ask."""
+    if not torch.distributed.is_initialized():
+        return own
+    everyone = torch.tensor(int(own), device=device)
+    torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MIN)
+    return bool(everyone)
 
 
 def environment_of(
