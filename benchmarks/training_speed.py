@@ -56,6 +56,7 @@ def variants() -> list[Variant]:
         Variant("unsloth, 8 rows", 8, peer="unsloth"),
         Variant("TRL, Liger, recomputing", 8, peer="trl-liger", arguments=("--recompute",)),
         Variant("job, default recipe", 4, packed=False),
+        Variant("job, default recipe, kernel by kernel", 4, {"FT_CUDA_GRAPHS": "false"}, packed=False),
         Variant("job from its entrypoint, default recipe", 4, packed=False, whole=True),
         Variant("job, default recipe, plain layers", 4, _PLAIN, packed=False),
         Variant("TRL, notebook", 4, peer="trl-notebook", arguments=("--recompute",), packed=False),

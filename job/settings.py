@@ -351,6 +351,11 @@ class Settings(BaseSettings):
         "Layer implementation: `fused` (our own, for Llama), `compiled` (torch.compile), or `plain`. `auto` is `fused` where possible.",
         since=None,
     )
+    cuda_graphs: bool = _setting(
+        True,
+        "Launch short batches as CUDA graphs where that is faster and fits in memory. `false` launches each kernel by itself.",
+        since=None,
+    )
     resident_weights: Auto | bool = _setting(
         "auto",
         "Keep 4-bit weights dequantized to 16 bits during training. `auto` does so where it is faster and fits in memory.",

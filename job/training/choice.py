@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from job.errors import InputError
 from job.model.compute import Compute
 from job.model.device import can_compile_kernels, require_fp8, without_kernels
 from job.settings import Settings
+from job.training.captured import can_capture
 from job.training.plan.candidates import Plan, plans
 from job.training.plan.cards import GIB, Card, card_named
 from job.training.plan.choose import choose, smaller_plan
@@ -62,6 +63,8 @@ def choose_steps(
         card = card_named(torch.cuda.get_device_name(compute.device)) or card
         free = free_bytes(settings, compute.device)
     plan = choose(list(plans(shape, load, card, settings)), free)
+    if not can_capture(compute.device):
+        plan = replace(plan, captured_tokens=0)
     for _ in range(int(os.environ.get("JOB_PLAN_STEPS_DOWN", "0"))):
         plan = smaller_plan(plan, shape, settings, card) or plan
     told = f"Plan: {plan.described(shape.layers)}"

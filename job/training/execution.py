@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,12 @@ from job.model.patches import Patches
 from job.model.quantization import make_resident
 from job.report.events import message
 from job.settings import Settings
+from job.training.captured import CapturedPasses
 from job.training.choice import SLOWER, Choice, free_bytes, is_asked_for
+from job.training.gradients import FlatGradients
 from job.training.plan.candidates import Plan
 from job.training.plan.choose import smaller_plan
+from job.training.ranks import is_so_everywhere
 
 _PLAIN = "Set FT_DECODER_LAYERS=plain."
 
@@ -46,6 +49,10 @@ class Execution:
         self.compute, self.shape, self.plan, self._card = choice.compute, choice.shape, choice.plan, choice.card
         self.patches = Patches()
         self._layers: list[FusedLayer] = []
+        self.gradients: FlatGradients | None = None
+        self.captured: CapturedPasses | None = None
+        self._workspace: Workspace | None = None
+        self._moment: torch.Tensor | None = None
 
     @property
     def recomputes_by_library(self) -> bool:
@@ -58,11 +65,29 @@ class Execution:
         return asdict(self.plan) if self.plan is not None else None
 
     def prepare(self, model: PeftModel, arguments: TrainingArguments) -> None:
-        """Set the model's layers up as planned. Call this once, when the adapter has its final type.
+        """Set the model's layers up as planned. Call this once in every process, when the adapter has its final type.
 
         If the fused layers fail on this machine, the plain ones are used, and `arguments` are changed accordingly.
         Raises NodeError instead if the settings ask for the fused layers, and KernelsFault if a kernel crashed the GPU.
         """
+        self._set_up(model, arguments)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        captures = self.plan is not None and self.plan.captured_tokens > 0
+        captures = captures and sum(len(layer.trained) for layer in self._layers) == len(trained)
+        if is_so_everywhere(captures, self.compute.device):  # since all must average their gradients alike
+            self._capture(trained)
+
+    def _capture(self, trained: list[torch.nn.Parameter]) -> None:
+        """Prepare the layers for captured passes, whose gradients and dropout's moment have fixed places."""
+        assert self.plan is not None and self._workspace is not None
+        device = self.compute.device
+        self.gradients = FlatGradients(trained)
+        self._moment = torch.zeros(2, dtype=torch.int64, device=device)
+        for layer in self._layers:
+            layer.train_through(self.gradients.leaves)
+        self.captured = CapturedPasses(self.plan.captured_tokens, self._workspace, device)
+
+    def _set_up(self, model: PeftModel, arguments: TrainingArguments) -> None:
         settings = self._settings
         if self.plan is None:
             if settings.use_4bit and settings.resident_weights is True:
@@ -94,7 +119,7 @@ class Execution:
             )
         message(f"{SLOWER}: {failure}.", "warning")
         self.patches.undo()
-        self._layers, self.plan = [], None
+        self._layers, self.plan, self._workspace = [], None, None
         arguments.gradient_checkpointing = self.recomputes_by_library
         if arguments.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -122,7 +147,7 @@ class Execution:
 
     def _proved(self, model: PeftModel, plan: Plan, decoder: Decoder, many: bool, free: float) -> str | None:
         """`_fuse`, with a proof that may use `free` bytes of the GPU."""
-        workspace = Workspace(self.patches)
+        self._workspace = workspace = Workspace(self.patches)
 
         def fuse(index: int) -> FusedLayer:
             return fuse_layer(model, index, decoder, plan.weights, workspace, self.patches)
@@ -183,12 +208,20 @@ class Execution:
         """
         named = repr((self._settings.seed, self._rank, *moment)).encode()
         first = int.from_bytes(hashlib.blake2b(named, digest_size=4).digest()) >> 2
+        if self._moment is not None:  # where captured passes read it
+            self._moment[:1].fill_(first)
+            self._moment[1:].fill_(first_token)
+            first = first_token = 0
         for index, layer in enumerate(self._layers):
             layer.dropout_seed, layer.first_token = first + index * LINEAR_LAYERS, first_token
+            layer.moment = self._moment
 
     def step_down(self) -> bool:
         """Switch to the next plan that needs less memory. Returns False if there is none."""
-        smaller = self._smaller()
+        if self.plan is not None and self.captured is not None and self.captured.forget():
+            smaller: Plan | None = replace(self.plan, captured_tokens=0)
+        else:
+            smaller = self._smaller()
         if smaller is None:
             return False
         self._apply(smaller)
@@ -236,23 +269,6 @@ def switch_mode_only_if_another(model: torch.nn.Module, patches: Patches) -> Non
         return model if model.training == mode else switch(mode)
 
     patches.replace(model, "train", train)
-
-
-class Gradients:
-    """A copy of the gradients before a pass, to restore when the pass fails.
-
-    There is something to copy only if a step sums up (`accumulate`) the gradients of several batches.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], *, accumulate: bool) -> None:
-        self._parameters = parameters
-        self._found = [
-            parameter.grad.clone() if accumulate and parameter.grad is not None else None for parameter in parameters
-        ]
-
-    def restore(self) -> None:
-        for parameter, gradient in zip(self._parameters, self._found, strict=True):
-            parameter.grad = gradient
 
 
 def with_less_memory(

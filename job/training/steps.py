@@ -12,10 +12,13 @@ import functools
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from job.training.execution import Execution, Gradients, switch_mode_only_if_another, with_less_memory
+from job.training.captured import Result
+from job.training.execution import Execution, switch_mode_only_if_another, with_less_memory
+from job.training.gradients import Gradients
 from job.training.optimizer import at_once
 
 
@@ -86,18 +89,36 @@ class PlannedTrainer(SFTTrainer):
         The loss of a micro-batch is the sum over its tokens, divided by the number of all tokens of the step. So the
         gradients add up to those of the whole step.
         """
-        parts = list(self.execution.batches(inputs))
+        parts, gradients = list(self.execution.batches(inputs)), self.execution.gradients
         assert num_items_in_batch is not None or len(parts) == 1
+        if gradients is not None:
+            gradients.begin()
+            model = model.module if isinstance(model, DistributedDataParallel) else model
         total, begin = torch.zeros((), device=self.args.device), 0
-        self._figures = torch.zeros(3, device=self.args.device, dtype=torch.float64)
+        figures = torch.zeros(3, device=self.args.device, dtype=torch.float64)
         for index, part in enumerate(parts):
-            last = index + 1 == len(parts)
+            alone = gradients is not None or index + 1 == len(parts)
             self.execution.seed_dropout(self.state.global_step, self._batches_of_step, first_token=begin)
             begin += part["input_ids"].shape[1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                total = total + super().training_step(model, part, num_items_in_batch)
-        self._tell_figures(tokens=begin)
+            with contextlib.nullcontext() if alone else self.accelerator.no_sync(model):
+                found = self._pass(model, part, num_items_in_batch)
+            total, figures = total + found.loss, figures + found.figures
+        if gradients is not None:
+            gradients.end(processes=self.args.world_size if self.accelerator.sync_gradients else 1)
+        self._tell_figures(figures, tokens=begin)
         return total
+
+    def _pass(self, model: Any, part: dict[str, Any], num_items_in_batch: torch.Tensor | None) -> Result:
+        """The forward and backward pass of a micro-batch, captured if it is short."""
+
+        def compute(part: dict[str, Any], learned: torch.Tensor | None) -> Result:
+            loss = super(PlannedTrainer, self).training_step(model, part, learned)
+            return Result(loss, self._figures)
+
+        captured = self.execution.captured
+        if captured is None or num_items_in_batch is None or not captured.serves(part):
+            return compute(part, num_items_in_batch)
+        return captured.run(part, torch.as_tensor(num_items_in_batch), compute)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -111,16 +132,16 @@ class PlannedTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         found = (outputs.label_mask, outputs.entropy.detach(), outputs.is_top1)
-        self._figures += torch.stack([part.sum().double() for part in found])
+        self._figures = torch.stack([part.sum().double() for part in found])
         learned = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = -outputs.log_probs.sum() / torch.as_tensor(learned).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # since gradients are averaged over processes
         return loss
 
-    def _tell_figures(self, tokens: int) -> None:
-        """Record trl's metrics of the batch, over all processes."""
-        figures: torch.Tensor = torch.nn.functional.pad(self._figures, (0, 1), value=float(tokens))
+    def _tell_figures(self, figures: torch.Tensor, tokens: int) -> None:
+        """Record trl's metrics of the batch, over all processes: the learned tokens, their entropies, and how many were right."""
+        figures = torch.nn.functional.pad(figures, (0, 1), value=float(tokens))
         if self.args.world_size > 1:
             figures = self.accelerator.reduce(figures)
         learned = figures[0].clamp(min=1)

@@ -246,6 +246,14 @@ def test_dropout_drops_the_same_values_again_and_scales_the_others(kernels: Kern
         assert torch.equal(found[24:], dropout(x[24:], 0.25, 3, 24))
 
 
+def test_a_moment_is_added_to_seed_and_place_of_dropout(kernels: Kernels) -> None:
+    x = torch.randn(8, 200)
+    for dropout in (kernels.dropout_, pointwise.dropout_):
+        found = dropout(x, 0.25, 2**20, 4, torch.tensor([2**30, 20]))
+        assert torch.equal(found, dropout(x, 0.25, 2**30 + 2**20, 24))
+        assert not torch.equal(found, dropout(x, 0.25, 2**20, 4))
+
+
 def test_dropout_draws_independently_for_each_value(kernels: Kernels) -> None:
     kept = (kernels.dropout_(torch.ones(3, 2 * 4096 + 100), 0.5, 3) != 0).double()
     drawn = [row[begin : begin + 100] for row in kept for begin in range(0, kept.shape[1], 1024)]
@@ -289,7 +297,7 @@ def test_dropout_can_be_added_to_existing_values(kernels: Kernels) -> None:
     x, sums = some(20, 70), some(20, 70, seed=1)
     for dropout in (kernels.dropout_, pointwise.dropout_):
         added = sums.clone()
-        dropout(x, 0.25, 3, 0, added)
+        dropout(x, 0.25, 3, add_to_=added)
         close(added, sums + dropout(x, 0.25, 3))
 
 

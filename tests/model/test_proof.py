@@ -101,8 +101,8 @@ def _(m: pytest.MonkeyPatch) -> None:
 
 @fault("another mask in the backward pass", dropout=0.1)
 def _(m: pytest.MonkeyPatch) -> None:
-    def other(f: Any, x: Any, p: float, seed: int, first: int = 0, add_to_: Any = None) -> Any:
-        return f(x, p, seed + 1 if add_to_ is not None else seed, first, add_to_)
+    def other(f: Any, x: Any, p: float, seed: int, *others: Any, add_to_: Any = None) -> Any:
+        return f(x, p, seed + 1 if add_to_ is not None else seed, *others, add_to_=add_to_)
 
     _around(m, pointwise, "dropout_", other)
 

@@ -88,7 +88,7 @@ class Frozen:
     def refresh(self, adapters: Sequence[Adapter]) -> None:
         """Copy the adapters again if they have changed."""
         state = (self._workspace.updates, *(part._version for adapter in adapters for part in (adapter.a, adapter.b)))
-        if state == self._copied:
+        if state == self._copied and not self._workspace.captures:
             return
         if adapters:
             pointwise.place_all(*self._copies(adapters))

@@ -40,33 +40,40 @@ class _LabelLogProbs(torch.autograd.Function):
     """From states before the last norm to log-probabilities of labels, entropies, and whether labels are most likely.
 
     States are (tokens, width), weights (vocabulary, width), labels and all results (tokens). Only the first result has
-    a gradient. Tokens without a label get zeros, and nothing is computed for them.
+    a gradient. Tokens without a label get zeros. Nothing is computed for them, unless `every_token` is: how many have a
+    label is then not asked of the GPU.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor
+        ctx: Any, states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor, every_token: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(states.device.type, enabled=False):
-            return _label_log_probs(ctx, states, norm, weight, labels)
+            return _label_log_probs(ctx, states, norm, weight, labels, every_token=every_token)
 
     @staticmethod
     def backward(ctx: Any, *of_results: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_log_prob, rows, learned = ctx.saved_tensors
         norm: LastNorm = ctx.norm
-        of_normed = torch.empty_like(rows)
-        pointwise.place(of_log_prob, of_normed, of_results[0].index_select(0, learned).unsqueeze(1))
-        of_states = rows.new_zeros(len(of_results[0]), rows.shape[1])
-        of_rows = torch.empty_like(rows)
+        of_normed, of_rows = torch.empty_like(rows), torch.empty_like(rows)
+        weights = of_results[0] * learned if ctx.every_token else of_results[0].index_select(0, learned)
+        pointwise.place(of_log_prob, of_normed, weights.unsqueeze(1))
         pointwise.rms_norm_backward(of_normed, rows, norm.weight, norm.epsilon, None, of_rows)
-        return of_states.index_copy_(0, learned, of_rows), None, None, None
+        if not ctx.every_token:
+            of_states = rows.new_zeros(len(of_results[0]), rows.shape[1])
+            of_rows = of_states.index_copy_(0, learned, of_rows)
+        return of_rows, None, None, None, None
 
 
 def _label_log_probs(
-    ctx: Any, states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor
+    ctx: Any, states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor, *, every_token: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    (learned,) = torch.where(labels != _IGNORED)
-    rows, labels = states.index_select(0, learned), labels.index_select(0, learned)
+    learned = labels != _IGNORED
+    if every_token:
+        rows, labels = states, labels.clamp(min=0)
+    else:
+        (learned,) = torch.where(learned)
+        rows, labels = states.index_select(0, learned), labels.index_select(0, learned)
     normed = torch.empty_like(rows)
     pointwise.rms_norm_(rows, norm.weight, norm.epsilon, normed)
     needed = ctx.needs_input_grad[0]
@@ -87,19 +94,21 @@ def _label_log_probs(
             torch.mm(logits, weight, out=gradient[part])
         del logits, slope
     log_probs, entropy, first = (
-        parts[0].new_zeros(len(states)).index_copy_(0, learned, torch.cat(parts))
+        torch.cat(parts).masked_fill_(~learned, 0)
+        if every_token
+        else parts[0].new_zeros(len(states)).index_copy_(0, learned, torch.cat(parts))
         for parts in zip(*results, strict=True)
     )
     ctx.mark_non_differentiable(entropy, first)
     if gradient is not None:
         ctx.save_for_backward(gradient, rows, learned)
-        ctx.norm = norm
+        ctx.norm, ctx.every_token = norm, every_token
     return log_probs, entropy, first
 
 
 def label_log_probs(states: torch.Tensor, norm: LastNorm, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The log-probabilities of the labels, (tokens), with their gradient. Zero for tokens without a label (-100)."""
-    found: torch.Tensor = _LabelLogProbs.apply(states, norm, weight, labels)[0]  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _LabelLogProbs.apply(states, norm, weight, labels, False)[0]  # type: ignore[no-untyped-call]
     return found
 
 
@@ -117,12 +126,15 @@ def can_fuse_head(model: PeftModel) -> bool:
 
 
 def fuse_head(model: PeftModel, decoder: Decoder, patches: Patches) -> None:
-    """Make the model answer trl's calls with `fused_lm_head=True`. All other calls stay as they were."""
+    """Make the model answer trl's calls with `fused_lm_head=True`. All other calls stay as they were.
+
+    With `every_token` the answer asks the GPU nothing, so that it can be captured.
+    """
     base = model.get_base_model()
     forward, norm = base.forward, base.base_model.norm
     last = LastNorm.of(norm, decoder)
 
-    def answer(*, fused_lm_head: bool = False, **inputs: Any) -> Any:
+    def answer(*, fused_lm_head: bool = False, every_token: bool = False, **inputs: Any) -> Any:
         if not fused_lm_head:
             return forward(**inputs)
         labels = inputs.pop("labels")
@@ -131,7 +143,7 @@ def fuse_head(model: PeftModel, decoder: Decoder, patches: Patches) -> None:
             states = base.base_model(**{**inputs, "use_cache": False}).last_hidden_state
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_IGNORED)  # each token predicts the next one
         found = _LabelLogProbs.apply(  # type: ignore[no-untyped-call]
-            states.flatten(0, 1), last, base.get_output_embeddings().weight, shifted.flatten(),
+            states.flatten(0, 1), last, base.get_output_embeddings().weight, shifted.flatten(), every_token,
         )  # fmt: skip
         log_probs, entropy, first = (part.view(labels.shape)[:, :-1] for part in found)
         mask = shifted[:, :-1] != _IGNORED

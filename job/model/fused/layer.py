@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +84,8 @@ class FusedLayer:
 
     `kept` says whether the layer is kept or recomputed. It may change between steps, and the numbers stay the same.
     `dropout_seed` is the first of the `LINEAR_LAYERS` consecutive seeds that the layer uses. `first_token` is the place
-    in the batch of the tokens that come next. `scores` is how attention computes its scores.
+    in the batch of the tokens that come next. A `moment` is added to both (see `pointwise.dropout_`). `scores` is how
+    attention computes its scores.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class FusedLayer:
             make_resident(layer, patches)
         products = functools.partial(Products, workspace=workspace, patches=patches, eight_bit=weights == "fp8")
         self.kept, self.dropout_seed, self.first_token = True, 0, 0
+        self.moment: torch.Tensor | None = None
         self._workspace = workspace
         self._dim, self._heads, self._shared_heads = decoder.head_dim, decoder.heads, decoder.shared_heads
         self.scores = Scores(float(attention.scaling), decoder.windows[index], decoder.softcap)
@@ -111,7 +113,8 @@ class FusedLayer:
             [f"self_attn.{name}" for name in architecture.inputs], ["self_attn.o_proj"],
             [f"mlp.{name}" for name in architecture.gates], ["mlp.down_proj"],
         )  # fmt: skip
-        self._trained = [p for products in self._products() for p in products.parameters]
+        self.trained = [parameter for products in self._products() for parameter in products.parameters]
+        self._leaves: Sequence[torch.Tensor] = self.trained
 
     def __call__(
         self,
@@ -125,12 +128,16 @@ class FusedLayer:
         """Replaces the layer's `forward`: (1, tokens, width) → (1, tokens, width)."""
         cos, sin = (part[0].contiguous() for part in position_embeddings) if self._rotates else (None, None)
         rows = Rows(cos, sin, cu_seq_lens_q, int(max_length_q))
-        seeds = [(self.dropout_seed + place, self.first_token) for place in range(LINEAR_LAYERS)]
-        out: torch.Tensor = _Layer.apply(hidden_states.squeeze(0), self, rows, seeds, *self._trained)  # type: ignore[no-untyped-call]
+        seeds = [Draw(self.dropout_seed + place, self.first_token, self.moment) for place in range(LINEAR_LAYERS)]
+        out: torch.Tensor = _Layer.apply(hidden_states.squeeze(0), self, rows, seeds, *self._leaves)  # type: ignore[no-untyped-call]
         return out.unsqueeze(0)
 
     def _products(self) -> tuple[Products, ...]:
         return self.inputs, self.output, self.gates, self.down
+
+    def train_through(self, leaves: Mapping[torch.nn.Parameter, torch.Tensor]) -> None:
+        """From now on, pass gradients to other leaves of autograd's graph than the parameters, with the same values."""
+        self._leaves = [leaves[parameter] for parameter in self.trained]
 
     def dropout_masks(self, tokens: int) -> dict[str, tuple[float, torch.Tensor]]:
         """What dropout makes of ones, as it is drawn for the next tokens, with its probability.
@@ -143,7 +150,7 @@ class FusedLayer:
                 if adapter.dropout:
                     ones = torch.ones(tokens, adapter.a.shape[1], device=adapter.a.device)
                     seed = self.dropout_seed + places.start + adapter.seed
-                    mask = pointwise.dropout_(ones, adapter.dropout, seed, self.first_token)
+                    mask = pointwise.dropout_(ones, adapter.dropout, seed, self.first_token, self.moment)
                     found[names[adapter.seed]] = adapter.dropout, mask
         return found
 

@@ -256,18 +256,27 @@ def gated_backward_adapted_(
 
 
 def dropout_(
-    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to_: torch.Tensor | None = None
+    x: torch.Tensor,
+    probability: float,
+    seed: int,
+    first_row: int = 0,
+    moment: torch.Tensor | None = None,
+    *,
+    add_to_: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x` with each value dropped with `probability`, and the others scaled up.
 
     The same `seed` drops the same values, so no mask is kept: the backward pass is this function applied to the
     gradient. Rows are counted from `first_row`, so a micro-batch drops what it would drop within the whole batch. If
+    `moment` is given, (2) int64, its values are added to both: a captured pass reads them when it is launched. If
     `add_to_` is given, the result is added to it in place.
     """
     if x.is_cuda:
         from job.model.fused import triton_kernels
 
-        return triton_kernels.dropout_(x, probability, seed, first_row, add_to_)
+        return triton_kernels.dropout_(x, probability, seed, first_row, moment, add_to_=add_to_)
+    if moment is not None:
+        seed, first_row = (number + int(more) for number, more in zip((seed, first_row), moment, strict=True))
     if probability:
         generator = torch.Generator().manual_seed(seed)
         kept = torch.rand(first_row + len(x), x.shape[1], generator=generator)[first_row:] >= probability

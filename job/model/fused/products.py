@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -22,7 +22,13 @@ from job.model.fused.rounding import Rounded
 from job.model.fused.workspace import Workspace
 from job.model.patches import Patches
 
-Draw = tuple[int, int]  # dropout's seed, and the tokens' place in the batch
+
+class Draw(NamedTuple):
+    """What `pointwise.dropout_` drops by: a seed, the tokens' place in the batch, and what is added to both later."""
+
+    seed: int
+    first_row: int
+    moment: torch.Tensor | None
 
 
 @dataclass(frozen=True)

@@ -209,13 +209,18 @@ def _drop(x, out, offsets, columns, drawn, probability, ADD: tl.constexpr):
 
 
 # x (rows, columns) with a stride; out (rows, columns) contiguous. Writes out, with ADD the sum with its old values.
-# One program drops 4 · PART columns of one row. Philox is a function of seed and counter, so the same seed and place in
+# With LATER, moment (2) int64 is added to seed and first_row. One program drops 4 · PART columns of one row. Philox is a function of seed and counter, so the same seed and place in
 # the batch give the same mask, and none is stored. It draws four numbers at once and takes longer than the memory
 # traffic, so each of the four serves another PART of the columns. seed and first_row change all the time: specializing
 # on them would compile the kernel again and again.
 @Kernel
 @triton.jit(do_not_specialize=["seed", "first_row"])
-def _dropout_kernel(x, out, columns, stride, probability, seed, first_row, ADD: tl.constexpr, PART: tl.constexpr):
+def _dropout_kernel(
+    x, out, moment, columns, stride, probability, seed, first_row, ADD: tl.constexpr, LATER: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    if LATER:
+        seed += tl.load(moment)
+        first_row += tl.load(moment + 1).to(tl.int32)  # with 64 bits, Philox would draw other numbers
     row, block = tl.program_id(0), tl.program_id(1)
     places = tl.arange(0, PART)
     first, second, third, fourth = tl.rand4x(seed, ((first_row + row) * tl.num_programs(1) + block) * PART + places)
@@ -431,7 +436,13 @@ def rotate_back(
 
 
 def dropout_(
-    x: torch.Tensor, probability: float, seed: int, first_row: int = 0, add_to_: torch.Tensor | None = None
+    x: torch.Tensor,
+    probability: float,
+    seed: int,
+    first_row: int = 0,
+    moment: torch.Tensor | None = None,
+    *,
+    add_to_: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows, columns = x.shape
     out = torch.empty(rows, columns, device=x.device, dtype=x.dtype) if add_to_ is None else add_to_
@@ -439,8 +450,9 @@ def dropout_(
     part = min(1024, next_power_of_2(cdiv(columns, 4)))  # it determines which values are dropped
     grid = (rows, cdiv(columns, 4 * part))
     _dropout_kernel[grid](
-        x, out, columns, x.stride(0), probability, seed, first_row, ADD=add_to_ is not None, PART=part
-    )
+        x, out, x if moment is None else moment, columns, x.stride(0), probability, seed, first_row,
+        ADD=add_to_ is not None, LATER=moment is not None, PART=part,
+    )  # fmt: skip
     return out
 
 

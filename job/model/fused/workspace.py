@@ -16,6 +16,7 @@ class Workspace:
 
     def __init__(self, patches: Patches) -> None:
         self.updates = 0  # optimizer steps, since bitsandbytes does not increase the parameters' version counters
+        self.captures = False  # a captured pass is launched after later updates, so it must copy the adapters itself
         self._gradient: torch.Tensor | None = None
         self._matrices: dict[Hashable, torch.Tensor] = {}
         patches.on_undo(register_optimizer_step_post_hook(self._count_update).remove)

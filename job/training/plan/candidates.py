@@ -23,6 +23,8 @@ Weights = Literal["4-bit", "resident", "fp8"]
 _HEAD_TOKENS = 4096  # tokens whose logits exist at once
 _ELEMENT = 2  # bytes of a 16-bit number
 _TRAINED = 4  # bytes of a trained weight, and of its gradient
+_CAPTURED_STEP = 128  # `STEP` of captured passes
+_MOST_CAPTURED = 4096  # tokens of a captured pass
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Plan:
     """One way to compute a step.
 
     `recomputed` layers keep little more than their input for the backward pass (gradient checkpointing). At most
-    `micro_batch_tokens` are computed at once, unless a single row is longer. A batch is computed in `parts`. Its bytes
-    and seconds are predictions.
+    `micro_batch_tokens` are computed at once, unless a single row is longer. A batch is computed in `parts`. Parts of at
+    most `captured_tokens` are launched as CUDA graphs. Its bytes and seconds are predictions.
     """
 
     weights: Weights
@@ -39,13 +41,15 @@ class Plan:
     micro_batch_tokens: int
     parts: int
     longest_row: int = 1
+    captured_tokens: int = 0
     memory_bytes: int = 0
     seconds: float = 0.0
 
     def described(self, layers: int) -> str:
         held = {"4-bit": "4-bit weights", "resident": "weights dequantized to 16 bits", "fp8": "8-bit float weights"}
         recomputed = f"gradient checkpointing in {self.recomputed} of {layers} layers"
-        return f"{held[self.weights]}, {recomputed}, at most {self.micro_batch_tokens:,} tokens at once"
+        told = f"{held[self.weights]}, {recomputed}, at most {self.micro_batch_tokens:,} tokens at once"
+        return told + (f", CUDA graphs up to {self.captured_tokens:,} tokens" if self.captured_tokens else "")
 
 
 def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[Plan]:
@@ -56,14 +60,28 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
             if settings.micro_batch_tokens != "auto":
                 tokens = min(settings.micro_batch_tokens, load.largest_batch)
             for recomputed in _recomputed(shape, settings):
-                plan = Plan(weights, recomputed, max(tokens, min(load.longest_row, load.largest_batch)), parts)
-                yield replace(
-                    plan,
-                    micro_batch_tokens=tokens,
-                    longest_row=load.longest_row,
-                    memory_bytes=round(predicted_bytes(shape, plan, settings, card)),
-                    seconds=predicted_seconds(shape, plan, load, card),
-                )
+                plain = Plan(weights, recomputed, max(tokens, min(load.longest_row, load.largest_batch)), parts)
+                captured = replace(plain, captured_tokens=_captured_tokens(shape, plain, load, card))
+                for plan in (plain, captured) if captures(settings) else (plain,):
+                    yield replace(
+                        plan,
+                        micro_batch_tokens=tokens,
+                        longest_row=load.longest_row,
+                        memory_bytes=round(predicted_bytes(shape, plan, settings, card)),
+                        seconds=predicted_seconds(shape, plan, load, card),
+                    )
+
+
+def captures(settings: Settings) -> bool:
+    """Whether short passes may be launched as CUDA graphs. float16 has a gradient scaler, which reads from the GPU."""
+    return settings.cuda_graphs and settings.bnb_4bit_compute_dtype != "float16"
+
+
+def _captured_tokens(shape: Shape, plan: Plan, load: Load, card: Card) -> int:
+    """Up to which size passes are worth capturing: longer ones take the GPU so long that the host keeps up."""
+    per_token, _, launched = _costs(shape, plan, load, card)
+    most = min(_SLOW_HOST * launched / per_token, plan.micro_batch_tokens, _MOST_CAPTURED)
+    return math.ceil(most / _CAPTURED_STEP) * _CAPTURED_STEP
 
 
 def _weights(settings: Settings) -> tuple[Weights, ...]:
@@ -98,7 +116,14 @@ def predicted_bytes(shape: Shape, plan: Plan, settings: Settings, card: Card) ->
     gradients = shape.layers * shape.layer_adapter * _TRAINED
     # They grow while the layers' inputs are freed. Only a later part of a step starts with all of them.
     held = gradients if plan.parts > 1 or settings.gradient_accumulation_steps > 1 else 0
-    return weight_bytes(shape, plan.weights, settings) + max(most + held, least + gradients)
+    peak = max(most + held, least + gradients)
+    if plan.captured_tokens:  # in memory of their own; gradients are always held
+        most_captured, _ = _activation_bytes(shape, replace(plan, micro_batch_tokens=plan.captured_tokens), card)
+        peak = max(most, least) + gradients + most_captured * _CAPTURED_FRAGMENTS
+    return weight_bytes(shape, plan.weights, settings) + peak
+
+
+_CAPTURED_FRAGMENTS = 1.1  # sizes are captured as they come, and their memory does not always fit into one another
 
 
 def weight_bytes(shape: Shape, weights: Weights, settings: Settings) -> float:
@@ -160,8 +185,23 @@ _DROPPED = 10  # passes over an adapter's input that its dropout adds: drawn thr
 _RAMP_SECONDS = 0.2e-3  # lost per layer because kernels ramp up and run out
 
 
+_SLOW_HOST = 1.5  # a host may need so much longer for its launches than _LAUNCH says, beside others of the same kind
+
+
 def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float:
     """Predict the mean seconds of a batch's forward and backward pass."""
+    per_token, per_part, launched = _costs(shape, plan, load, card)
+
+    def seconds(tokens: float, parts: int) -> float:
+        if tokens / parts <= plan.captured_tokens:
+            return (tokens + parts * _CAPTURED_STEP / 2) * per_token + parts * per_part
+        return max(tokens * per_token + parts * per_part, parts * launched)
+
+    return statistics.fmean(seconds(tokens, _parts_of(tokens, plan, load)) for tokens in load.batches)
+
+
+def _costs(shape: Shape, plan: Plan, load: Load, card: Card) -> tuple[float, float, float]:
+    """Seconds that the GPU needs per token and per part, and that the host needs to launch a part."""
     rate, bandwidth = card.matmul_flops, card.bandwidth * _TRAFFIC
     again = plan.recomputed / shape.layers
     decoder = shape.decoder
@@ -182,11 +222,7 @@ def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float
         per_batch = shape.layers * shape.layer_weights * (2 + again) * 2.6 / (0.5 * bandwidth)
     launch, more = _LAUNCH[plan.weights]
     per_token = large + narrow + attention + traffic
-    per_part, launched = per_batch + shape.layers * _RAMP_SECONDS, shape.layers * launch * (1 + more * again)
-    return statistics.fmean(
-        max(tokens * per_token + parts * per_part, parts * launched)
-        for tokens, parts in ((tokens, _parts_of(tokens, plan, load)) for tokens in load.batches)
-    )
+    return per_token, per_batch + shape.layers * _RAMP_SECONDS, shape.layers * launch * (1 + more * again)
 
 
 def _context(row: float, window: int | None) -> float:

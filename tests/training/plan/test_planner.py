@@ -202,7 +202,9 @@ def test_packed_rows_of_short_documents_are_not_cut_smaller_than_necessary() -> 
     for gib in (8, 12, 16, 24):
         assert choose(candidates, gib * GIB).micro_batch_tokens >= 2048
     alone = {
-        plan.micro_batch_tokens: plan.seconds for plan in candidates if plan.recomputed == 0 and plan.weights == "4-bit"
+        plan.micro_batch_tokens: plan.seconds
+        for plan in candidates
+        if plan.recomputed == 0 and plan.weights == "4-bit" and not plan.captured_tokens
     }
     assert alone[512] > 3 * alone[4096]
 
