@@ -460,6 +460,19 @@ class Settings(BaseSettings):
         "Where checkpoints and results are kept: a folder or `s3://bucket/prefix`. Unset: `store` in the output folder.",
         since=None,
     )
+    s3_server_side_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = _setting(
+        None,
+        "Encryption that objects are written to S3 with (`ServerSideEncryption`). Unset: the bucket's own default.",
+        since=None,
+    )
+    s3_sse_kms_key_id: NonEmpty | None = _setting(
+        None,
+        "KMS key that `aws:kms` encrypts with (`SSEKMSKeyId`): an id, an alias or an ARN. Unset: the account's key for S3.",
+        since=None,
+    )
+    s3_request_payer: Literal["requester"] | None = _setting(
+        None, "`requester` agrees to pay for requests to buckets whose owner does not (`RequestPayer`).", since=None
+    )
     run_id: RunId | None = _setting(
         None,
         "Name of the run, the same across restarts. Unset: the Slurm job's id, or a hash of the settings.",

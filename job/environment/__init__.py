@@ -112,6 +112,10 @@ def contradictions(settings: Settings) -> list[str]:
         problems.append(
             f"FT_CHAT_TEMPLATE={named!r} is neither a file nor a known template: use auto, llama-2 or chatml."
         )
+    if settings.s3_sse_kms_key_id is not None and not (settings.s3_server_side_encryption or "").startswith("aws:kms"):
+        problems.append(
+            "FT_S3_SSE_KMS_KEY_ID names a key that only KMS encrypts with: set FT_S3_SERVER_SIDE_ENCRYPTION=aws:kms, or unset it."
+        )
     targets = settings.lora_target_modules
     if not isinstance(targets, str) and (
         odd := [name for name in targets if re.search(r"(^|\.)(lm_head|embed_tokens|wte)$", name)]

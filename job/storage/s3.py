@@ -177,6 +177,7 @@ class S3Store:
                 self._client = _session().client(
                     "s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60)
                 )
+                self._client.meta.events.register("before-parameter-build.s3", _add_arguments)
                 self._client.meta.events.register("needs-retry.s3", self._note_trouble)
                 self._client.meta.events.register("before-call.s3.HeadBucket", _asks_once)
                 self._client.meta.events.register("after-call.s3", self._note_success)
@@ -277,6 +278,22 @@ class S3Store:
                 )
             case _:
                 return TransientError(f"S3 failed for {what}: {answer.words}.", "Start the job again.")
+
+
+# Like boto3's own AWS_…, they are read from the environment, and hold for every bucket that a process uses.
+_ARGUMENTS = {
+    "FT_S3_SERVER_SIDE_ENCRYPTION": "ServerSideEncryption",
+    "FT_S3_SSE_KMS_KEY_ID": "SSEKMSKeyId",
+    "FT_S3_REQUEST_PAYER": "RequestPayer",
+}
+
+
+def _add_arguments(params: Any, model: Any, **_: Any) -> None:
+    """Add what the settings ask for to every request that knows such an argument."""
+    for variable, argument in _ARGUMENTS.items():
+        value = os.environ.get(variable)
+        if value and argument in model.input_shape.members:
+            params.setdefault(argument, value)
 
 
 def _asks_once(params: Any = None, **_: Any) -> None:

@@ -604,6 +604,26 @@ def test_when_required_keeps_checksums_out_of_every_request(
     assert any(map(_carries_a_checksum, writes)) is (asked is None), "else this test looks for the wrong thing"
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_encryption_and_the_payer_are_asked_for_in_every_request_that_knows_them(
+    service: Service, store: Store, environment: pytest.MonkeyPatch, tmp_path: Path, in_parts: bool
+) -> None:
+    key = "arn:aws:kms:eu-central-1:123456789012:key/of-mine"
+    environment.setenv("FT_S3_SERVER_SIDE_ENCRYPTION", "aws:kms")
+    environment.setenv("FT_S3_SSE_KMS_KEY_ID", key)
+    environment.setenv("FT_S3_REQUEST_PAYER", "requester")
+    (tmp_path / "file").write_bytes(b"words")
+    store.upload(tmp_path / "file", "a/file", always_in_parts=in_parts)
+    store.download("a/file", tmp_path / "again")
+    assert list(store.list("a")) == [("a/file", 5)]
+    store.delete("a/file")
+    assert (tmp_path / "again").read_bytes() == b"words"
+    writes = [one for one in service.got if "x-amz-server-side-encryption" in one.headers]
+    assert [one.method for one in writes] == ["POST" if in_parts else "PUT"], "what begins to write, and nothing else"
+    assert {one.headers["x-amz-server-side-encryption-aws-kms-key-id"] for one in writes} == {key}
+    assert {one.headers.get("x-amz-request-payer") for one in service.got} == {"requester"}
+
+
 def test_a_bucket_that_keeps_versions_is_noticed(service: Service, store: Store) -> None:
     store.put("one/record", b"data")
     assert not store.keeps_versions
