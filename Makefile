@@ -11,7 +11,7 @@ BENCH :=
 
 .PHONY: help demo test test-slow test-real test-export torture bench-gpu check audit docs picture lock image image-test system-packages clean
 IMAGE := finetune-job:0.2.0
-SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark
+SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark prometheus
 # where uv finds PyTorch's CPU build
 CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 # for CPUs with AMX in virtual machines that do not allow it: llama.cpp would use it, and crash
@@ -23,8 +23,8 @@ help:
 	@echo "make demo   run the whole job on SmolLM2-135M, on the CPU, in under 10 minutes"
 	@echo "make test   run the tests: under 15 minutes on 2 cores, without root"
 	@echo "make test-slow   run the slow tests: lost nodes, signals, torture"
-	@echo "make test-real   (root) run the tests on a real Slurm and in real containers"
-	@echo "make system-packages   (root, Debian) install Slurm, buildah and podman for the tests that need them"
+	@echo "make test-real   (root) run the tests on a real Slurm, in real containers and with a real Prometheus"
+	@echo "make system-packages   (root, Debian) install Slurm, buildah, podman and Prometheus for the tests that need them"
 	@echo "make test-export   build llama.cpp and run the tests of FT_EXPORT with it"
 	@echo "make torture KILLS=20 SEED=0   kill the job KILLS times, then compare with an undisturbed run"
 	@echo "make bench-gpu   (needs a GPU) compare training speed with the other trainers installed"

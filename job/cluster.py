@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,11 +149,38 @@ def _cards() -> Iterator[list[Any]]:
         pynvml.nvmlShutdown()
 
 
-def gpu_memory_used() -> tuple[int, ...]:
-    """Bytes in use on each GPU that the driver shows us. Empty without a driver."""
+@dataclass(frozen=True)
+class GpuState:
+    """What a GPU does at this moment. None is what its driver does not tell, as of a MIG slice."""
+
+    memory_used: int
+    utilization: float | None  # of the time since the driver last looked, the part in which a kernel ran
+    watts: float | None
+
+
+def gpu_states() -> tuple[GpuState, ...]:
+    """The state of each GPU that the driver shows us. Empty without a driver."""
     with contextlib.suppress(pynvml.NVMLError), _cards() as cards:
-        return tuple(int(pynvml.nvmlDeviceGetMemoryInfo(card).used) for card in cards)
+        return tuple(map(_state, cards))
     return ()
+
+
+def _state(card: Any) -> GpuState:
+    busy, milliwatts = (
+        _told(ask, card) for ask in (pynvml.nvmlDeviceGetUtilizationRates, pynvml.nvmlDeviceGetPowerUsage)
+    )
+    return GpuState(
+        memory_used=int(pynvml.nvmlDeviceGetMemoryInfo(card).used),
+        utilization=None if busy is None else busy.gpu / 100,
+        watts=None if milliwatts is None else milliwatts / 1000,
+    )
+
+
+def _told(ask: Callable[[Any], Any], card: Any) -> Any:
+    try:
+        return ask(card)
+    except pynvml.NVMLError:
+        return None
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:

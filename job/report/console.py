@@ -112,7 +112,16 @@ class TextConsole:
             f"{name} {_short(value)}"
             for name, value in event.items()
             if name
-            not in ("event", "done", "total", "unit", "evaluated", "eval_loss", "grad_norm")  # the line is short
+            not in (
+                "event",
+                "done",
+                "total",
+                "unit",
+                "evaluated",
+                "eval_loss",
+                "grad_norm",
+                "tokens",
+            )  # the line is short
         )
         if not self._rich.is_terminal:
             if time.monotonic() - self._last_line > 10 or event["done"] >= event["total"]:

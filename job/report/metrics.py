@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Info, make_wsgi_app
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from job import __version__
-from job.cluster import gpu_memory_used
+from job.cluster import gpu_states
 from job.report import endpoint
 from job.settings import STAGE_NAMES
 
@@ -80,7 +80,7 @@ class Metrics:
         self._steps = event["done"], event["total"]
         if self._first_step is None:
             self._first_step = event["done"], self._clock()
-        self._figures |= {name: float(event[name]) for name in _FIGURES if name in event}
+        self._figures |= {name: float(event[name]) for name in (*_FIGURES, "tokens") if name in event}
 
     def checkpoint_offered(self) -> None:
         """Record that a checkpoint on the local disk is waiting to be stored."""
@@ -99,12 +99,18 @@ class Metrics:
     def healthy(self) -> bool:
         return self.stalled_seconds() <= self._stall_seconds
 
-    def moments(self) -> Iterator[GaugeMetricFamily]:
+    def moments(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """The current values of metrics that change with time alone, and of those that have none at first.
 
         A series that reads 0 before its first value would look like a loss of 0, or like a training that stands still.
         """
+        if (tokens := self._figures.get("tokens")) is not None:
+            yield CounterMetricFamily(
+                "finetune_tokens", "Tokens trained on since the run started, over all GPUs.", tokens
+            )
         for name, value in self._figures.items():
+            if name == "tokens":
+                continue
             yield GaugeMetricFamily(*_FIGURES[name], value)
         if self._steps is not None:
             done, total = self._steps
@@ -121,10 +127,7 @@ class Metrics:
         yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
         stalled = "Time since the running stage last made progress."
         yield GaugeMetricFamily("finetune_stalled_seconds", stalled, self.stalled_seconds())
-        memory = GaugeMetricFamily("finetune_gpu_memory_bytes", "Memory in use on each GPU.", labels=["gpu"])
-        for index, used in enumerate(gpu_memory_used()):
-            memory.add_metric([str(index)], used)
-        yield memory
+        yield from _gpu_metrics()
 
     def _seconds_left(self, done: int, total: int) -> float | None:
         if self._first_step is None or done <= self._first_step[0]:
@@ -145,6 +148,19 @@ class Metrics:
             return [f"no progress for {self.stalled_seconds():.0f} s\n".encode()]
 
         endpoint.serve(address, port, application)
+
+
+def _gpu_metrics() -> Iterator[GaugeMetricFamily]:
+    memory = GaugeMetricFamily("finetune_gpu_memory_bytes", "Memory in use on each GPU.", labels=["gpu"])
+    busy = GaugeMetricFamily(
+        "finetune_gpu_utilization_ratio", "Part of the last moments in which a kernel ran on each GPU.", labels=["gpu"]
+    )
+    power = GaugeMetricFamily("finetune_gpu_power_watts", "Power that each GPU draws.", labels=["gpu"])
+    for index, state in enumerate(gpu_states()):
+        for metric, value in ((memory, state.memory_used), (busy, state.utilization), (power, state.watts)):
+            if value is not None:
+                metric.add_metric([str(index)], value)
+    yield from (memory, busy, power)
 
 
 class _Now:

@@ -54,6 +54,8 @@ class ReportProgress(TrainerCallback):
             if "grad_norm" in logs:
                 self._figures["grad_norm"] = float(logs["grad_norm"])
             tokens, moment = float(logs.get("num_tokens", 0)), time.monotonic()
+            if tokens:
+                self._figures["tokens"] = tokens
             if tokens > self._tokens > 0:
                 rate = self._figures["tokens_per_second"] = (tokens - self._tokens) / (moment - self._since)
                 if self._peak is not None:
