@@ -1,27 +1,56 @@
 # syntax=docker/dockerfile:1
 # The CUDA base image sets the driver's library paths. The CUDA libraries themselves come with torch's wheels.
 ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS base
 
-# tini is PID 1 and passes on signals and exit codes. Triton compiles its launchers with gcc.
+# tini is PID 1 and passes on signals and exit codes. Triton compiles its launchers with gcc. Without the RDMA libraries (1 MB)
+# NCCL would use TCP between nodes, silently.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev python3-venv tini \
+ && apt-get install --yes --no-install-recommends ca-certificates gcc ibverbs-providers libc6-dev libibverbs1 librdmacm1 python3 python3-dev \
+    python3-venv tini \
  && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
- && useradd --uid 10001 --user-group --create-home --home-dir /work job
+ && useradd --uid 10001 --user-group --create-home --home-dir /work job \
+ && chgrp 0 /work && chmod g=u /work
+# OpenShift runs the image as any user of group 0, which no /etc/passwd knows.
+ENV USER=job
 
-# Dependencies change less often than code, so they get their own layer. pip checks the hash of every wheel.
-# requirements-cpu.txt builds an image for machines without a GPU. `ca` and `pip` are for builds behind a proxy or a mirror.
+# The lock file in three parts, so that each becomes a layer of its own. They are pulled side by side, and one that did not
+# change is not pulled again: CUDA's libraries (2 GB) and torch (1 GB) change less often than the rest.
+# requirements-cpu.txt builds an image for machines without a GPU.
+FROM base AS lock
 ARG REQUIREMENTS=requirements.txt
+COPY ${REQUIREMENTS} /lock/all.txt
+RUN touch /lock/cuda.txt \
+ && awk '/^[a-z]/ { part = /^(nvidia|cuda)-/ ? "cuda" : /^(torch|triton)==/ ? "torch" : "rest" } /^[^#]/ { print > "/lock/" part ".txt" }' /lock/all.txt
+
+FROM base
 ENV PATH=/opt/venv/bin:$PATH
-COPY ${REQUIREMENTS} /app/requirements.txt
+RUN python3 -m venv /opt/venv
+
+# pip checks the hash of every wheel. The secrets `ca` and `pip` are for builds behind a proxy or a mirror.
+ARG PIP_INSTALL="pip install --disable-pip-version-check --no-deps --require-hashes --only-binary :all: --requirement"
+COPY --from=lock /lock/cuda.txt /app/lock/
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
     --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
     if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
  && if [ -f /run/secrets/pip.conf ]; then export PIP_CONFIG_FILE=/run/secrets/pip.conf; fi \
- && python3 -m venv /opt/venv \
- && pip install --disable-pip-version-check --require-hashes --only-binary :all: --requirement /app/requirements.txt
+ && if [ -s /app/lock/cuda.txt ]; then $PIP_INSTALL /app/lock/cuda.txt; fi
+COPY --from=lock /lock/torch.txt /app/lock/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
+    --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
+    if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
+ && if [ -f /run/secrets/pip.conf ]; then export PIP_CONFIG_FILE=/run/secrets/pip.conf; fi \
+ && $PIP_INSTALL /app/lock/torch.txt
+COPY --from=lock /lock/rest.txt /app/lock/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
+    --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
+    if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
+ && if [ -f /run/secrets/pip.conf ]; then export PIP_CONFIG_FILE=/run/secrets/pip.conf; fi \
+ && $PIP_INSTALL /app/lock/rest.txt
 
 COPY entrypoint.py /app/entrypoint.py
 COPY job /app/job

@@ -172,6 +172,33 @@ def test_kueue_alone_decides_when_a_job_is_suspended(tmp_path: Path) -> None:
     assert job["spec"]["podFailurePolicy"] == kubernetes_objects(MANIFESTS[0])["Job"]["spec"]["podFailurePolicy"]
 
 
+@pytest.mark.parametrize("component", ["openshift", "infiniband", "efa", "monitoring", "ephemeral", "kueue"])
+def test_every_component_fits_the_manifest_and_readme_names_it(tmp_path: Path, component: str) -> None:
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    (tmp_path / "run").mkdir()
+    base = "../k8s/finetune-multinode.yaml" if component in ("infiniband", "efa") else "../k8s"
+    if base.endswith(".yaml"):
+        shutil.copy2(tmp_path / "k8s" / "finetune-multinode.yaml", tmp_path / "run")
+        base = "finetune-multinode.yaml"
+    text = f"resources: [{base}]\ncomponents: [../k8s/{component}]\n"
+    (tmp_path / "run" / "kustomization.yaml").write_text(text, encoding="utf-8")
+    objects = kustomized(tmp_path / "run")
+    spec = objects["Job"]["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    if component == "openshift":
+        assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    if component in ("infiniband", "efa"):
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+        assert {name.partition("/")[0] for name in container["resources"]["limits"]} > {"nvidia.com"}
+    if component == "monitoring":
+        labels = objects["Job"]["spec"]["template"]["metadata"]["labels"]
+        assert objects["PodMonitor"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        assert objects["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"] in {
+            port["name"] for port in container["ports"]
+        }
+    assert f"`{component}/`" in (ROOT / "k8s" / "README.md").read_text(encoding="utf-8")
+
+
 def test_pid_1_is_tini_with_no_shell_in_between_and_the_user_is_not_root() -> None:
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert 'ENTRYPOINT ["tini", "--", "python3", "/app/entrypoint.py"]' in text

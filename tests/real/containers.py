@@ -62,8 +62,8 @@ class Containers:
         shutil.rmtree(root)
         archive.unlink()
 
-    def build(self) -> None:
-        """Build the repository's Dockerfile with PyTorch's CPU build. Every wheel's hash is checked."""
+    def build(self, checkout: Path = ROOT, image: str = IMAGE) -> None:
+        """Build a checkout's Dockerfile with PyTorch's CPU build. Every wheel's hash is checked."""
         options, wheels = [], _local_wheels()
         if wheels is not None:
             (self.folder / "pip.conf").write_text("[global]\nfind-links = /mnt/wheels\n", encoding="utf-8")
@@ -75,7 +75,17 @@ class Containers:
         for name, value in arguments.items():
             options += ["--build-arg", f"{name}={value}"]
         self.command(
-            "buildah", "bud", "--layers", "--isolation", "chroot", "--network", "host", *options, "-t", IMAGE, str(ROOT)
+            "buildah",
+            "bud",
+            "--layers",
+            "--isolation",
+            "chroot",
+            "--network",
+            "host",
+            *options,
+            "-t",
+            image,
+            str(checkout),
         )
 
 

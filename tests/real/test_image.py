@@ -136,6 +136,7 @@ def test_the_image_holds_no_secret_no_tests_and_nothing_for_root_to_do(container
     assert config["Labels"]["org.opencontainers.image.title"] == "finetune-job"
     assert not [line for line in config["Env"] if re.search(r"TOKEN|SECRET|PASSWORD|KEY|PIP_|proxy", line)]
     shell = ("run", "--rm", *HARDENED, "--entrypoint=/bin/sh", IMAGE, "-c")
+    assert containers.command("podman", *shell, "stat -c '%g %A' /work").stdout.split()[0] == "0"
     listed = containers.command(
         "podman", *shell, "ls /app /run/secrets 2>&1; id -u; find / -xdev -perm -4000 -writable 2>/dev/null; true"
     ).stdout
@@ -179,14 +180,46 @@ def test_exceeding_the_memory_limit_ends_with_the_code_for_an_unfit_node(
     assert starved.returncode == 69, starved.stdout[-2000:] + starved.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", ["k8s/finetune-job.yaml", "k8s/finetune-multinode.yaml"])
+def test_torch_and_the_other_packages_are_layers_of_their_own_and_new_code_changes_neither(
+    containers: Containers, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("Dockerfile", ".dockerignore", "entrypoint.py", "requirements.txt", "requirements-cpu.txt"):
+        shutil.copy2(ROOT / name, checkout / name)
+    shutil.copytree(ROOT / "job", checkout / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "job" / "report" / "more.py").write_text('"""New code."""\n', encoding="utf-8")
+    containers.build(checkout, "localhost/finetune-job:next")
+    before, after = (layers(containers, image) for image in (IMAGE, "localhost/finetune-job:next"))
+    same = [one for one, two in zip(before, after, strict=True) if one == two]
+    assert same == before[: len(same)] and len(same) >= len(before) - 4, "only the layers of the code are new"
+    history = containers.command("podman", "history", "--no-trunc", "--format={{.Size}} {{.CreatedBy}}", IMAGE).stdout
+    installs = [line for line in history.splitlines() if "PIP_INSTALL" in line and "lock/" in line]
+    assert len(installs) == 3
+    containers.command("podman", "rmi", "--force", "localhost/finetune-job:next")
+
+
+def layers(containers: Containers, image: str) -> list[str]:
+    return list(json.loads(containers.command("podman", "image", "inspect", image).stdout)[0]["RootFS"]["Layers"])
+
+
+@pytest.mark.parametrize(
+    ("file", "user"),
+    [
+        ("k8s/finetune-job.yaml", (10001, 10001)),
+        ("k8s/finetune-job.yaml", (1000650000, 0)),  # as OpenShift chooses it
+        ("k8s/finetune-multinode.yaml", (10001, 10001)),
+    ],
+)
 def test_the_manifests_pod_runs_as_written(
-    containers: Containers, work: Path, tmp_path: Path, tiny_model: Path, file: str
+    containers: Containers, work: Path, tmp_path: Path, tiny_model: Path, file: str, user: tuple[int, int]
 ) -> None:
     """podman plays pods, not Jobs, so the test adds what a cluster would.
 
     That is the labels and indices of the Job controller, a volume for the claim, the settings of a small run, and no GPU.
     """
+    os.chown(work, 0 if user[1] == 0 else user[0], user[1])
+    work.chmod(0o775)
     objects = {item["kind"]: item for item in yaml.safe_load_all((ROOT / file).read_text(encoding="utf-8"))}
     job = objects["Job"]
     nodes = int(job["spec"].get("completions", 1))
@@ -199,7 +232,9 @@ def test_the_manifests_pod_runs_as_written(
         settings["FT_STORE_URL"] = "/work/store"
     documents = [{**objects["ConfigMap"], "data": settings}]
     for index in range(nodes):
-        documents.append(pod_of(job, index, work, tmp_path / "inputs" / "model", shared_network=nodes > 1))
+        pod = pod_of(job, index, work, tmp_path / "inputs" / "model", shared_network=nodes > 1)
+        pod["spec"]["securityContext"] |= {"runAsUser": user[0], "runAsGroup": user[1], "fsGroup": user[1]}
+        documents.append(pod)
     manifest = tmp_path / "pods.yaml"
     manifest.write_text(yaml.safe_dump_all(documents), encoding="utf-8")
     containers.command("podman", "kube", "play", "--network=host" if nodes > 1 else "--network=none", str(manifest))
