@@ -17,7 +17,6 @@ from datasets import Dataset, load_from_disk
 from peft.tuners.lora import Embedding as LoraEmbedding
 from transformers import PreTrainedModel
 
-from job.cluster import Node
 from job.data.templates import load_tokenizer, new_token_ids
 from job.environment.adapter_settings import with_adapters_own
 from job.environment.local_files import public_name
@@ -38,6 +37,7 @@ from job.training.callbacks import DecideSaves, LogShortRuns, OfferCheckpoints, 
 from job.training.choice import Choice, choose_steps, limit_memory
 from job.training.execution import Execution
 from job.training.launcher import unreachable
+from job.training.network import listen_to_nccl, tell_network
 from job.training.pace import SavePace
 from job.training.ranks import join
 from job.training.results import evaluated_at_the_end, summarized, untrained
@@ -61,7 +61,7 @@ def train(run: Run) -> None:
         return
     if compute.on_gpu:
         torch.cuda.set_device(compute.device)
-    _meet(run.node, compute, sharded=run.settings.sharding != "none")
+    _meet(run, compute)
     model = _load(run, compute)
     await_turn(run, "train")
     choice = choose_steps(run.settings, compute, config, read_json(run.paths.data_report_file))
@@ -112,9 +112,13 @@ def _take_over(run: Run) -> None:
     output("adapter", str(run.paths.adapter_dir))
 
 
-def _meet(node: Node, compute: Compute, *, sharded: bool) -> None:
+def _meet(run: Run, compute: Compute) -> None:
     try:
-        join(node, on_gpu=compute.on_gpu, sharded=sharded)
+        if run.node.count > 1:
+            listen_to_nccl(run.paths.run_dir / "network")
+        join(run.node, on_gpu=compute.on_gpu, sharded=run.settings.sharding != "none")
+        if run.node.count > 1 and run.node.world_size > 1:
+            tell_network(run.node, compute.device, run.paths.run_dir / "network")
     except Exception as error:
         if is_lost_contact(error):
             raise unreachable(error) from error
