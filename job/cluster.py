@@ -250,3 +250,16 @@ def driver_problem(build: str | None, environ: Mapping[str, str] = os.environ) -
 
 def _capability(card: Any) -> tuple[int, ...]:
     return tuple(map(int, pynvml.nvmlDeviceGetCudaComputeCapability(card)))
+
+
+def is_in_container_layer(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether what is written to `folder` is part of the container, and so is lost when the container is removed."""
+    try:
+        lines = mounts.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return False
+    kinds = {line.split()[1]: line.split()[2] for line in lines if len(line.split()) > 2}
+    for place in (folder.resolve(), *folder.resolve().parents):
+        if str(place) in kinds:
+            return kinds[str(place)] in ("overlay", "fuse-overlayfs")
+    return False

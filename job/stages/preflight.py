@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from rich.filesize import decimal
 
 from job.checkpoints.manifest import marked
+from job.cluster import is_in_container_layer
 from job.environment.model_settings import refuse_unfit
 from job.errors import InputError, NodeError
 from job.hub.publish import destinations_of
@@ -19,6 +21,7 @@ from job.model.exports import obstacle
 from job.report.events import message
 from job.run import Run, write_json
 from job.stages.download import recorded_commits, wanted_sources
+from job.storage import scheme_of
 
 
 def preflight(run: Run) -> None:
@@ -95,6 +98,13 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 def _check_disk(run: Run, needed: int) -> None:
     run.paths.run_dir.mkdir(parents=True, exist_ok=True)
+    store = run.store.url
+    if scheme_of(store) in ("", "file") and is_in_container_layer(Path(store.removeprefix("file://"))):
+        message(
+            f"{store} is inside this container: checkpoints and results are lost with it. "
+            "Mount a volume there, or set FT_STORE_URL to a bucket.",
+            "warning",
+        )
     free = shutil.disk_usage(run.paths.run_dir).free
     if free < needed:
         raise NodeError(
