@@ -563,7 +563,7 @@ class Settings(BaseSettings):
         25, "Seconds that a stop request leaves for saving before the job is killed.", since=None, ge=0, le=86400
     )
     log_format: Literal["auto", "text", "json"] = _setting(
-        "auto", "`auto` is text on a terminal, and one JSON object per line elsewhere.", since=None
+        "auto", "`auto` is text on a terminal and in Slurm's log, and one JSON object per line elsewhere.", since=None
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Lowest level of messages to show.", since=None

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run `sbatch slurm/train.sh` in the repository. Settings come from the environment, which sbatch passes on (or --export),
-# or from the file that FT_ENV_FILE names. FT_CONTAINER selects an image. Without it, the job runs from .venv.
+# or from the file that FT_ENV_FILE names. FT_CONTAINER selects an image. Without it, the job runs from .venv. What your site needs
+# first, such as `module load python/3.12 cuda`, goes into a file slurm/site.sh.
 #SBATCH --job-name=finetune
 #SBATCH --partition=gpu                     # EDIT
 ##SBATCH --account=my-account               # EDIT
@@ -16,6 +17,8 @@
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 78
+# shellcheck source=/dev/null
+[ ! -f slurm/site.sh ] || . slurm/site.sh
 
 # One element of an array has the array's own id as its SLURM_JOB_ID. Only the longer name means that element alone.
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
@@ -26,6 +29,9 @@ export FT_STOP_GRACE_SECONDS="${FT_STOP_GRACE_SECONDS:-90}"
 export FT_TERMINATION_LOG="$PWD/finetune-$SLURM_JOB_ID.ends"
 unfit_nodes="$PWD/finetune-$SLURM_JOB_ID.unfit"
 export FT_OUTPUT_DIR="${FT_OUTPUT_DIR:-$PWD/results}"
+# Home folders are small, and a quota that is full ends a job after hours.
+export HF_HOME="${HF_HOME:-$FT_OUTPUT_DIR/cache/huggingface}" XDG_CACHE_HOME="${XDG_CACHE_HOME:-$FT_OUTPUT_DIR/cache}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$XDG_CACHE_HOME/inductor}" CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$XDG_CACHE_HOME/cuda}"
 rm -rf "$FT_TERMINATION_LOG" && mkdir -p "$FT_TERMINATION_LOG" "$PWD/results" || exit 69
 
 python=python3
@@ -34,6 +40,11 @@ options=(--ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0)
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK") # srun does not inherit it
 case "${FT_CONTAINER:-}" in
   "")
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      { echo "Python 3.11 or newer is needed, and $python is $("$python" -V 2>&1). Load a module of it in slurm/site.sh, or set FT_CONTAINER." >&2 && exit 78; }
+    glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null | sed 's/[^0-9.]//g')
+    [ -z "$glibc" ] || printf '2.28\n%s\n' "$glibc" | sort -CV ||
+      { echo "PyTorch needs glibc 2.28 or newer, and this node has $glibc. Set FT_CONTAINER." >&2 && exit 78; }
     "$python" -c 'import pydantic_settings' || { echo "Create .venv from requirements.txt, or set FT_CONTAINER." >&2 && exit 78; }
     launch=("$python" entrypoint.py)
     ;;

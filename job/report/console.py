@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -43,8 +44,8 @@ class Console(Protocol):
 
 
 def open_console(log_format: str, log_level: str, run_id: str, stream: TextIO = sys.stdout) -> Console:
-    """Open the console. `auto` is text on a terminal and JSON elsewhere."""
-    text = log_format == "text" or (log_format == "auto" and stream.isatty())
+    """Open the console. `auto` is text where a person reads it, which is a terminal or Slurm's log, and JSON elsewhere."""
+    text = log_format == "text" or (log_format == "auto" and (stream.isatty() or "SLURM_JOB_ID" in os.environ))
     return TextConsole(log_level, stream) if text else JsonConsole(log_level, run_id, stream)
 
 

@@ -302,6 +302,38 @@ def test_a_requeue_that_slurm_refuses_is_told_with_the_command_that_resumes(
     assert f"FT_RUN_ID=slurm-{job} sbatch slurm/train.sh" in slurm.log(job)
 
 
+def test_the_sites_own_file_runs_first_and_the_log_is_for_people(slurm: Slurm, settings: dict[str, str]) -> None:
+    site = slurm.folder / "checkout" / "slurm" / "site.sh"
+    site.write_text('echo "site of $SLURM_JOB_ID"\nexport FT_MAX_STEPS=x\n', encoding="utf-8")
+    plain = {name: value for name, value in settings.items() if name != "FT_LOG_FORMAT"}
+    try:
+        job = slurm.submit(*SMALL, settings=plain | {"FT_STAGES": "preflight"})
+        assert slurm.await_end(job)["ExitCode"] == "78:0", slurm.log(job)
+        assert f"site of {job}\n" in slurm.log(job) and "FT_MAX_STEPS='x'" in slurm.log(job)
+    finally:
+        site.unlink()
+    job = slurm.submit(*SMALL, settings=plain | {"FT_STAGES": "preflight"})
+    assert slurm.await_end(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert "▸ preflight" in slurm.log(job) and not events(slurm, job)
+
+
+def test_a_python_that_is_too_old_is_told_before_anything_runs(slurm: Slurm, settings: dict[str, str]) -> None:
+    """A stand-in says that it is Python 3.9."""
+    checkout = slurm.folder / "checkout"
+    real, aside = checkout / ".venv", checkout / ".venv-aside"
+    old = slurm.folder / "old" / "python3"
+    old.parent.mkdir()
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.2" && exit\nexit 1\n', encoding="utf-8")
+    old.chmod(0o755)
+    real.rename(aside)
+    try:
+        job = slurm.submit(*SMALL, settings=settings | {"PATH": f"{old.parent}:{os.environ['PATH']}"})
+        assert slurm.await_end(job)["ExitCode"] == "78:0", slurm.log(job)
+    finally:
+        aside.rename(real)
+    assert "Python 3.11 or newer is needed, and python3 is Python 3.9.2" in slurm.log(job)
+
+
 def test_cpus_grow_with_the_number_of_gpus(slurm: Slurm, settings: dict[str, str]) -> None:
     job = slurm.submit(
         "--gpus-per-node=2", "--cpus-per-gpu=2", "--mem=2000", settings=settings | {"FT_STAGES": "preflight"}
