@@ -20,13 +20,15 @@ from job.model.device import compute_dtype, device_of, require_fp8
 from job.model.exports import obstacle
 from job.report.events import message
 from job.run import Run, write_json
+from job.stages import stages_of
 from job.stages.download import recorded_commits, wanted_sources
 from job.storage import scheme_of
 
 
 def preflight(run: Run) -> None:
     """Raise now what would otherwise be raised after hours."""
-    _check_device(run)
+    if _computes(run):
+        _check_device(run)
     if marked(run.paths.stage_dir("download")) is None:  # else all of it is here, and nobody needs to be asked
         commits = recorded_commits(run)
         listings = {source: look_up(source, commits.get(source.variable)) for source, _ in wanted_sources(run)}
@@ -40,6 +42,19 @@ def preflight(run: Run) -> None:
     if "publish" in run.settings.stages:
         for destination in destinations_of(run):
             destination.check()
+
+
+_COMPUTING = ("train", "sample", "merge", "export")
+
+
+def _computes(run: Run) -> bool:
+    """Whether a stage that is left computes with the model. A login node may fetch, prepare and publish without a GPU."""
+    wanted: set[str] = set(run.settings.stages)
+    needs = {stage.name: stage.needs for stage in stages_of(run.settings)}
+    while more := {need for name in wanted for need in needs.get(name, ())} - wanted:
+        wanted |= more
+    left = [name for name in _COMPUTING if name in wanted and marked(run.paths.stage_dir(name)) is None]
+    return bool(left) or run.settings.stages == ("preflight",)
 
 
 def _check_device(run: Run) -> None:

@@ -61,6 +61,24 @@ def test_the_whole_job_from_the_hub_to_the_hub(hub_job: Job, hub: FakeHub) -> No
     assert b"hf_test_token" not in b"".join(files.values())
 
 
+def test_a_cluster_whose_nodes_have_no_internet_trains_what_its_login_node_fetched_and_publishes(
+    hub_job: Job, hub: FakeHub
+) -> None:
+    """As docs/operations.md tells it."""
+    shared = {"FT_PUBLISH_TO": "hf://me/tuned", "FT_MAX_STEPS": "2"}
+    fetched = hub_job.run(FT_STAGES="download,prepare", FT_DEVICE="cuda", **shared)  # a login node has no GPU
+    assert fetched.code == 0, fetched.stderr
+    asked = len(hub.requests)
+    trained = hub_job.run(
+        FT_STAGES="train,sample,merge", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN="", **shared
+    )
+    assert trained.code == 0, trained.stderr
+    assert len(hub.requests) == asked
+    published = hub_job.run(FT_STAGES="publish", **shared)
+    assert published.code == 0, published.stderr
+    assert "model.safetensors" in hub.files("models/me/tuned")
+
+
 _AS_A_READER = """
     import json
     from pathlib import Path
