@@ -35,6 +35,7 @@ COMMANDS = {
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt": "installs the CUDA build; tests/real/test_image.py installs requirements-cpu.txt",
     ".venv/bin/pip install pre-commit": "a developer's convenience; its hooks are what `make check` runs",
     "docker run": "tests/real/test_image.py runs the image with podman; no docker daemon here",
+    ".venv/bin/python entrypoint.py": "tests/hub/test_hub.py, without Slurm between the starts",
     "sbatch": "tests/real/test_slurm.py",
     "apptainer": "no Apptainer in Debian; tests/real/test_slurm.py has a stand-in",
     "kubectl kustomize": "tests/test_launchers.py",

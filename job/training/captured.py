@@ -24,6 +24,7 @@ from job.report.events import message
 
 STEP = 128  # captured sizes are multiples of that: a smaller one means more graphs, a larger one more padding
 _IGNORED = -100
+_MOST = 64  # graphs: each takes some megabytes of the GPU's memory
 
 
 class Result(NamedTuple):
@@ -51,6 +52,11 @@ def filled(tokens: int) -> int:
     return -(-tokens // STEP) * STEP
 
 
+def filled_rows(rows: int) -> int:
+    """The number of rows to which a pass is filled up with empty ones: packed batches have other numbers every time."""
+    return 1 << (rows - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class _Places:
     """The fixed places of a pass's inputs, for one number of rows. They have room for the largest size."""
@@ -74,8 +80,9 @@ class _Places:
         ):  # fmt: skip
             place[:, :tokens].copy_(part[name])
             place[:, tokens:size].fill_(more)
-        self.boundaries[:-1].copy_(part["cu_seq_lens_q"])
-        self.boundaries[-1:].fill_(size)
+        boundaries = part["cu_seq_lens_q"]
+        self.boundaries[: len(boundaries)].copy_(boundaries)
+        self.boundaries[len(boundaries) :].fill_(size)
         self.learned.copy_(learned)
 
     def inputs(self, size: int) -> dict[str, Any]:
@@ -107,7 +114,7 @@ class CapturedPasses:
 
         `learned` is the number of labels of the whole step, on the device.
         """
-        size, rows = filled(part["input_ids"].shape[1]), len(part["cu_seq_lens_q"]) - 1
+        size, rows = filled(part["input_ids"].shape[1]), filled_rows(len(part["cu_seq_lens_q"]) - 1)
         if rows not in self._places:
             self._places[rows] = _Places.of(rows, self.most_tokens, learned, self._device)
         places = self._places[rows]
@@ -115,7 +122,7 @@ class CapturedPasses:
         found = self._passes.get((size, rows))
         if (size, rows) not in self._passes:
             self._passes[size, rows] = None
-        elif found is None:
+        elif found is None and len(self._passes) <= _MOST:
             found = self._passes[size, rows] = self._captured(lambda: compute(places.inputs(size), places.learned))
         if found is None:
             return compute(places.inputs(size), places.learned)

@@ -73,6 +73,7 @@ class Execution:
         self._set_up(model, arguments)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         captures = self.plan is not None and self.plan.captured_tokens > 0
+        captures = captures and can_fuse_head(model)  # any other asks the GPU which tokens have a label
         captures = captures and sum(len(layer.trained) for layer in self._layers) == len(trained)
         if is_so_everywhere(captures, self.compute.device):  # since all must average their gradients alike
             self._capture(trained)

@@ -160,14 +160,16 @@ def test_sizes_are_filled_up_with_a_row_that_is_not_learned() -> None:
         captures, updates = False, 0
 
     passes = CapturedPasses(256, Space(), torch.device("cpu"), Again(torch.device("cpu")))  # type: ignore[arg-type]
-    for tokens, rows in ((5, [0, 2, 5]), (130, [0, 1, 130])):
+    for tokens, rows in ((5, [0, 2, 5]), (130, [0, 1, 9, 130])):
         part = {
             "input_ids": torch.full((1, tokens), 7), "labels": torch.full((1, tokens), 7), "cu_seq_lens_q": torch.tensor(rows),
             "position_ids": torch.ones(1, tokens, dtype=torch.int64),
         }  # fmt: skip
         passes.run(part, torch.tensor(3), compute)
     assert not passes.serves({"input_ids": torch.zeros(1, 257)})
-    for inputs, size, tokens, rows in zip(found, (128, 256), (5, 130), ([0, 2, 5, 128], [0, 1, 130, 256]), strict=True):
+    for inputs, size, tokens, rows in zip(
+        found, (128, 256), (5, 130), ([0, 2, 5, 128], [0, 1, 9, 130, 256, 256]), strict=True
+    ):
         assert inputs["cu_seq_lens_q"].tolist() == rows
         assert inputs["labels"].tolist() == [[7] * tokens + [-100] * (size - tokens)]
         assert inputs["input_ids"].tolist() == [[7] * tokens + [0] * (size - tokens)]

@@ -501,9 +501,12 @@ def place_all(values: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scal
     )
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=2**16, typed=True)
 def _numbers(device: torch.device, *values: float) -> torch.Tensor:
-    """Addresses and shapes, or factors, as a tensor on the GPU. Cached, since they stay the same from step to step."""
+    """Addresses and shapes, or factors, as a tensor on the GPU. Cached, since they stay the same from step to step.
+
+    Captured passes read these tensors where they are, so the cache holds more than any model needs.
+    """
     whole = isinstance(values[0], int)
     return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
 
