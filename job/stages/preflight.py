@@ -54,7 +54,7 @@ def _computes(run: Run) -> bool:
     while more := {need for name in wanted for need in needs.get(name, ())} - wanted:
         wanted |= more
     left = [name for name in _COMPUTING if name in wanted and marked(run.paths.stage_dir(name)) is None]
-    return bool(left) or run.settings.stages == ("preflight",)
+    return bool(left) or "preflight" in run.settings.stages
 
 
 def _check_device(run: Run) -> None:

@@ -143,12 +143,11 @@ class CapturedPasses:
             self._workspace.captures = False
             self._workspace.updates += 1  # a capture has copied no adapters
 
-    def forget(self) -> bool:
-        """Free all captured passes, and capture no more. Returns False if there was nothing to give up."""
-        some, self.most_tokens = self.most_tokens > 0, 0
+    def forget(self) -> None:
+        """Free all captured passes, and capture no more."""
+        self.most_tokens = 0
         self._passes.clear()
         self._places.clear()
-        return some
 
 
 class OnGpu:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -219,12 +219,11 @@ class Execution:
 
     def step_down(self) -> bool:
         """Switch to the next plan that needs less memory. Returns False if there is none."""
-        if self.plan is not None and self.captured is not None and self.captured.forget():
-            smaller: Plan | None = replace(self.plan, captured_tokens=0)
-        else:
-            smaller = self._smaller()
+        smaller = self._smaller()
         if smaller is None:
             return False
+        if self.captured is not None and not smaller.captured_tokens:
+            self.captured.forget()
         self._apply(smaller)
         message(f"The GPU ran out of memory. Continuing with {smaller.described(len(self._layers))}.", "warning")
         return True

@@ -321,8 +321,9 @@ def test_no_token_sees_another_row_or_a_later_token(build: Build, fused: bool) -
         assert torch.equal(sees, may), token
 
 
+@pytest.mark.parametrize("every_token", [False, True])
 @pytest.mark.parametrize("ignored", [[], [0, 5, 8], list(range(9))])
-def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits(ignored: list[int]) -> None:
+def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits(ignored: list[int], every_token: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     states = torch.randn(9, 16, generator=generator, requires_grad=True)
     weight, norm = torch.randn(40, 16, generator=generator), torch.randn(16, generator=generator)
@@ -334,7 +335,7 @@ def test_the_fused_head_gives_the_loss_and_gradient_of_the_logits(ignored: list[
     scales = torch.linspace(0.1, 2, 9)
     (wanted,) = torch.autograd.grad((chosen * scales).sum(), states)
 
-    found, entropy, first = _LabelLogProbs.apply(states, LastNorm(norm, 1e-5), weight, labels)
+    found, entropy, first = _LabelLogProbs.apply(states, LastNorm(norm, 1e-5), weight, labels, every_token)
     (gradient,) = torch.autograd.grad((found * scales).sum(), states)
     torch.testing.assert_close(found, chosen, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)

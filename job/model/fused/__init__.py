@@ -53,6 +53,7 @@ Names
     part       one piece of a tensor: one layer's rows of W, or in kernels one stretch of a dimension. Each stretch is
                summed by one program, and the partial sums are added in a fixed order
     seeds      a `Draw` per linear layer: dropout's seed, and the tokens' place in the batch
+    moment     a tensor that is added to both when a kernel runs, so that a captured pass drops other values each time
     act        silu(gate) · up, the result of the gate; gate_up is its input, gate and up side by side
     shared     heads of keys and values, which several query heads may share
     name_      an argument that the function may overwrite, if only its border. The function's name ends in `_` too.

@@ -27,7 +27,9 @@ def fits(plan: Plan, free_bytes: float) -> bool:
 
 def smaller_plan(plan: Plan, shape: Shape, settings: Settings, card: Card) -> Plan | None:
     """The next plan that needs less memory and can be used immediately. None if there is none."""
-    if plan.recomputed < shape.layers:
+    if plan.captured_tokens:
+        smaller = replace(plan, captured_tokens=0)
+    elif plan.recomputed < shape.layers:
         more = max(1, shape.layers // 4)
         smaller = replace(plan, recomputed=min(shape.layers, plan.recomputed + more))
     elif plan.micro_batch_tokens > plan.longest_row:  # rows are never cut
