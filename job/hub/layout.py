@@ -17,13 +17,13 @@ from job.report.plots import draw_loss_curve
 from job.run import Run, read_json, write_json
 
 CURVE = "loss_curve.png"
-# What is published of a folder: no more than the job puts there, whoever else may write to the store.
+# What is published of a folder: no more than the job puts there, whoever else may write to the store. `*` matches no `/`.
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL_FILES = (
-    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model",
+    "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-_EXPORTS = ("*.gguf", "Modelfile*")
+_EXPORTS = ("*.gguf", "Modelfile", *(f"fp8/{name}" for name in _MODEL_FILES))
 _TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # of the base, which hold for what was made of it
 _REPORTS = ("sample/samples.json", "merge/merge_proof.json", "prepare/data_report.html")
 
@@ -39,7 +39,7 @@ def lay_out(run: Run, published: Published) -> Path:
     if published.merged:
         _link_tree(paths.merged_dir, repository, _MODEL_FILES)
         if paths.exports_dir.is_dir():
-            _link_tree(paths.exports_dir, repository, (*_EXPORTS, *_MODEL_FILES))
+            _link_tree(paths.exports_dir, repository, _EXPORTS)
     if published.adapter:
         folder = repository / "adapter" if published.merged else repository
         _link_tree(paths.adapter_dir, folder, _ADAPTER_FILES)
@@ -79,10 +79,16 @@ def _record(run: Run) -> dict[str, object]:
 def _link_tree(source: Path, target: Path, wanted: tuple[str, ...]) -> None:
     """Use hard links where the file system has them, since a second copy of 13 GB would take the space twice."""
     for path in source.rglob("*"):
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in wanted):
-            copy = target / path.relative_to(source)
+        place = path.relative_to(source)
+        if path.is_file() and any(_matches(place, pattern) for pattern in wanted):
+            copy = target / place
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(path, copy)
             except OSError:
                 shutil.copy(path, copy)
+
+
+def _matches(place: Path, pattern: str) -> bool:
+    parts = pattern.split("/")
+    return len(parts) == len(place.parts) and all(map(fnmatch.fnmatchcase, place.parts, parts))

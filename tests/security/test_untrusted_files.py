@@ -178,8 +178,29 @@ def test_extra_files_in_the_stores_adapter_are_not_published(uninterrupted: Job,
     (adapter / "modeling_evil.py").write_text("import os", encoding="utf-8")
     (adapter / "evil").mkdir()
     (adapter / "evil" / "pytorch_model.bin").write_bytes(b"pickle")
+    for name in _ADAPTER_FILES:
+        (adapter / "evil" / name).write_bytes(b"bytes of the attacker")
     _link_tree(adapter, tmp_path / "out", _ADAPTER_FILES)
-    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == set(_ADAPTER_FILES)
+    assert {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == set(_ADAPTER_FILES)
+
+
+def test_what_is_published_of_a_folder_is_what_the_job_puts_there_and_where(tmp_path: Path) -> None:
+    from job.hub.layout import _EXPORTS, _MODEL_FILES, _link_tree
+
+    names = ("model.safetensors", "model-00001-of-00002.safetensors", "evil.safetensors", "config.json", "a/config.json", "fp8/config.json",
+             "fp8/model.safetensors", "fp8/a/model.safetensors", "x.Q8_0.gguf", "a/x.gguf", "Modelfile", "Modelfile.py", "CONFIG.JSON")  # fmt: skip
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    for wanted, found in (
+        (_MODEL_FILES, {"model.safetensors", "model-00001-of-00002.safetensors", "config.json"}),
+        (_EXPORTS, {"fp8/config.json", "fp8/model.safetensors", "x.Q8_0.gguf", "Modelfile"}),
+    ):
+        out = tmp_path / f"out-{len(wanted)}"
+        _link_tree(tmp_path / "in", out, wanted)
+        assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == found
 
 
 # -- a model's files ------------------------------------------------------------------------------------------------
