@@ -22,6 +22,7 @@ from job.environment.env_file import READ
 from job.errors import ExitCode, JobError, SettingsError, Stopped, from_os_error
 from job.guard.escape import for_terminal, json_line
 from job.guard.secrets import masked, masked_fields, secret_values
+from job.leave import leave
 from job.paths import WITHOUT_WEIGHTS
 from job.report.console import open_console
 from job.run import Run, now
@@ -249,4 +250,4 @@ def _write_termination_message(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

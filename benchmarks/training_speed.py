@@ -26,7 +26,6 @@ from benchmarks.peers import WARM_UP_STEPS
 from benchmarks.shapes import SHAPES
 
 ROOT = Path(__file__).parent.parent
-LENGTH = 2048
 _GROUP = (
     50  # rows grouped by length come in groups of 50 batches, longest first: fewer steps would measure only long rows
 )
@@ -54,6 +53,10 @@ def variants() -> list[Variant]:
         Variant("job, fp8", 16, {**_OURS, "FT_FROZEN_PRECISION": "fp8"}),
         Variant("job, 8 rows", 8, _OURS),
         Variant("unsloth, 8 rows", 8, peer="unsloth"),
+        Variant("job, 4 rows", 4, _OURS),
+        Variant("unsloth, 4 rows", 4, peer="unsloth"),
+        Variant("job, 1 row", 1, _OURS),
+        Variant("unsloth, 1 row", 1, peer="unsloth"),
         Variant("TRL, Liger, recomputing", 8, peer="trl-liger", arguments=("--recompute",)),
         Variant("job, default recipe", 4, packed=False),
         Variant("job, default recipe, kernel by kernel", 4, {"FT_CUDA_GRAPHS": "false"}, packed=False),
@@ -85,6 +88,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a model folder (default: a 7B shape is written)")
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b", help="the model to write without --model")
     parser.add_argument("--dataset", type=Path, help="a dataset file or folder (default: documents are generated)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per packed row, and of the longest document")
     parser.add_argument("--folder", type=Path, default=Path("results/benchmark"), help="where everything is written")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
@@ -99,7 +103,9 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     options.folder = options.folder.absolute()
     options.model = (options.model or write_model(options.shape, options.folder / f"{options.shape}-shape")).absolute()
-    options.dataset = (options.dataset or write_documents(options.folder / "documents.jsonl")).absolute()
+    options.dataset = (
+        options.dataset or write_documents(options.folder / f"documents-{options.length}.jsonl", options.length)
+    ).absolute()
     prepared = {packed: _prepare(options, packed) for packed in {False, *(v.packed for v in wanted if not v.peer)}}
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in wanted}
     for _ in range(options.runs):
@@ -145,7 +151,7 @@ def _run(variant: Variant, options: argparse.Namespace, prepared: dict[bool, Pat
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.peers", variant.peer, "--model", str(options.model),
          "--documents", str(prepared[False] / "prepare" / "train"), "--rows", str(variant.rows),
-         "--steps", str(_steps(variant, options)), "--length", str(LENGTH), *variant.arguments],
+         "--steps", str(_steps(variant, options)), "--length", str(options.length), *variant.arguments],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
@@ -159,7 +165,7 @@ def _settings(options: argparse.Namespace, run_id: str, packed: bool) -> dict[st
         **{name: value for name, value in os.environ.items() if not name.startswith("FT_")},
         "FT_ENV_FILE": os.devnull, "HF_HUB_OFFLINE": "1", "FT_MODEL_NAME": str(options.model),
         "FT_DATASET_NAME": str(options.dataset), "FT_OUTPUT_DIR": str(options.folder), "FT_RUN_ID": run_id,
-        "FT_MAX_SEQ_LENGTH": str(LENGTH), "FT_PACKING": str(packed).lower(), "FT_LOG_FORMAT": "json",
+        "FT_MAX_SEQ_LENGTH": str(options.length), "FT_PACKING": str(packed).lower(), "FT_LOG_FORMAT": "json",
         "FT_SAVE_STEPS": "1000000", "FT_NPROC_PER_NODE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
@@ -167,7 +173,7 @@ def _settings(options: argparse.Namespace, run_id: str, packed: bool) -> dict[st
 
 def _prepare(options: argparse.Namespace, packed: bool) -> Path:
     """Prepare the data with the job's own stages. The other trainers get the same documents."""
-    name = "packed" if packed else "documents"
+    name = f"{'packed' if packed else 'documents'}-{options.length}"
     environment = {**_settings(options, name, packed), "FT_STAGES": "preflight,prepare"}
     subprocess.run(
         [sys.executable, str(ROOT / "entrypoint.py")], env=environment, check=True, stdout=subprocess.DEVNULL
@@ -209,12 +215,15 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
     }
 
 
-def write_documents(path: Path) -> Path:
-    """Write random letters, each a token of the byte tokenizer below."""
-    chance = random.Random(0)
+def write_documents(path: Path, longest: int = 2048) -> Path:
+    """Write random letters, each a token of the byte tokenizer below.
+
+    Documents of up to 2,048 tokens have guanaco's lengths. Longer ones are that many times as long, and fewer.
+    """
+    chance, times = random.Random(0), longest / 2048
     with path.open("w", encoding="utf-8") as stream:
-        for _ in range(3000):
-            length = min(LENGTH - 2, max(16, int(chance.lognormvariate(5.9, 0.8))))
+        for _ in range(int(3000 / max(1.0, times))):
+            length = min(longest - 2, max(16, int(times * chance.lognormvariate(5.9, 0.8))))
             text = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=length))
             stream.write(json.dumps({"text": text}) + "\n")
     return path

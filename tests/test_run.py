@@ -143,7 +143,7 @@ def test_a_stop_request_during_training_ends_with_75_and_the_next_start_reaches_
     job: Job, uninterrupted: Job
 ) -> None:
     process = job.start(FT_SAVE_STEPS="1")
-    read_until(process, event="progress", stage="train", done=3)
+    read_until(process, event="progress", stage="train", done=1)
     process.send_signal(signal.SIGTERM)
     stopped = finished(process, *process.communicate(timeout=120))
     assert stopped.code == 75
@@ -187,7 +187,7 @@ def test_an_adapter_is_trained_and_resumed_in_float32_bit_for_bit_beside_product
     straight = job.run(FT_OUTPUT_DIR=str(tmp_path / "straight"))
     assert straight.code == 0, straight.stderr
     process = job.start()
-    read_until(process, event="progress", stage="train", done=3)
+    read_until(process, event="progress", stage="train", done=1)
     process.send_signal(signal.SIGTERM)
     assert finished(process, *process.communicate(timeout=120)).code == 75
     assert job.run().code == 0

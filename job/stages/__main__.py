@@ -25,6 +25,7 @@ from job.errors import (
     is_lost_contact,
 )
 from job.guard.secrets import masked, secret_values
+from job.leave import leave
 from job.report.events import emit
 from job.run import Run, write_json
 from job.settings import Settings
@@ -161,4 +162,4 @@ def _as_job_error(error: Exception) -> JobError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

@@ -114,7 +114,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(job: Job, kind: str, call
     straight = adapter.read_bytes()
     shutil.rmtree(output)
     process = job.start(**options)
-    read_until(process, event="progress", stage="train", done=4)
+    read_until(process, event="progress", stage="train", done=2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert job.run(**options).code == 0

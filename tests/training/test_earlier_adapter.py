@@ -69,7 +69,7 @@ def test_a_killed_training_that_went_on_from_it_ends_at_the_same_adapter(job: Jo
     straight = adapter.read_bytes()
     shutil.rmtree(output)
     process = job.start(**options)
-    read_until(process, event="progress", stage="train", done=4)
+    read_until(process, event="progress", stage="train", done=2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert job.run(**options).code == 0
