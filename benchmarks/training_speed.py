@@ -204,7 +204,7 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
     shutil.rmtree(folder)
     goodput = metrics["goodput"]
     return {
-        "tokens_per_second": goodput["tokens_per_second"],
+        "tokens_per_second": _rate_after_warm_up(done.stdout) or goodput["tokens_per_second"],
         "peak_bytes": metrics["peak_memory_bytes"],
         "allocator_retries": metrics["allocator_retries"],
         "first_step_seconds": goodput["first_step_after_seconds"],
@@ -213,6 +213,25 @@ def _run_job(variant: Variant, options: argparse.Namespace, prepared: Path) -> d
         "part_of_matmul_rate": goodput.get("part_of_matmul_rate"),
         "plan": metrics["plan"],
     }
+
+
+def _rate_after_warm_up(output: str) -> float | None:
+    """Tokens per second of the same steps as the other trainers', from the stage's events, which come at every step.
+
+    The job's own figure begins after the first step, and may hold the compilation of kernels for another kind of batch.
+    """
+    steps: dict[int, tuple[float, float]] = {}
+    for line in output.splitlines():
+        event = json.loads(line) if line.startswith('{"event": "progress"') else {}
+        if event.get("tokens_per_second"):
+            steps[event["done"]] = event["tokens"], event["tokens_per_second"]
+    tokens, seconds = 0.0, 0.0
+    for step in range(WARM_UP_STEPS + 1, max(steps, default=0) + 1):
+        if step not in steps or step - 1 not in steps:
+            return None
+        of_step = steps[step][0] - steps[step - 1][0]
+        tokens, seconds = tokens + of_step, seconds + of_step / steps[step][1]
+    return tokens / seconds if seconds else None
 
 
 def write_documents(path: Path, longest: int = 2048) -> Path:
