@@ -137,26 +137,33 @@ def test_training_behind_a_store_that_takes_nothing_resumes_from_this_disk_and_e
     assert contents(published(job))[adapter] == contents(published(uninterrupted))[adapter]
 
 
-@pytest.mark.xdist_group("uninterrupted")
 def test_a_stopped_training_behind_a_store_that_takes_nothing_resumes_where_it_stopped(
-    job: Job, uninterrupted: Job, refusing: FaultProxy, tmp_path: Path, s3_environment: None
+    job: Job, refusing: FaultProxy, tmp_path: Path, s3_environment: None
 ) -> None:
     job.environment |= {
-        "AWS_ENDPOINT_URL": refusing.url, "FT_STORE_URL": f"s3://bucket/{tmp_path.name}", "FT_SAVE_STEPS": "1000",
+        "FT_STAGES": "train",
+        "FT_MAX_STEPS": "60",
+        "FT_SAVE_STEPS": "1000",
         "FT_STOP_GRACE_SECONDS": "10",
-    }  # fmt: skip
+    }
+    straight = job.run(FT_OUTPUT_DIR=str(tmp_path / "straight"))
+    assert straight.code == 0, straight.stderr
+    job.environment |= {"AWS_ENDPOINT_URL": refusing.url, "FT_STORE_URL": f"s3://bucket/{tmp_path.name}"}
     process = job.start()
-    read_until(process, event="progress", stage="train", done=1)
+    read_until(process, event="progress", stage="train", done=3)
     process.send_signal(signal.SIGHUP)
     stopped = finished(process, *process.communicate(timeout=60))
     assert stopped.code == 75, stopped.stderr
     refusing.rate = 0.0
     again = job.run()
     assert again.code == 0, again.stderr
-    resumed = next(event for event in again.events if event.get("message", "").startswith("Resuming from"))
-    assert resumed["step"] >= 1 and "on this disk, which the store does not have" in resumed["message"]
-    adapter = "adapter/adapter_model.safetensors"
-    assert contents(published(job))[adapter] == contents(published(uninterrupted))[adapter]
+    said = [event for event in again.events if event.get("message", "").startswith("Resuming from")]
+    assert [
+        event["step"] >= 3 and "on this disk, which the store does not have" in event["message"] for event in said
+    ] == [True]
+    adapter = "runs/test-run/train/adapter/adapter_model.safetensors"
+    resumed = Path(job.environment["FT_OUTPUT_DIR"]) / adapter
+    assert resumed.read_bytes() == (tmp_path / "straight" / adapter).read_bytes()
 
 
 # -- a machine that damages what it reads ----------------------------------------------------------------------------

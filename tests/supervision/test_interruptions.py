@@ -235,7 +235,10 @@ def test_a_second_start_in_the_same_folder_neither_stops_the_first_nor_removes_i
     first = job.start(FT_MAX_STEPS="400", FT_STAGES="train")
     read_until(first, event="progress", stage="train", done=2)
     second = job.start(FT_MAX_STEPS="400", FT_STAGES="train")
-    time.sleep(1.5)  # it waits for the folder of the first one
+    assert second.stdout is not None and second.stdout.readline(), (
+        "it says which run this is, then waits for its folder"
+    )
+    time.sleep(0.3)
     second.send_signal(signal.SIGTERM)
     assert finished(second, *second.communicate(timeout=60)).code == 75
     assert not (Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run" / "stop-request").exists()
