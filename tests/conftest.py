@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -164,7 +165,11 @@ def forking(environment: dict[str, str]) -> dict[str, str]:
     }  # fmt: skip
     online = {**os.environ, **OFFLINE, **quiet, "HF_HOME": str(session_folder() / "hf-home")}
     owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    forkserver.start(session_folder(), [online, online | {"HF_DATASETS_OFFLINE": "1"}], owner)
+    servers = [online, online | {"HF_DATASETS_OFFLINE": "1"}]
+    if environment.get("HF_ENDPOINT") == f"http://127.0.0.1:{hub_port()}" and environment.get("HF_HUB_OFFLINE") == "0":
+        with_hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": environment["HF_ENDPOINT"], "HF_HUB_DISABLE_XET": "1"}
+        servers.append(online | with_hub)
+    forkserver.start(session_folder(), servers, owner)
     paths = filter(None, [str(forkserver.SITE), environment.get("PYTHONPATH")])
     return environment | {forkserver.DIRECTORY: str(session_folder()), "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -368,10 +373,20 @@ def s3_environment(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@functools.cache
+def hub_port() -> int:
+    """The port of this worker's Hubs, one after another: libraries that were imported for its address serve them all."""
+    return free_port()
+
+
 @pytest.fixture
 def hub() -> Iterator[Any]:
-    """A Hub on a free port of this machine."""
+    """A Hub on this machine."""
     from tests.fake_hub import FakeHub
 
-    with FakeHub() as server:
+    with FakeHub(hub_port()) as server:
         yield server
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import close_session
+
+        close_session()  # a kept connection would reach this Hub after its end, instead of the next one

@@ -42,7 +42,7 @@ class Sparse(bytes):
 class FakeHub:
     """Use as a context manager. Set HF_ENDPOINT to `url`."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.branches: dict[tuple[str, str], list[tuple[str, dict[str, bytes]]]] = {}
         self.tags: dict[tuple[str, str], str] = {}
@@ -57,7 +57,7 @@ class FakeHub:
         self.read_only: set[str] = set()  # repositories that exist, and that the token may only read
         self.corrupt_uploads = False
         self.requests: list[tuple[str, str, str | None]] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler_for(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> FakeHub:

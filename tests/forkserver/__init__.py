@@ -35,10 +35,12 @@ def start(folder: Path, environments: list[dict[str, str]], owner: int) -> None:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         client = folder / "python"
-        if client.exists():
-            return
         for environment in environments:
             socket_file = folder / f"{key_of(environment)}.sock"
+            started = socket_file.with_suffix(".started")
+            if started.exists():
+                continue
+            started.touch()
             subprocess.Popen(
                 [sys.executable, str(_SERVER), str(socket_file), str(client), str(owner)],
                 env={name: value for name, value in environment.items() if name != DIRECTORY},
@@ -47,6 +49,8 @@ def start(folder: Path, environments: list[dict[str, str]], owner: int) -> None:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        if client.exists():
+            return
         text = _CLIENT.read_text(encoding="utf-8").replace("@PYTHON@", sys.executable)
         client.write_text(f"#!{os.path.realpath(sys.executable)} -IS\n{text}", encoding="utf-8")
         client.chmod(0o755)

@@ -24,16 +24,18 @@ READ_AT_IMPORT = (
     "ACCELERATE_",
     "BNB_",
 )
+ONLINE = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET")  # of no meaning without a network
 
 
 def key_of(environment):
     """Names the server that can fork a process with this environment."""
     import zlib
 
+    unread = ("HF_TOKEN", *(ONLINE if environment.get("HF_HUB_OFFLINE") == "1" else ()))
     read = sorted(
         f"{name}={value}"
         for name, value in environment.items()
-        if name.startswith(READ_AT_IMPORT) and name != "HF_TOKEN"
+        if name.startswith(READ_AT_IMPORT) and name not in unread
     )
     return f"{zlib.crc32(chr(10).join(read).encode()):08x}"
 
