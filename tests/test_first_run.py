@@ -271,7 +271,9 @@ def test_an_upload_that_fails_for_long_is_reported_within_half_a_minute(
     run = SimpleNamespace(id="a", store=store, fingerprint=lambda stage: "f")
     lease = SimpleNamespace(record=SimpleNamespace(attempt=1), renew=None)
     monkeypatch.setattr(syncer, "apply_retention", lambda *_: [])
-    uploads = syncer.Syncer(run, lease, SimpleNamespace(rejected=frozenset()), lambda *_: None, told.append)  # type: ignore[arg-type]
+    failed: list[str] = []
+    restored: Any = SimpleNamespace(rejected=frozenset())
+    uploads = syncer.Syncer(run, lease, restored, lambda *_: None, failed.append, on_slow=told.append)  # type: ignore[arg-type]
     uploads.offer(7, tmp_path)
     deadline = time.monotonic() + 5
     while not told and time.monotonic() < deadline:
@@ -279,6 +281,7 @@ def test_an_upload_that_fails_for_long_is_reported_within_half_a_minute(
     over.set()
     uploads.close()
     assert "step 7 is not stored yet" in told[0] and "S3 answers 503 SlowDown" in told[0]
+    assert not failed, "it is only slow"
 
 
 def test_a_store_that_answers_503_says_so_while_it_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,8 @@ class Syncer:
     So the local disk holds at most four: one uploading, one waiting, one being marked, one being written. A failed upload
     is retried until a newer checkpoint is waiting. What is not in the store when the job ends stays on the disk, where the
     next start finds it. `failure` says why the newest checkpoint offered is not in the store, or is None.
-    The threads call `on_commit(step, seconds)`, `on_failure(message)` and `may_store`. The last returns once storing is
-    allowed, or raises.
+    The threads call `on_commit(step, seconds)`, `on_failure(message)`, `on_slow(message)` while a try takes long, and
+    `may_store`. The last returns once storing is allowed, or raises.
     """
 
     def __init__(
@@ -56,8 +56,9 @@ class Syncer:
         on_commit: Callable[[int, float], None],
         on_failure: Callable[[str], None],
         may_store: Callable[[], None] = lambda: None,
+        on_slow: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self._run, self._lease, self._restored = run, lease, restored
+        self._run, self._lease, self._restored, self._on_slow = run, lease, restored, on_slow
         self._on_commit, self._on_failure, self._may_store = on_commit, on_failure, may_store
         self._waiting: _Checkpoint | None = None
         self._busy = False
@@ -162,7 +163,7 @@ class Syncer:
             trouble = self._run.store.trouble(began)
             why = f": {trouble}. Retrying" if trouble else ""
             what = f"Checkpoint of step {checkpoint.step} is not stored yet, after {_SLOW_SECONDS:.0f} s{why}."
-            _tell(self._on_failure, what)
+            _tell(self._on_slow, what)
 
         timer = threading.Timer(_SLOW_SECONDS, tell)
         timer.daemon = True

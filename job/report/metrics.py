@@ -28,10 +28,17 @@ _FIGURES = {
 
 
 class Metrics:
-    """The metrics of one start of the job. The supervisor reports what happens, and `serve` exposes it."""
+    """The metrics of one start of the job. The supervisor reports what happens, and `serve` exposes it.
 
-    def __init__(self, run_id: str, stall_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stall_seconds, self._clock = stall_seconds, clock
+    `gpus` is how many GPUs this machine's part of the job holds.
+    """
+
+    def __init__(
+        self, run_id: str, stall_seconds: float, clock: Callable[[], float] = time.monotonic, gpus: int = 0
+    ) -> None:
+        self._stall_seconds, self._clock, self._gpus = stall_seconds, clock, gpus
+        self._spent, self._since = {"training": 0.0, "waiting": 0.0}, clock()
+        self._reached: int | None = None  # the last step that training reported, while it runs
         self._moved_at: float | None = None
         self._last_progress: tuple[Any, Any] = (None, None)
         self._committed_at: float | None = None
@@ -48,6 +55,9 @@ class Metrics:
             "finetune_stage", "The stage that is running.", states=["none", *STAGE_NAMES], registry=registry
         )
         self._restarts = Counter("finetune_restarts", "Earlier starts of this run.", registry=registry)
+        self._failed_uploads = Counter(
+            "finetune_failed_uploads", "Tries to store a checkpoint that failed.", registry=registry
+        )
         registry.register(_Now(self))
 
     # -- what happens -----------------------------------------------------------------------------------------------
@@ -58,6 +68,8 @@ class Metrics:
 
     def stage(self, name: str | None) -> None:
         self._stage.state(name or "none")
+        self._spend("waiting")
+        self._reached = None
         if name == "train" and self._trains_since is None:
             self._trains_since = self._clock()
 
@@ -77,6 +89,9 @@ class Metrics:
         now = (event["done"], event.get("evaluated"))
         if now != self._last_progress and self._moved_at is not None:
             self._last_progress, self._moved_at = now, self._clock()
+        if self._reached is None or event["done"] > self._reached:
+            self._spend("waiting" if self._reached is None else "training")
+            self._reached = event["done"]
         self._steps = event["done"], event["total"]
         if self._first_step is None:
             self._first_step = event["done"], self._clock()
@@ -89,6 +104,15 @@ class Metrics:
 
     def checkpoint_committed(self, seconds: float) -> None:
         self._committed_at, self._offered_at, self._upload_seconds = self._clock(), None, seconds
+
+    def upload_failed(self) -> None:
+        self._failed_uploads.inc()
+
+    def _spend(self, use: str) -> None:
+        """Count the time since the last count as `training` or `waiting`."""
+        now = self._clock()
+        self._spent[use] += now - self._since
+        self._since = now
 
     # -- what others read -------------------------------------------------------------------------------------------
 
@@ -127,7 +151,18 @@ class Metrics:
         yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
         stalled = "Time since the running stage last made progress."
         yield GaugeMetricFamily("finetune_stalled_seconds", stalled, self.stalled_seconds())
+        if self._gpus:
+            yield self._gpu_seconds()
         yield from _gpu_metrics()
+
+    def _gpu_seconds(self) -> CounterMetricFamily:
+        """The time of a step counts when the step is reported, all other time as it passes."""
+        told = "Time that this start held its GPUs: from step to step (training), or in anything else (waiting)."
+        passing = self._clock() - self._since if self._reached is None else 0.0
+        family = CounterMetricFamily("finetune_gpu_seconds", told, labels=["use"])
+        for use, seconds in self._spent.items():
+            family.add_metric([use], self._gpus * (seconds + (passing if use == "waiting" else 0.0)))
+        return family
 
     def _seconds_left(self, done: int, total: int) -> float | None:
         if self._first_step is None or done <= self._first_step[0]:

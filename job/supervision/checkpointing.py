@@ -48,7 +48,8 @@ class Checkpointing:
         while training resumes from it; other nodes can only have it from the store, so they wait for that.
         """
         restored = restore_newest(self._run, lease.record, self._journal.warn)
-        syncer = Syncer(self._run, lease, restored, self._on_commit, self._journal.warn, self._may_store)
+        warn = self._journal.warn
+        syncer = Syncer(self._run, lease, restored, self._on_commit, self._on_failure, self._may_store, on_slow=warn)
         if restored.step is not None:
             where = " on this disk, which the store does not have" if restored.unstored is not None else ""
             self._journal.say(f"Resuming from the checkpoint of step {restored.step}{where}.", step=restored.step)
@@ -90,6 +91,10 @@ class Checkpointing:
         syncer.close()
         if self._stop.requested and syncer.failure is not None:
             raise syncer.failure
+
+    def _on_failure(self, text: str) -> None:
+        self._journal.metrics.upload_failed()
+        self._journal.warn(text)
 
     def _on_commit(self, step: int, seconds: float) -> None:
         self._journal.metrics.checkpoint_committed(seconds)

@@ -20,7 +20,8 @@ class Journal:
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console = run, console
         self.say = console.say
-        self.metrics = Metrics(run.id, run.settings.stall_seconds)
+        gpus = run.processes_per_node if run.settings.device == "cuda" else 0
+        self.metrics = Metrics(run.id, run.settings.stall_seconds, gpus=gpus)
         self._records: list[StageRecord] = []
 
     def warn(self, text: str) -> None:

@@ -88,6 +88,49 @@ def test_a_series_begins_with_its_first_value_and_the_checkpoint_s_age_with_the_
     assert (value(text, "finetune_eval_loss"), value(text, "finetune_gradient_norm")) == (2.5, 0.7)
 
 
+def test_gpu_seconds_count_steps_as_training_and_everything_else_as_waiting_and_never_fall() -> None:
+    clock, port = Clock(), free_port()
+    metrics = Metrics("a-run", 60, clock, gpus=4)
+    metrics.serve("127.0.0.1", port)
+
+    def seen() -> tuple[float, float]:
+        text = answer(port, "/metrics")[1]
+        training, waiting = (
+            re.search(rf'^finetune_gpu_seconds_total{{use="{use}"}} (\S+)$', text, re.MULTILINE)
+            for use in ("training", "waiting")
+        )
+        assert training and waiting, text
+        return float(training[1]), float(waiting[1])
+
+    metrics.stage("prepare")
+    clock.now += 10
+    assert seen() == (0, 40)
+    metrics.stage("train")
+    clock.now += 5
+    metrics.progress("train", step(30))  # resumed: the steps before it were another start's
+    clock.now += 7
+    assert seen() == (0, 60)
+    metrics.progress("train", step(30, evaluated=2))
+    metrics.progress("train", step(31))
+    assert seen() == (28, 60)
+    clock.now += 2
+    metrics.stage(None)
+    assert seen() == (28, 68)
+    clock.now += 1
+    assert seen() == (28, 72)
+
+
+def test_without_gpus_no_gpu_seconds_are_told_and_every_failed_upload_counts() -> None:
+    port = free_port()
+    metrics = Metrics("a-run", 60)
+    metrics.serve("127.0.0.1", port)
+    metrics.upload_failed()
+    metrics.upload_failed()
+    text = answer(port, "/metrics")[1]
+    assert "gpu_seconds" not in text
+    assert value(text, "finetune_failed_uploads") == 2
+
+
 def test_the_probe_fails_when_a_stage_stalls_and_only_then() -> None:
     clock, port = Clock(), free_port()
     metrics = Metrics("a-run", 60, clock)
