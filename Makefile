@@ -9,7 +9,7 @@ DEMO_MODEL := results/demo-model
 # for example, BENCH="--runs 1 --only 'job;unsloth'"
 BENCH :=
 
-.PHONY: help demo test test-slow test-real test-export torture bench-gpu check audit docs picture lock image image-test system-packages clean
+.PHONY: help demo test test-slow test-real test-export torture bench-gpu check audit docs picture lock image push image-test system-packages clean
 IMAGE := finetune-job:0.2.0
 SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark prometheus
 # where uv finds PyTorch's CPU build
@@ -31,6 +31,7 @@ help:
 	@echo "make check  run ruff, mypy, shellcheck, hadolint, the manifest schemas and the audit"
 	@echo "make audit  look for known vulnerabilities in what the image installs"
 	@echo "make image  build the image with docker"
+	@echo "make push IMAGE=registry/name:tag   build it for x86-64 and arm64, and push it with its SBOM and provenance"
 	@echo "make image-test   build the CPU image with buildah and run its tests"
 	@echo "make docs   write the tables of the docs that the code decides"
 	@echo "make picture   run the demo and draw the picture of the README"
@@ -92,6 +93,10 @@ audit: $(INSTALLED)
 image:
 	docker build --build-arg REVISION=$$(git rev-parse HEAD) --tag $(IMAGE) .
 
+push:
+	docker buildx build --platform linux/amd64,linux/arm64 --sbom=true --provenance=mode=max \
+	  --build-arg REVISION=$$(git rev-parse HEAD) --tag $(IMAGE) --push .
+
 docs: $(INSTALLED)
 	$(PYTHON) docs/generate.py
 
@@ -101,12 +106,15 @@ picture: $(INSTALLED) $(DEMO_MODEL)/config.json
 image-test: $(INSTALLED)
 	ALL_TESTS_MUST_RUN=1 $(PYTHON) -m pytest -n 1 -m "real and not export" tests/real/test_image.py
 
+# The last lines prove that both kinds of machines find a wheel with one of the hashes for every line of the lock.
 lock: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet uv==0.13.9
 	$(LOCK) requirements.in --output-file requirements.txt
 	mkdir -p results
 	echo torch==$$(sed -n 's/^torch==//p' requirements.in)+cpu > results/cpu.override
 	$(LOCK) --override results/cpu.override --find-links $(CPU_WHEELS) requirements.in --output-file requirements-cpu.txt
+	for machine in x86_64 aarch64; do .venv/bin/uv pip install --dry-run --quiet --no-deps --require-hashes --only-binary :all: \
+	  --python-version 3.12 --python-platform $$machine-manylinux_2_28 --target results/lock --requirement requirements.txt; done
 LOCK = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet --custom-compile-command "make lock"
 
 system-packages:

@@ -29,6 +29,7 @@ COMMANDS = {
     "make check": ".ci/run",
     "make torture": "tests/torture/test_torture.py",
     "make image": "tests/real/test_image.py builds the same Dockerfile with buildah; no docker daemon here",
+    "make push": "as `make image`, for a registry",
     "make bench-gpu": "needs a GPU",
     "python entrypoint.py": "tests/test_docs.py and tests/test_run.py",
     "FT_PLAN_GPU": "tests/training/plan/test_planner.py",
