@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +36,7 @@ hypothesis.settings.register_profile("same", derandomize=True)
 if os.environ.get("ALL_TESTS_MUST_RUN"):
     hypothesis.settings.load_profile("same")
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which jobs would inherit and respect
 os.environ["FT_ENV_FILE"] = os.devnull  # a developer's .env must not affect the tests
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which bitsandbytes does
