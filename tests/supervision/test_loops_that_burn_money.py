@@ -132,7 +132,8 @@ def test_a_stage_that_waits_for_a_server_that_never_answers_ends_with_69(job: Jo
 @pytest.mark.parametrize("stage", ["prepare", "train"])
 def test_a_stage_whose_processes_are_suspended_ends_with_69(job: Job, stage: str) -> None:
     job.forks = False
-    job.environment |= {"FT_STALL_SECONDS": "8", "FT_MAX_STEPS": "100000", "FT_STAGES": "train"}
+    # long enough for a busy machine to import the libraries: that takes many seconds, in which nothing is told
+    job.environment |= {"FT_STALL_SECONDS": "40", "FT_MAX_STEPS": "100000", "FT_STAGES": "train"}
     process = job.start()
     if stage == "train":
         read_until(process, event="progress", stage="train")
@@ -140,7 +141,7 @@ def test_a_stage_whose_processes_are_suspended_ends_with_69(job: Job, stage: str
         read_until(process, event="stage_started", stage=stage)
     for child in tree_of(process.pid)[1:]:
         os.kill(child, signal.SIGSTOP)
-    hung = finished(process, *process.communicate(timeout=60))
+    hung = finished(process, *process.communicate(timeout=120))
     assert (hung.code, hung.error["retry"]) == (69, "elsewhere"), hung.stderr
     assert f"Stage {stage} has made no progress" in hung.error["message"]
 
