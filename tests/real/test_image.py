@@ -7,22 +7,28 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from dotenv import dotenv_values
 
 from tests.conftest import LIGHTHOUSE, ROOT, unavailable
+from tests.fake_hub import FakeHub, Fault
 from tests.real.containers import IMAGE, NEEDED, Containers
+from tests.real.pods import Kubelet, manifest_objects, played, pod_of, suspend_stage
 
 pytestmark = [pytest.mark.xdist_group("image"), pytest.mark.timeout(1500)]
 HARDENED = (
     "--network=none", "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges",
     "--memory=6g", "--user=10001:10001",
 )  # fmt: skip
+SMALL_RUN = {
+    "FT_MODEL_NAME": "/inputs/model", "FT_DATASET_NAME": "/inputs/lighthouse.jsonl", "FT_DATASET_SPLIT": "train[:32]", "FT_DEVICE": "cpu",
+    "FT_LORA_R": "4", "FT_STAGES": "train", "FT_LOG_FORMAT": "json", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -211,20 +217,13 @@ def layers(containers: Containers, image: str) -> list[str]:
 def test_the_manifests_pod_runs_as_written(
     containers: Containers, work: Path, tmp_path: Path, tiny_model: Path, file: str, user: tuple[int, int]
 ) -> None:
-    """podman plays pods, not Jobs, so the test adds what a cluster would.
-
-    That is the labels and indices of the Job controller, a volume for the claim, the settings of a small run, and no GPU.
-    """
     os.chown(work, 0 if user[1] == 0 else user[0], user[1])
     work.chmod(0o775)
-    objects = {item["kind"]: item for item in yaml.safe_load_all((ROOT / file).read_text(encoding="utf-8"))}
+    objects = manifest_objects(file)
     job = objects["Job"]
     nodes = int(job["spec"].get("completions", 1))
     inputs(tmp_path / "inputs", tiny_model)
-    settings = {
-        "FT_MODEL_NAME": "/inputs/model", "FT_DATASET_NAME": "/inputs/lighthouse.jsonl", "FT_DATASET_SPLIT": "train[:32]", "FT_DEVICE": "cpu",
-        "FT_MAX_STEPS": "3", "FT_LORA_R": "4", "FT_STAGES": "train", "FT_LOG_FORMAT": "json", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    settings = {**SMALL_RUN, "FT_MAX_STEPS": "3"}
     if nodes > 1:
         settings["FT_STORE_URL"] = "/work/store"
     documents = [{**objects["ConfigMap"], "data": settings}]
@@ -232,53 +231,53 @@ def test_the_manifests_pod_runs_as_written(
         pod = pod_of(job, index, work, tmp_path / "inputs" / "model", shared_network=nodes > 1)
         pod["spec"]["securityContext"] |= {"runAsUser": user[0], "runAsGroup": user[1], "fsGroup": user[1]}
         documents.append(pod)
-    manifest = tmp_path / "pods.yaml"
-    manifest.write_text(yaml.safe_dump_all(documents), encoding="utf-8")
-    containers.command("podman", "kube", "play", "--network=host" if nodes > 1 else "--network=none", str(manifest))
-    try:
-        names = [f"{document['metadata']['name']}-finetune" for document in documents if document["kind"] == "Pod"]
+    with played(containers, documents, "host" if nodes > 1 else "none", tmp_path) as names:
         codes = [containers.command("podman", "wait", name, timeout=400).stdout.strip() for name in names]
         logs = "\n".join(containers.command("podman", "logs", name).stdout for name in names)
         assert codes == ["0"] * nodes, logs[-4000:]
         run = work / "results" / "runs" / job["metadata"]["name"]
         metrics = json.loads((run / "train" / "metrics.json").read_text(encoding="utf-8"))
         assert metrics["processes"] == nodes
-    finally:
-        containers.command("podman", "kube", "down", str(manifest), check=False)
 
 
-def pod_of(job: dict[str, Any], index: int, work: Path, model: Path, *, shared_network: bool) -> dict[str, Any]:
-    """The Job's template as one pod, with what the Job controller and the cluster add."""
-    name = job["metadata"]["name"]
-    template = json.loads(json.dumps(job["spec"]["template"]))
-    spec, container = template["spec"], template["spec"]["containers"][0]
-    assert container["image"] == "finetune-job:0.2.0"
-    container["image"] = IMAGE
-    container["resources"]["limits"].pop("nvidia.com/gpu")
-    for kind in ("requests", "limits"):  # this machine is smaller
-        container["resources"][kind] = {"memory": "4Gi"}
-    del container["livenessProbe"], container["ports"]  # podman would probe with a curl in the image and map every port
-    if job["spec"].get("completionMode") == "Indexed":
-        container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
-    if shared_network:  # podman has no host names for pods, and on one host they share the ports
-        for item in container["env"]:
-            if item["name"] == "FT_MASTER_ADDR":
-                item["value"] = "127.0.0.1"
-            if item["name"] == "FT_METRICS_PORT":
-                item["value"] = str(9400 + index)
-    container["envFrom"] = [source for source in container["envFrom"] if "configMapRef" in source]
-    container["volumeMounts"] += [
-        {"name": "model", "mountPath": "/inputs/model", "readOnly": True},
-        {"name": "data", "mountPath": "/inputs/lighthouse.jsonl", "readOnly": True},
-    ]
-    places = {"work": {"path": str(work), "type": "Directory"}, "model": {"path": str(model), "type": "Directory"}}
-    places["data"] = {"path": str(LIGHTHOUSE), "type": "File"}
-    for other in ("tmp", "shm"):
-        folder = work.parent / f"{other}-{index}"
-        folder.mkdir()
-        folder.chmod(0o1777)
-        places[other] = {"path": str(folder), "type": "Directory"}
-    spec["volumes"] = [{"name": volume, "hostPath": place} for volume, place in places.items()]
-    labels = {**template["metadata"]["labels"], "batch.kubernetes.io/job-name": name}
-    metadata = {"name": f"{name}-{index}", "labels": labels}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+def test_whatever_hangs_in_a_pod_ends_with_the_code_for_an_unfit_node(
+    containers: Containers, tmp_path: Path, tiny_model: Path, hub: FakeHub
+) -> None:
+    """A download, a training and an evaluation are suspended, each in a pod with the shipped probe and grace time."""
+    hub.add("models/base/tiny", tiny_model)
+    hub.fault = lambda method, path: Fault(seconds=9) if method == "GET" and "safetensors" in path else None
+    downloading = {"FT_MODEL_NAME": "base/tiny", "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    objects = manifest_objects("k8s/finetune-job.yaml")
+    inputs(tmp_path / "inputs", tiny_model)
+    long = {"FT_MAX_STEPS": "100000", "FT_STALL_SECONDS": "60", "FT_DATASET_SPLIT": "train"}
+    evaluating = {"FT_EVAL_SPLIT": "0.5", "FT_EVAL_STEPS": "2", "FT_PER_DEVICE_EVAL_BATCH_SIZE": "1"}
+    hangs: dict[str, tuple[dict[str, str], Callable[[dict[str, Any]], bool]]] = {
+        "download": (downloading, lambda event: event.get("message", "").startswith("FT_MODEL_NAME")),
+        "training": ({}, lambda event: event.get("event") == "progress" and event.get("stage") == "train"),
+        "evaluation": (evaluating, lambda event: event.get("stage") == "train" and 0 < event.get("evaluated", 0) < 20),
+    }
+    documents = []
+    for index, (name, (more, _)) in enumerate(hangs.items()):
+        work = tmp_path / name / "work"
+        work.mkdir(parents=True)
+        os.chown(work, 10001, 10001)
+        pod = pod_of(objects["Job"], index, work, tmp_path / "inputs" / "model", shared_network=True)
+        pod["metadata"]["name"] = f"hangs-{name}"
+        config = {**objects["ConfigMap"], "metadata": {"name": f"settings-{name}"}, "data": SMALL_RUN | long | more}
+        pod["spec"]["containers"][0]["envFrom"] = [{"configMapRef": {"name": f"settings-{name}"}}]
+        documents += [config, pod]
+    with played(containers, documents, "host", tmp_path) as names:
+        kubelets = [Kubelet(containers, name, 9400 + index, objects["Job"]) for index, name in enumerate(names)]
+        for kubelet in kubelets:
+            kubelet.start()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda name, hang: suspend_stage(containers, name, hang[1]), names, hangs.values()))
+        for (what, (_, reached)), name, kubelet in zip(hangs.items(), names, kubelets, strict=True):
+            code = containers.command("podman", "wait", name, timeout=400).stdout.strip()
+            kubelet.join()
+            said = containers.command("podman", "logs", name)
+            stage = "download" if what == "download" else "train"
+            assert code == "69", f"{what}: {code} {said.stdout[-2000:]} {said.stderr[-2000:]}"
+            assert f"Stage {stage} has made no progress for" in said.stdout + said.stderr
+            shown = [event for event in events(said.stdout) if event.get("event") == "progress"]
+            assert what != "evaluation" or reached(shown[-1]), shown[-3:]
