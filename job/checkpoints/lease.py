@@ -62,6 +62,8 @@ class LeaseRecord:
     expires_seconds: float = EXPIRE_SECONDS  # without a renewal, by the store's clock
     idle: int = 0  # attempts in a row, before this one, that committed nothing new
     ended: str = ""  # how the attempt ended; for a new one, how the last one did
+    exit_code: int | None = None  # None until the attempt ends, and for good if it was killed
+    unsaved_seconds: float = 0.0  # of training since the last checkpoint that counts, when the lease was last written
 
     @classmethod
     def read(cls, run: Run) -> LeaseRecord:
@@ -88,7 +90,8 @@ class Lease:
     def __init__(self, run: Run, lock: FolderLock, record: LeaseRecord, version: str) -> None:
         self._run, self._folder_lock, self._version = run, lock, version
         self._writing, self._ended = threading.RLock(), threading.Event()
-        self.record = record
+        self.record, self.former = record, LeaseRecord()
+        self._unsaved_seconds: Callable[[], float] = lambda: 0.0
 
     @classmethod
     def take(cls, run: Run, say: Callable[[str], None], stop_requested: Callable[[], bool]) -> Lease:
@@ -108,6 +111,7 @@ class Lease:
                 _pace(run)[1], former.idle + 1 if former.attempt and not new else 0, former.ended,
             )  # fmt: skip
             lease = cls(run, lock, record, version)
+            lease.former = former
             lease._write(record)
             # The former holder may have committed between our listing and our write. That commit is valid.
             inherited = [commit.folder for commit in former.commits(run, "")]
@@ -118,16 +122,23 @@ class Lease:
             raise
         return lease
 
-    def keep_alive(self, on_lost: Callable[[Superseded], None]) -> None:
-        """Renew the lease in a background thread, which calls `on_lost` at most once."""
+    def keep_alive(
+        self, on_lost: Callable[[Superseded], None], unsaved_seconds: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """Renew the lease in a background thread, which calls `on_lost` at most once.
+
+        Each time `unsaved_seconds` is noted, so that the next attempt knows what this one lost if it is killed.
+        """
+        self._unsaved_seconds = unsaved_seconds
         threading.Thread(target=self._renew_until_ended, args=(on_lost,), name="lease", daemon=True).start()
 
     def renew(self) -> None:
         """Prove that the lease is still ours. Raises Superseded if it is not."""
         with self._writing:
-            self._write(replace(self.record, renewed=time.time(), expires_seconds=_pace(self._run)[1]))
+            expires, unsaved = _pace(self._run)[1], self._unsaved_seconds()
+            self._write(replace(self.record, renewed=time.time(), expires_seconds=expires, unsaved_seconds=unsaved))
 
-    def release(self, ended: str = "", *, final: bool = False) -> None:
+    def release(self, ended: str = "", *, final: bool = False, exit_code: int | None = None) -> None:
         """Let the next attempt start immediately, and know how this one ended. If this fails, it only has to wait.
 
         A `final` ending, a success or an error that no scheduler retries, sets the count of idle attempts back.
@@ -136,7 +147,8 @@ class Lease:
         with self._writing:
             with contextlib.suppress(JobError, OSError):
                 idle = -1 if final else self.record.idle
-                self._write(replace(self.record, released=True, ended=masked(ended, secret_values())[:500], idle=idle))
+                record = replace(self.record, released=True, ended=masked(ended, secret_values())[:500], idle=idle)
+                self._write(replace(record, exit_code=exit_code, unsaved_seconds=self._unsaved_seconds()))
             self._folder_lock.close()
 
     def _renew_until_ended(self, on_lost: Callable[[Superseded], None]) -> None:

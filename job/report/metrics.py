@@ -37,16 +37,19 @@ class Metrics:
         self, run_id: str, stall_seconds: float, clock: Callable[[], float] = time.monotonic, gpus: int = 0
     ) -> None:
         self._stall_seconds, self._clock, self._gpus = stall_seconds, clock, gpus
-        self._spent, self._since = {"training": 0.0, "waiting": 0.0}, clock()
+        self._spent, self._since = {"training": 0.0, "saving": 0.0, "waiting": 0.0, "lost": 0.0}, clock()
         self._reached: int | None = None  # the last step that training reported, while it runs
         self._moved_at: float | None = None
         self._last_progress: tuple[Any, Any] = (None, None)
         self._committed_at: float | None = None
         self._offered_at: float | None = None
+        self._saved_at: float | None = None  # when the checkpoint that was stored last was written
+        self._last_exit_code: int | None = None
         self._upload_seconds = 0.0
         self._trains_since: float | None = None
         self._steps: tuple[int, int] | None = None  # taken, and in total
         self._first_step: tuple[int, float] | None = None  # of this start, and when it was reported
+        self._stepped_at = clock()
         self._figures: dict[str, float] = {}
         registry = self._registry = CollectorRegistry()
         Info("finetune_run", "The run that this job is working on.", registry=registry).info({"run_id": run_id})
@@ -62,9 +65,14 @@ class Metrics:
 
     # -- what happens -----------------------------------------------------------------------------------------------
 
-    def attempt(self, number: int) -> None:
-        """Record the number of this attempt, counted from 1."""
+    def attempt(self, number: int, last_exit_code: int | None = None) -> None:
+        """Record the number of this attempt, counted from 1, and how the last one ended, if it could say so."""
         self._restarts.inc(number - 1)
+        self._last_exit_code = last_exit_code
+
+    def lost(self, seconds: float) -> None:
+        """Record the training time of the last attempt whose steps no checkpoint has."""
+        self._spent["lost"] = seconds
 
     def stage(self, name: str | None) -> None:
         self._stage.state(name or "none")
@@ -91,18 +99,23 @@ class Metrics:
             self._last_progress, self._moved_at = now, self._clock()
         if self._reached is None or event["done"] > self._reached:
             self._spend("waiting" if self._reached is None else "training")
-            self._reached = event["done"]
+            self._reached, self._stepped_at = event["done"], self._since
         self._steps = event["done"], event["total"]
         if self._first_step is None:
             self._first_step = event["done"], self._clock()
         self._figures |= {name: float(event[name]) for name in (*_FIGURES, "tokens") if name in event}
 
-    def checkpoint_offered(self) -> None:
-        """Record that a checkpoint on the local disk is waiting to be stored."""
+    def checkpoint_offered(self, save_seconds: float = 0.0) -> None:
+        """Record that a checkpoint on the local disk is waiting to be stored. Training stood still for `save_seconds`."""
+        if self._reached is not None:
+            saving = min(save_seconds, self._clock() - self._since)
+            self._since += saving
+            self._spent["saving"] += saving
         if self._offered_at is None:
             self._offered_at = self._clock()
 
     def checkpoint_committed(self, seconds: float) -> None:
+        self._saved_at = self._offered_at
         self._committed_at, self._offered_at, self._upload_seconds = self._clock(), None, seconds
 
     def upload_failed(self) -> None:
@@ -115,6 +128,12 @@ class Metrics:
         self._since = now
 
     # -- what others read -------------------------------------------------------------------------------------------
+
+    def unsaved_seconds(self) -> float:
+        """The training time up to the last step that no stored checkpoint has."""
+        if self._first_step is None:
+            return 0.0
+        return max(0.0, self._stepped_at - (self._saved_at if self._saved_at is not None else self._first_step[1]))
 
     def stalled_seconds(self) -> float:
         """Seconds since the stage at work last made progress, or 0 if none is at work."""
@@ -151,13 +170,19 @@ class Metrics:
         yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
         stalled = "Time since the running stage last made progress."
         yield GaugeMetricFamily("finetune_stalled_seconds", stalled, self.stalled_seconds())
+        if self._last_exit_code is not None:
+            told = "Exit code of the last start, unless it was killed."
+            yield GaugeMetricFamily("finetune_last_exit_code", told, self._last_exit_code)
         if self._gpus:
             yield self._gpu_seconds()
         yield from _gpu_metrics()
 
     def _gpu_seconds(self) -> CounterMetricFamily:
         """The time of a step counts when the step is reported, all other time as it passes."""
-        told = "Time that this start held its GPUs: from step to step (training), or in anything else (waiting)."
+        told = (
+            "Time that this start held its GPUs: from step to step (training), to write checkpoints (saving), or in anything "
+            "else (waiting). And what the last start trained after its last stored checkpoint (lost)."
+        )
         passing = self._clock() - self._since if self._reached is None else 0.0
         family = CounterMetricFamily("finetune_gpu_seconds", told, labels=["use"])
         for use, seconds in self._spent.items():

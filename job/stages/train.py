@@ -163,7 +163,7 @@ def _build_trainer(
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             peft_config=lora_config(settings, trained_rows(model, new), default_targets(model.config.to_dict())),
-            callbacks=[LogShortRuns(), ReportProgress(), OfferCheckpoints(), RefuseNonsense()],
+            callbacks=[LogShortRuns(), ReportProgress(), OfferCheckpoints(pace), RefuseNonsense()],
             pace=pace,
             stop=stop,
             best=KeepBest(settings.early_stopping_patience) if settings.early_stopping_patience else None,

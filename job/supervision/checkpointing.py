@@ -55,6 +55,7 @@ class Checkpointing:
             self._journal.say(f"Resuming from the checkpoint of step {restored.step}{where}.", step=restored.step)
         self._syncer = syncer
         if restored.unstored is None:
+            self._journal.metrics.lost(lease.former.unsaved_seconds)
             return restored.commit
         assert restored.step is not None
         syncer.offer(restored.step, _copy(restored.unstored))
@@ -67,10 +68,10 @@ class Checkpointing:
             raise syncer.failure
         return checkpoint_at(restored.step, lease.record.attempt)
 
-    def offer(self, step: int, folder: Path) -> None:
+    def offer(self, step: int, folder: Path, save_seconds: float) -> None:
         """Store a checkpoint that is complete on the local disk. Does nothing before `resume` and after `finish`."""
         if self._syncer is not None:
-            self._journal.metrics.checkpoint_offered()
+            self._journal.metrics.checkpoint_offered(save_seconds)
             self._syncer.offer(step, folder)
 
     def finish(self) -> None:

@@ -98,7 +98,7 @@ class FollowerTraining:
     def moved(self) -> None:
         self._nodes.moved()
 
-    def offer(self, step: int, folder: Path) -> None:
+    def offer(self, step: int, folder: Path, save_seconds: float) -> None:
         """Do nothing: the first node stores what the ranks saved together."""
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from job.checkpoints.lease import Lease
 from job.checkpoints.retention import sweep
-from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NoProgress, Retry, Stopped, in_a_line
+from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NoProgress, Retry, Stopped, exit_code_of, in_a_line
 from job.guard.secrets import masked, secret_values
 from job.nodes.rendezvous import FirstNode
 from job.report.console import Console, StageRecord
@@ -82,25 +82,25 @@ class Supervisor:
     def _work_as_an_attempt(self) -> str:
         prove(self._run.store, self._run.id)
         lease = Lease.take(self._run, self._journal.say, lambda: self._interruption.stop.requested)
-        ended, final = "", True
+        ended, final, code = "", True, 0
         try:
             return self._run_under(lease)
         except BaseException as error:
             ended = lease.record.ended if isinstance(error, NoProgress) else _reason(error)
-            final = _is_final(error)
+            final, code = _is_final(error), int(exit_code_of(error))
             raise
         finally:
-            lease.release(ended, final=final)
+            lease.release(ended, final=final, exit_code=code)
 
     def _run_under(self, lease: Lease) -> str:
         """Run what is missing under the lease, while no other start writes to the run."""
         attempt = lease.record.attempt
-        lease.keep_alive(self._interruption.lose)
+        lease.keep_alive(self._interruption.lose, self._journal.metrics.unsaved_seconds)
         refuse(self._run, lease.record.idle, lease.record.ended)
         self._ledger.begin(lease)
         self._keep_decisions()
         self._interruption.stop.pass_on()
-        self._journal.metrics.attempt(attempt)
+        self._journal.metrics.attempt(attempt, lease.former.exit_code)
         self._journal.say(f"Attempt {attempt} of the run.", "debug", attempt=attempt)
         self._sweep(lease)
         checkpointing = Checkpointing(
@@ -233,7 +233,7 @@ class Supervisor:
                 self._ledger.note(event["facts"])
             case "checkpoint":
                 assert training is not None, "only training writes checkpoints"
-                training.offer(int(event["step"]), Path(event["folder"]))
+                training.offer(int(event["step"]), Path(event["folder"]), float(event["seconds"]))
 
     def _shows_progress(self, stage: Stage) -> bool:
         return True

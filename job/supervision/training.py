@@ -32,8 +32,8 @@ class Training(Protocol):
     def moved(self) -> None:
         """Training has taken a step."""
 
-    def offer(self, step: int, folder: Path) -> None:
-        """A checkpoint is complete on the local disk."""
+    def offer(self, step: int, folder: Path, save_seconds: float) -> None:
+        """A checkpoint is complete on the local disk. The training waited `save_seconds` for it."""
 
     def finish(self) -> None:
         """The processes have exited: store what is left to store."""
@@ -73,8 +73,8 @@ class LeadTraining:
         if self._nodes is not None:
             self._nodes.moved()
 
-    def offer(self, step: int, folder: Path) -> None:
-        self._checkpointing.offer(step, folder)
+    def offer(self, step: int, folder: Path, save_seconds: float) -> None:
+        self._checkpointing.offer(step, folder, save_seconds)
 
     def finish(self) -> None:
         self._checkpointing.finish()

@@ -100,10 +100,13 @@ class LogShortRuns(TrainerCallback):
 class OfferCheckpoints(TrainerCallback):
     """Tells the supervisor about each new checkpoint, which has its final name by then."""
 
+    def __init__(self, pace: SavePace) -> None:
+        self._pace = pace
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            emit("checkpoint", step=state.global_step, folder=str(folder))
+            emit("checkpoint", step=state.global_step, folder=str(folder), seconds=self._pace.save_seconds)
 
 
 class EvaluationStopped(Exception):

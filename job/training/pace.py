@@ -25,12 +25,12 @@ class SavePace:
     def __init__(self, upload_timing_file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._timing_file = upload_timing_file
         self._clock = clock
-        self._save_seconds = 0.0
+        self.save_seconds = 0.0  # of the last save
         self._last = clock()
 
     def saved(self, seconds: float) -> None:
         """Call this when the trainer has written a checkpoint, with the seconds that it took."""
-        self._save_seconds, self._last = seconds, self._clock()
+        self.save_seconds, self._last = seconds, self._clock()
 
     def due(self) -> bool:
         """Whether the interval has passed since the last save, or since the start."""
@@ -38,7 +38,7 @@ class SavePace:
 
     def interval_seconds(self) -> float:
         return max(
-            LEAST_SECONDS, _MARGIN * self._upload_seconds(), min(MOST_SECONDS, self._save_seconds / LARGEST_SHARE)
+            LEAST_SECONDS, _MARGIN * self._upload_seconds(), min(MOST_SECONDS, self.save_seconds / LARGEST_SHARE)
         )
 
     def fits(self, deadline: float) -> bool:
@@ -47,7 +47,7 @@ class SavePace:
         Before the first save nothing is known, so the answer is optimistic. Trying costs nothing, since only committed
         checkpoints count.
         """
-        return time.time() + _MARGIN * (self._save_seconds + self._upload_seconds()) <= deadline
+        return time.time() + _MARGIN * (self.save_seconds + self._upload_seconds()) <= deadline
 
     def _upload_seconds(self) -> float:
         try:

@@ -62,6 +62,24 @@ def test_a_start_in_the_folder_of_a_dead_one_does_not_wait(
     assert take(machine("one")).record.attempt == 2
 
 
+def test_the_next_attempt_knows_what_a_killed_one_lost_and_how_a_stopped_one_ended(
+    machine: Callable[[str], Any],
+) -> None:
+    killed = take(machine("one"))
+    killed.keep_alive(lambda error: None, lambda: 41.5)
+    killed.renew()
+    killed._ended.set()
+    killed._folder_lock.close()
+    stopped = take(machine("one"))
+    assert (stopped.former.exit_code, stopped.former.unsaved_seconds) == (None, 41.5)
+    assert stopped.record.unsaved_seconds == 0
+    stopped.release("a stop", exit_code=75)
+    after = take(machine("one"))
+    assert (after.former.exit_code, after.former.unsaved_seconds) == (75, 0)
+    assert after.record.exit_code is None
+    after.release()
+
+
 def test_a_second_start_in_the_same_folder_is_refused(machine: Callable[[str], Any]) -> None:
     holder = take(machine("one"))
     with pytest.raises(TransientError, match="is working in") as caught:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
+import signal
+import subprocess
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -120,6 +122,49 @@ def test_gpu_seconds_count_steps_as_training_and_everything_else_as_waiting_and_
     assert seen() == (28, 72)
 
 
+def test_the_seconds_of_a_save_are_no_training_and_what_the_last_start_lost_is_told_once() -> None:
+    clock, port = Clock(), free_port()
+    metrics = Metrics("a-run", 60, clock, gpus=2)
+    metrics.serve("127.0.0.1", port)
+    metrics.stage("train")
+    metrics.lost(8)
+    metrics.progress("train", step(10))
+    clock.now += 10  # four steps, of which the first two are told before the save
+    metrics.progress("train", step(12))
+    clock.now += 13
+    metrics.checkpoint_offered(save_seconds=3)
+    clock.now += 5
+    metrics.progress("train", step(15))
+    metrics.lost(8)  # training was started again in a smaller plan
+    text = answer(port, "/metrics")[1]
+    seen = {
+        use: float(seconds)
+        for use, seconds in re.findall(r'^finetune_gpu_seconds_total{use="(\w+)"} (\S+)$', text, re.M)
+    }
+    assert seen == {"training": 2 * 25, "saving": 2 * 3, "waiting": 0, "lost": 2 * 8}
+
+
+def test_unsaved_seconds_reach_from_the_last_stored_checkpoint_to_the_last_step() -> None:
+    clock = Clock()
+    metrics = Metrics("a-run", 60, clock)
+    assert metrics.unsaved_seconds() == 0
+    metrics.stage("train")
+    clock.now += 100  # loading the model
+    metrics.progress("train", step(10))
+    clock.now += 20
+    metrics.progress("train", step(14))
+    assert metrics.unsaved_seconds() == 20
+    metrics.checkpoint_offered()
+    clock.now += 7
+    metrics.progress("train", step(15))
+    assert metrics.unsaved_seconds() == 27  # it is not stored yet
+    metrics.checkpoint_committed(6)
+    clock.now += 1000
+    assert metrics.unsaved_seconds() == 7
+    metrics.stage(None)  # the stage failed
+    assert metrics.unsaved_seconds() == 7
+
+
 def test_without_gpus_no_gpu_seconds_are_told_and_every_failed_upload_counts() -> None:
     port = free_port()
     metrics = Metrics("a-run", 60)
@@ -155,32 +200,47 @@ def test_the_probe_fails_when_a_stage_stalls_and_only_then() -> None:
     assert answer(port, "/healthz")[0] == 200
 
 
-def test_a_real_job_serves_its_metrics_while_it_trains_and_a_taken_port_does_not_stop_it(job: Job) -> None:
-    port = free_port()
-    job.environment |= {"FT_METRICS_PORT": str(port), "FT_STAGES": "train", "FT_MAX_STEPS": "200", "FT_SAVE_STEPS": "5"}
-    process = job.start()
-    assert process.stdout is not None
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
-    reader.start()
+def scraped_until(process: subprocess.Popen[str], port: int, *names: str) -> str:
+    """The metrics of a running job once they have a value for all of `names`."""
     deadline, seen = time.monotonic() + 120, ""
-    while not all(
-        f"finetune_{name} " in seen for name in ("checkpoint_age_seconds", "tokens_per_second", "gradient_norm")
-    ):
+    while not all(f"finetune_{name} " in seen for name in names):
         assert time.monotonic() < deadline and process.poll() is None, seen
         try:
             seen = answer(port, "/metrics")[1]
         except OSError:
             time.sleep(0.1)
-    assert value(seen, "finetune_step") > 0 and value(seen, "finetune_steps") == 200
+    return seen
+
+
+def read_aside(process: subprocess.Popen[str]) -> Future[str]:
+    """The job's whole log, once it has ended. A full pipe would stop the job."""
+    assert process.stdout is not None
+    return ThreadPoolExecutor(1).submit(process.stdout.read)
+
+
+def test_a_real_job_serves_its_metrics_while_it_trains_and_a_taken_port_does_not_stop_it(job: Job) -> None:
+    port = free_port()
+    job.environment |= {"FT_METRICS_PORT": str(port), "FT_STAGES": "train", "FT_MAX_STEPS": "100000"}
+    job.environment["FT_SAVE_STEPS"] = "5"
+    process = job.start()
+    log = read_aside(process)
+    seen = scraped_until(process, port, "checkpoint_age_seconds", "tokens_per_second", "gradient_norm")
+    assert value(seen, "finetune_step") > 0 and value(seen, "finetune_steps") == 100000
     assert value(seen, "finetune_loss") > 0 and value(seen, "finetune_tokens_per_second") > 0
+    assert "finetune_last_exit_code" not in seen
     assert answer(port, "/healthz")[0] == 200
     second = job.run(FT_RUN_ID="second", FT_STAGES="preflight")
     assert second.code == 0
     assert any("No metrics" in event.get("message", "") for event in second.events)
-    assert process.wait(timeout=300) == 0
-    reader.join(timeout=10)
-    assert json.loads(lines[-1])["event"] == "run_ended"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    assert json.loads(log.result(10).splitlines()[-1])["event"] == "run_ended"
+    again = job.start()
+    read_aside(again)
+    seen = scraped_until(again, port, "last_exit_code", "step")
+    assert (value(seen, "finetune_last_exit_code"), value(seen, "finetune_restarts")) == (75, 1)
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(timeout=120) == 75
 
 
 def test_the_useful_flops_of_a_lora_training_are_four_per_frozen_and_six_per_trained_weight() -> None:
