@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import pynvml
 
 _PR_SET_DUMPABLE = 4
+_XID_WAIT_MILLISECONDS = 60_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,30 @@ def _told(ask: Callable[[Any], Any], card: Any) -> Any:
         return ask(card)
     except pynvml.NVMLError:
         return None
+
+
+def watch_for_xids(on_xid: Callable[[int, int], None]) -> None:
+    """Call `on_xid(gpu, xid)` in a thread for each error that the driver reports of a GPU from now on.
+
+    The numbers are NVIDIA's (docs.nvidia.com/deploy/xid-errors). Nothing is reported without a driver, or by one that
+    reports no such events.
+    """
+    threading.Thread(target=_wait_for_xids, args=(on_xid,), name="xid", daemon=True).start()
+
+
+def _wait_for_xids(on_xid: Callable[[int, int], None]) -> None:
+    with contextlib.suppress(pynvml.NVMLError), _cards() as cards:
+        events, watched = pynvml.nvmlEventSetCreate(), False
+        for card in _visible(cards, os.environ):
+            with contextlib.suppress(pynvml.NVMLError_NotSupported):
+                pynvml.nvmlDeviceRegisterEvents(card, pynvml.nvmlEventTypeXidCriticalError, events)
+                watched = True
+        while watched:
+            try:
+                event = pynvml.nvmlEventSetWait_v2(events, _XID_WAIT_MILLISECONDS)
+            except pynvml.NVMLError_Timeout:
+                continue
+            on_xid(int(pynvml.nvmlDeviceGetIndex(event.device)), int(event.eventData))
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:

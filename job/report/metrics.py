@@ -61,6 +61,12 @@ class Metrics:
         self._failed_uploads = Counter(
             "finetune_failed_uploads", "Tries to store a checkpoint that failed.", registry=registry
         )
+        self._xids = Counter(
+            "finetune_gpu_xid_errors",
+            "Errors of a GPU that its driver reported, by NVIDIA's Xid number.",
+            labelnames=["gpu", "xid"],
+            registry=registry,
+        )
         registry.register(_Now(self))
 
     # -- what happens -----------------------------------------------------------------------------------------------
@@ -117,6 +123,9 @@ class Metrics:
     def checkpoint_committed(self, seconds: float) -> None:
         self._saved_at = self._offered_at
         self._committed_at, self._offered_at, self._upload_seconds = self._clock(), None, seconds
+
+    def gpu_failed(self, gpu: int, xid: int) -> None:
+        self._xids.labels(gpu, xid).inc()
 
     def upload_failed(self) -> None:
         self._failed_uploads.inc()

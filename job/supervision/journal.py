@@ -23,9 +23,17 @@ class Journal:
         gpus = run.processes_per_node if run.settings.device == "cuda" else 0
         self.metrics = Metrics(run.id, run.settings.stall_seconds, gpus=gpus)
         self._records: list[StageRecord] = []
+        self._xids: set[tuple[int, int]] = set()
 
     def warn(self, text: str) -> None:
         self.say(text, "warning")
+
+    def gpu_failed(self, gpu: int, xid: int) -> None:
+        """The driver has reported an error of a GPU. It may do so hundreds of times, and is quoted once."""
+        self.metrics.gpu_failed(gpu, xid)
+        if (gpu, xid) not in self._xids:
+            self._xids.add((gpu, xid))
+            self.warn(f"The driver reports Xid {xid} of GPU {gpu}. See docs.nvidia.com/deploy/xid-errors.")
 
     def serve_metrics(self) -> None:
         """Serve metrics on FT_METRICS_PORT. A port in use is only a warning, since several jobs may share a machine."""

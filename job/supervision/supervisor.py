@@ -12,6 +12,7 @@ from typing import Any
 
 from job.checkpoints.lease import Lease
 from job.checkpoints.retention import sweep
+from job.cluster import watch_for_xids
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NoProgress, Retry, Stopped, exit_code_of, in_a_line
 from job.guard.secrets import masked, secret_values
 from job.nodes.rendezvous import FirstNode
@@ -51,6 +52,7 @@ class Supervisor:
         closing, ending = f"Run {self._run.id} is not complete.", None
         try:
             self._journal.serve_metrics()
+            watch_for_xids(self._journal.gpu_failed)
             with self._interruption.stop.heeded():
                 closing = f"Run {self._run.id} is {self._work()}."
         except BaseException as error:

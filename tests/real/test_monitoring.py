@@ -31,6 +31,7 @@ PLANTED: dict[str, tuple[dict[str, str], str]] = {
     "FinetuneLossRises": ({"finetune_loss": "1x20 2x100"}, "35m"),
     "FinetuneSlow": ({"finetune_tokens_per_second": "20000x20 9000x100"}, "35m"),
     "FinetuneGpuIdle": ({'finetune_gpu_utilization_ratio{gpu="0"}': "0.01x120"}, "20m"),
+    "FinetuneGpuError": ({'finetune_gpu_xid_errors_total{gpu="0", xid="79"}': "_x30 1x90"}, "35m"),
     "FinetuneUnreachable": ({"up": "1x20 0x100"}, "30m"),
 }
 HEALTHY = {
@@ -90,7 +91,9 @@ def test_every_alert_has_a_planted_cause() -> None:
 @pytest.mark.parametrize("alert", ALERTS)
 def test_an_alert_fires_for_its_cause_and_for_no_healthy_run(rules: Path, alert: str) -> None:
     planted, moment = PLANTED[alert]
-    assert planted.keys() <= HEALTHY.keys()
+    assert planted.keys() <= HEALTHY.keys() | {
+        'finetune_gpu_xid_errors_total{gpu="0", xid="79"}'
+    }  # which begins with one
     found = fired(rules.parent, HEALTHY | planted, alert, moment, fires=True)
     # promtool also compares annotations, which are not repeated here. So it complains, and says which alerts it got
     got = (found.stderr + found.stdout).partition("got:")[2]
@@ -111,7 +114,8 @@ def prometheus(rules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     port, own = free_port(), free_port()
     metrics = Metrics("a-run", 60, gpus=2)
     metrics.serve("127.0.0.1", port)
-    metrics.attempt(2)
+    metrics.attempt(2, last_exit_code=75)
+    metrics.gpu_failed(0, 79)
     metrics.stage("train")
     metrics.working(True)
     figures = {
