@@ -12,6 +12,8 @@ BENCH :=
 .PHONY: help demo test test-slow test-real test-export torture bench-gpu check audit docs picture lock image push image-test system-packages clean
 IMAGE := finetune-job:0.2.0
 SYSTEM_PACKAGES := g++ slurmctld slurmd slurm-client munge buildah podman runc catatonit debootstrap iptables netavark prometheus
+# PyPI's last build of PyTorch for CUDA 12
+CUDA_12_TORCH := 2.10.0
 # where uv finds PyTorch's CPU build
 CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 # for CPUs with AMX in virtual machines that do not allow it: llama.cpp would use it, and crash
@@ -35,7 +37,7 @@ help:
 	@echo "make image-test   build the CPU image with buildah and run its tests"
 	@echo "make docs   write the tables of the docs that the code decides"
 	@echo "make picture   run the demo and draw the picture of the README"
-	@echo "make lock   resolve requirements.in into the two lock files"
+	@echo "make lock   resolve requirements.in into the three lock files"
 	@echo "make clean  remove .venv and all results"
 
 $(INSTALLED): requirements.in requirements-dev.txt
@@ -54,10 +56,10 @@ test: $(INSTALLED)
 	$(PYTHON) -m pytest
 
 test-slow: $(INSTALLED)
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n 2 -m slow
 
 test-real: $(INSTALLED)
-	$(PYTHON) -m pytest -m "real and not export" tests/real
+	$(PYTHON) -m pytest -n 2 -m "real and not export" tests/real
 
 # builds llama.cpp: five minutes on 2 cores, and a C++ compiler and cmake
 test-export: $(INSTALLED)
@@ -106,15 +108,19 @@ picture: $(INSTALLED) $(DEMO_MODEL)/config.json
 image-test: $(INSTALLED)
 	ALL_TESTS_MUST_RUN=1 $(PYTHON) -m pytest -n 1 -m "real and not export" tests/real/test_image.py
 
-# The last lines prove that both kinds of machines find a wheel with one of the hashes for every line of the lock.
+# The last lines prove that each kind of machine finds a wheel with one of the hashes for every line of its lock.
 lock: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet uv==0.13.9
 	$(LOCK) requirements.in --output-file requirements.txt
 	mkdir -p results
 	echo torch==$$(sed -n 's/^torch==//p' requirements.in)+cpu > results/cpu.override
 	$(LOCK) --override results/cpu.override --find-links $(CPU_WHEELS) requirements.in --output-file requirements-cpu.txt
-	for machine in x86_64 aarch64; do .venv/bin/uv pip install --dry-run --quiet --no-deps --require-hashes --only-binary :all: \
-	  --python-version 3.12 --python-platform $$machine-manylinux_2_28 --target results/lock --requirement requirements.txt; done
+	echo torch==$(CUDA_12_TORCH) > results/cu128.override
+	cp requirements.txt requirements-cu128.txt  # uv keeps what it finds, where it can
+	$(LOCK) --override results/cu128.override requirements.in --output-file requirements-cu128.txt
+	for case in requirements.txt:x86_64 requirements.txt:aarch64 requirements-cu128.txt:x86_64; do \
+	  .venv/bin/uv pip install --dry-run --quiet --no-deps --require-hashes --only-binary :all: --python-version 3.12 \
+	  --python-platform $${case#*:}-manylinux_2_28 --target results/lock --requirement $${case%:*}; done
 LOCK = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --quiet --custom-compile-command "make lock"
 
 system-packages:

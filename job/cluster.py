@@ -234,8 +234,9 @@ def _visible(cards: list[Any], environ: Mapping[str, str]) -> list[Any]:
     return chosen
 
 
-# Per major version of CUDA: the oldest driver that runs it, and the oldest card (NVIDIA's release notes and support matrix)
-_NEEDED = {12: (525, (5, 0)), 13: (580, (7, 5))}
+# Builds for this CUDA or newer need this driver, as any of the same major version does (NVIDIA's release notes), and a card
+# of this compute capability (NVIDIA's support matrix; for 12.8, what PyTorch 2.10 is compiled for).
+_NEEDED = {(13, 0): (580, (7, 5)), (12, 8): (525, (7, 0)), (12, 0): (525, (5, 0))}
 
 
 def cuda_build() -> str | None:
@@ -252,15 +253,16 @@ def driver_problem(build: str | None, environ: Mapping[str, str] = os.environ) -
 
     What the driver supports counts, not its number: NVIDIA's cuda-compat packages let older ones run newer CUDA.
     """
-    if build is None or int(build.split(".")[0]) not in _NEEDED:
+    cuda = tuple(map(int, (build or "0").split(".")))
+    needed = next((needed for since, needed in _NEEDED.items() if since[0] == cuda[0] and since <= cuda), None)
+    if needed is None:
         return None
-    major = int(build.split(".")[0])
-    oldest_driver, oldest_card = _NEEDED[major]
+    oldest_driver, oldest_card = needed
     with contextlib.suppress(pynvml.NVMLError), _cards() as all_cards:
         if not (cards := _visible(all_cards, environ)):
             return None
         driver, supported = str(pynvml.nvmlSystemGetDriverVersion()), int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
-        if supported // 1000 < major:
+        if supported // 1000 < cuda[0]:
             return (
                 f"driver {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, "
                 f"and this build (CUDA {build}) needs driver {oldest_driver} or newer"

@@ -77,6 +77,8 @@ def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(
 ) -> None:
     machine(driver, supported)
     assert driver_problem("13.0") == told
+    older = None if supported >= 12000 else told.replace("13.0", "12.8").replace("580", "525") if told else None
+    assert driver_problem("12.8") == older
 
 
 def test_a_card_that_is_too_old_is_named(machine: Machine) -> None:
@@ -84,7 +86,12 @@ def test_a_card_that_is_too_old_is_named(machine: Machine) -> None:
     assert driver_problem("13.0") == (
         "the Tesla V100-SXM2-16GB has compute capability 7.0, and this build (CUDA 13.0) needs 7.5 or newer"
     )
+    assert driver_problem("12.6") is None and driver_problem("12.8") is None
+    machine("580.65.06", 13000, "Tesla P100-PCIE-16GB", (6, 0))
     assert driver_problem("12.6") is None
+    assert driver_problem("12.8") == (
+        "the Tesla P100-PCIE-16GB has compute capability 6.0, and this build (CUDA 12.8) needs 7.0 or newer"
+    )
     machine("580.65.06", 13000, "Tesla T4", (7, 5))
     assert driver_problem("13.0") is None
 

@@ -205,19 +205,24 @@ def test_pid_1_is_tini_with_no_shell_in_between_and_the_user_is_not_root() -> No
     assert "USER 10001:10001" in text
 
 
-def test_both_lock_files_pin_every_requirement_at_the_same_version_and_hash_every_line() -> None:
+def locked(file: str) -> set[tuple[str, str]]:
+    """The packages and versions of a lock, each with a hash."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    wanted = re.findall(r"^([a-z0-9._-]+)==(\S+)", text, re.MULTILINE)
+    assert re.findall(r"^([a-z0-9._-]+)==(\S+)[^\n]*\\\n\s+--hash=sha256:[0-9a-f]{64}\b", text, re.MULTILINE) == wanted
+    return {(name, version.removesuffix("+cpu")) for name, version in wanted}
+
+
+def test_the_locks_pin_every_requirement_at_the_same_version_and_hash_every_line() -> None:
     asked = dict(
         re.findall(r"^([a-z0-9_-]+)==(\S+)$", (ROOT / "requirements.in").read_text(encoding="utf-8"), re.MULTILINE)
     )
-    locks = []
-    for file in ("requirements.txt", "requirements-cpu.txt"):
-        text = (ROOT / file).read_text(encoding="utf-8")
-        wanted = re.findall(r"^([a-z0-9._-]+)==(\S+)", text, re.MULTILINE)
-        hashed = re.findall(r"^([a-z0-9._-]+)==(\S+)[^\n]*\\\n\s+--hash=sha256:[0-9a-f]{64}\b", text, re.MULTILINE)
-        assert hashed == wanted
-        locks.append({(name, version.removesuffix("+cpu")) for name, version in wanted})
-        names = {name.replace("_", "-"): version for name, version in locks[-1]}
-        assert {name: names.get(name.replace("_", "-")) for name in asked} == asked
-    cuda, cpu = locks
+    cuda, cpu, older = (locked(file) for file in ("requirements.txt", "requirements-cpu.txt", "requirements-cu128.txt"))
+    torch = {"torch": re.findall(r"^CUDA_12_TORCH := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[0]}
+    for lock, expected in ((cuda, asked), (cpu, asked), (older, asked | torch)):
+        names = {name.replace("_", "-"): version for name, version in lock}
+        assert {name: names.get(name.replace("_", "-")) for name in asked} == expected
     assert cpu <= cuda
     assert {name for name, _ in cuda - cpu if not name.startswith(("nvidia-", "cuda-"))} == {"triton"}
+    differs = {name for name, _ in older ^ cuda if not name.startswith(("nvidia-", "cuda-"))}
+    assert differs == {"torch", "triton"}

@@ -26,8 +26,8 @@ def device_of(settings: Settings, local_rank: int) -> torch.device:
     if problem is not None:
         raise NodeError(
             f"FT_DEVICE=cuda, but {problem}.",
-            "Use a machine with a newer driver or card, or update the driver. On data-center cards, NVIDIA's package cuda-compat in the "
-            "image lets an older driver run it.",
+            "Use a machine with a newer driver or card, update the driver, or build the image for CUDA 12.8 (drivers from 525 on, "
+            "docs/operations.md).",
         )
     if not torch.cuda.is_available():
         raise NodeError(
