@@ -20,7 +20,7 @@ from job.checkpoints.lease import Lease, LeaseRecord
 from job.checkpoints.manifest import commit
 from job.checkpoints.restore import Restored, checkpoint_at, restore_newest
 from job.checkpoints.retention import apply_retention, sweep
-from job.errors import TransientError
+from job.errors import NodeError, TransientError
 from job.paths import Paths
 from job.storage import open_store
 from job.storage import s3 as s3_module
@@ -112,7 +112,13 @@ def test_in_two_hundred_trials_under_faults_nothing_corrupt_or_partial_is_resume
         proxy.rate = 0.15
         saved, stored = store_three(run, lease, tmp_path / "saved", trial)
         lease.release()
-        restored = start_again(run)
+        try:
+            restored = start_again(run)
+        except NodeError as error:  # the network damaged one file at each of three readings
+            if "different forms in 3 readings" not in error.message:
+                raise
+            resumed["nothing on such a machine"] += 1
+            continue
         if restored is None or restored.step is None:
             resumed["nothing" if restored else "not in this start"] += 1
             continue
@@ -120,6 +126,7 @@ def test_in_two_hundred_trials_under_faults_nothing_corrupt_or_partial_is_resume
         assert there == saved[restored.step], f"trial {trial}: step {restored.step} is not what was saved"
         resumed["the newest" if stored and restored.step >= max(stored) else "an older one"] += 1
     assert sum(resumed.values()) == TRIALS // 2
+    assert resumed["nothing on such a machine"] <= 2, resumed
     assert resumed["the newest"] > TRIALS // 4, resumed  # otherwise the trials show nothing
     assert set(proxy.injected) == set(FAULTS), proxy.injected
 
