@@ -86,6 +86,7 @@ class Containers:
             "-t",
             image,
             str(checkout),
+            timeout=1800,
         )
 
 

@@ -20,7 +20,7 @@ from tests.fake_hub import FakeHub, Fault
 from tests.real.containers import IMAGE, NEEDED, Containers
 from tests.real.pods import Kubelet, manifest_objects, played, pod_of, suspend_stage
 
-pytestmark = [pytest.mark.xdist_group("image"), pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.xdist_group("image"), pytest.mark.timeout(2400)]
 HARDENED = (
     "--network=none", "--read-only", "--read-only-tmpfs=false", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges",
     "--memory=6g", "--user=10001:10001",

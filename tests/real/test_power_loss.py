@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import ROOT, unavailable
 
 
+# Never beside containers: their mount namespaces would keep the dead file system mounted, and a mount would bring it back.
+@pytest.mark.xdist_group("image")
 @pytest.mark.timeout(900)
 def test_a_run_whose_power_is_cut_ends_with_the_right_model_and_never_calls_a_damaged_one_complete() -> None:
     if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
