@@ -239,7 +239,9 @@ def _read(run: Run) -> tuple[LeaseRecord, str]:
     try:
         known = {field.name for field in fields(LeaseRecord)}
         found = {name: value for name, value in json.loads(data).items() if name in known}
-        return LeaseRecord(**found | {"inherited": tuple(found["inherited"])}), version
+        found |= {"inherited": tuple(found["inherited"]), "unsaved_seconds": float(found.get("unsaved_seconds", 0))}
+        found["exit_code"] = None if found.get("exit_code") is None else int(found["exit_code"])
+        return LeaseRecord(**found), version
     except (ValueError, TypeError, KeyError, AttributeError):
         raise TransientError(
             f"{run.store.url}/{run.id}/lease.json cannot be read.",

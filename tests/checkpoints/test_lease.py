@@ -210,3 +210,15 @@ def test_after_somebody_deleted_the_lease_every_commit_counts_and_no_number_is_r
     following = take(run)
     assert following.record.attempt == 3
     assert following.record.commits(run, "checkpoints") == [place]
+
+
+@pytest.mark.parametrize("broken", ['{"attempt": 1', "[]", '{"inherited": 3}', '{"inherited": [], "unsaved_seconds": "x"}', '{"inherited": [], "exit_code": []}'])  # fmt: skip
+def test_a_lease_that_cannot_be_read_is_named_and_no_start_goes_on_without_it(
+    machine: Callable[[str], Any], broken: str
+) -> None:
+    run = machine("one")
+    take(run).release()
+    _, version = run.store.get_with_version(f"{run.id}/lease.json")
+    run.store.put_if_unchanged(f"{run.id}/lease.json", broken.encode(), version)
+    with pytest.raises(TransientError, match=r"lease\.json cannot be read"):
+        take(run)
