@@ -56,10 +56,10 @@ test: $(INSTALLED)
 	$(PYTHON) -m pytest
 
 test-slow: $(INSTALLED)
-	$(PYTHON) -m pytest -n 2 -m slow
+	$(PYTHON) -m pytest -m slow
 
 test-real: $(INSTALLED)
-	$(PYTHON) -m pytest -n 2 -m "real and not export" tests/real
+	$(PYTHON) -m pytest -m "real and not export" tests/real
 
 # builds llama.cpp: five minutes on 2 cores, and a C++ compiler and cmake
 test-export: $(INSTALLED)
