@@ -23,7 +23,7 @@ SEED := 0
 
 help:
 	@echo "make demo   run the whole job on SmolLM2-135M, on the CPU, in under 10 minutes"
-	@echo "make test   run the tests: under 15 minutes on 2 cores, without root"
+	@echo "make test   run the tests: some 25 minutes on 2 cores, without root"
 	@echo "make test-slow   run the slow tests: lost nodes, signals, torture"
 	@echo "make test-real   (root) run the tests on a real Slurm, in real containers and with a real Prometheus"
 	@echo "make system-packages   (root, Debian) install Slurm, buildah, podman and Prometheus for the tests that need them"

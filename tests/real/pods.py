@@ -52,10 +52,8 @@ def pod_of(job: dict[str, Any], index: int, work: Path, model: Path, *, shared_n
     container["resources"]["limits"].pop("nvidia.com/gpu")
     for kind in ("requests", "limits"):  # this machine is smaller
         container["resources"][kind] = {"memory": "4Gi"}
-    del (
-        container["livenessProbe"],
-        container["ports"],
-    )  # podman would probe with a curl in the image (see Kubelet) and map every port
+    # podman would probe with a curl in the image (Kubelet probes instead), and map every port
+    del container["livenessProbe"], container["ports"]
     if job["spec"].get("completionMode") == "Indexed":
         container["env"].append({"name": "JOB_COMPLETION_INDEX", "value": str(index)})
     if shared_network:  # podman has no host names for pods, and on one host they share the ports
@@ -91,7 +89,6 @@ class Kubelet(threading.Thread):
         self._containers, self._name, self._port = containers, name, port
         self._probe, self._grace = spec["containers"][0]["livenessProbe"], spec["terminationGracePeriodSeconds"]
         self.answers: list[int] = []  # HTTP status codes; 0: no answer
-        self.killed = False
 
     def run(self) -> None:
         time.sleep(self._probe["initialDelaySeconds"])
@@ -100,7 +97,6 @@ class Kubelet(threading.Thread):
             self.answers.append(self._ask())
             failures = 0 if self.answers[-1] == 200 else failures + 1
             if failures == self._probe.get("failureThreshold", 3) and self._running():
-                self.killed = True
                 self._containers.command("podman", "stop", f"--time={self._grace}", self._name, check=False)
                 return
             time.sleep(self._probe["periodSeconds"])
