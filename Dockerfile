@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
-# The CUDA base image sets the driver's library paths. The CUDA libraries themselves come with torch's wheels.
-ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
+# The CUDA base image sets the driver's library paths. The CUDA libraries themselves come with torch's wheels. The digest is that
+# of the list for x86-64 and arm64, so both are pinned.
+ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04@sha256:f8ef28f579ea42a44b415d2c5d46f788e6a9b395c6c83f2929416e1fc192c143
 FROM ${BASE_IMAGE} AS base
 
 # tini is PID 1 and passes on signals and exit codes. Triton compiles its launchers with gcc. Without the RDMA libraries (1 MB)

@@ -33,7 +33,7 @@ COMMANDS = {
     "make bench-gpu": "needs a GPU",
     "python entrypoint.py": "tests/test_docs.py and tests/test_run.py",
     "FT_PLAN_GPU": "tests/training/plan/test_planner.py",
-    "docker build --build-arg BASE_IMAGE=docker.io/nvidia/cuda:12.8.1-base-ubuntu24.04 --build-arg REQUIREMENTS=requirements-cu128.txt .": "needs a registry; tests/real/test_image.py builds the Dockerfile, `make lock` proves the lock",
+    "docker build --build-arg BASE_IMAGE=docker.io/nvidia/cuda:12.8.1-base-ubuntu24.04@sha256:133c78a0575303be34164d0b90137a042172bdf60696af01a3c424ab402d86e2 --build-arg REQUIREMENTS=requirements-cu128.txt .": "needs a registry; tests/real/test_image.py builds the Dockerfile, `make lock` proves the lock",
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt": "installs the CUDA build; tests/real/test_image.py installs requirements-cpu.txt",
     ".venv/bin/pip install pre-commit": "a developer's convenience; its hooks are what `make check` runs",
     "docker run": "tests/real/test_image.py runs the image with podman; no docker daemon here",

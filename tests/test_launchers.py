@@ -205,6 +205,14 @@ def test_pid_1_is_tini_with_no_shell_in_between_and_the_user_is_not_root() -> No
     assert "USER 10001:10001" in text
 
 
+def test_every_base_image_is_pinned_by_its_digest() -> None:
+    """A tag may point to another image tomorrow."""
+    places = [ROOT / "Dockerfile", ROOT / "docs" / "operations.md"]
+    bases = [base for place in places for base in re.findall(r"nvidia/cuda\S+", place.read_text(encoding="utf-8"))]
+    assert len(bases) == 2
+    assert all(re.fullmatch(r"nvidia/cuda:[\w.-]+@sha256:[0-9a-f]{64}", base) for base in bases), bases
+
+
 def locked(file: str) -> set[tuple[str, str]]:
     """The packages and versions of a lock, each with a hash."""
     text = (ROOT / file).read_text(encoding="utf-8")
