@@ -185,6 +185,24 @@ def test_a_prometheus_answers_every_query_of_the_dashboard(prometheus: Callable[
     assert not prometheus('ALERTS{alertstate="firing"}')
 
 
+def test_every_series_says_whose_it_is_and_single_values_are_of_this_moment(
+    prometheus: Callable[[str], list[Any]],
+) -> None:
+    """Otherwise two pods have the same name in a legend, and a run shows every stage that it was in today."""
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
+    for panel in dashboard["panels"]:
+        names = []
+        for target in panel["targets"]:
+            assert bool(target.get("instant")) == (panel["type"] == "stat"), panel["title"]
+            for series in prometheus(target["expr"].replace("$instance", ".*")):
+                for pod in ("a", "b"):
+                    name = target["legendFormat"]
+                    for label, value in {**series["metric"], "instance": pod}.items():
+                        name = name.replace(f"{{{{{label}}}}}", value)
+                    names.append(name)
+        assert names and len(set(names)) == len(names), (panel["title"], names)
+
+
 def test_panels_do_not_overlap_and_every_metric_is_on_the_dashboard(prometheus: Callable[[str], list[Any]]) -> None:
     text = (MONITORING / "dashboard.json").read_text(encoding="utf-8")
     taken: set[tuple[int, int]] = set()
