@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from job import durability
-from job.cluster import Node, scheduler_run_id, this_node, visible_gpus
+from job.cluster import Node, scheduler_run_id, this_node
 from job.environment.local_files import SOURCES, is_local
 from job.errors import Stopped
+from job.gpus import visible_gpus
 from job.paths import Paths
 from job.settings import STAGE_NAMES, Settings, default_value
 from job.storage import Store, open_store

@@ -10,9 +10,9 @@ import pynvml
 import pytest
 import torch
 
-from job import cluster
-from job.cluster import cuda_build, driver_problem
+from job import gpus
 from job.errors import ExitCode, NodeError
+from job.gpus import cuda_build, driver_problem
 from job.model.device import device_of
 from job.settings import Settings
 from tests.conftest import Job
@@ -115,7 +115,7 @@ def test_the_build_is_read_without_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     if torch.version.cuda is None:
         assert cuda_build() is None
     versions = {"nvidia-cuda-runtime": "13.0.96"}
-    monkeypatch.setattr(cluster.importlib.metadata, "version", lambda name: versions[name])
+    monkeypatch.setattr(gpus.importlib.metadata, "version", lambda name: versions[name])
     assert cuda_build() == "13.0"
 
 

@@ -20,7 +20,7 @@ LEVELS = (
     {"job.run"},
     {"job.environment"},
     {"job.storage"},
-    {"job.settings", "job.paths", "job.cluster", "job.guard", "job.durability", "job.leave"},
+    {"job.settings", "job.paths", "job.cluster", "job.gpus", "job.guard", "job.durability", "job.leave"},
     {"job.errors", "job"},
 )
 HEAVY = {"torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors", "accelerate"}

@@ -14,7 +14,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from job.cluster import watch_for_xids
+from job.gpus import watch_for_xids
 from job.report.console import open_console
 from job.supervision.journal import Journal
 

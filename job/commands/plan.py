@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from job.cluster import Gpu, cuda_build, driver_problem, visible_gpus
 from job.commands.card_table import PREDICTED, compare, lacks, wanted_cards
 from job.environment.local_files import SOURCES, source_names
 from job.errors import JobError
+from job.gpus import Gpu, cuda_build, driver_problem, visible_gpus
 from job.hub.publish import destinations_of
 from job.hub.sources import Listing, Source, disk_needed, kind_of, look_up, model_config
 from job.run import Run, read_json

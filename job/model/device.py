@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from job.cluster import driver_problem
 from job.errors import NodeError
+from job.gpus import driver_problem
 from job.settings import Settings
 
 STARTED_WITH = "JOB_COMPUTE_DTYPE"  # in a stage's environment: the type in which the run computes since its first start

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Info, make_wsgi_
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from job import __version__
-from job.cluster import gpu_states
+from job.gpus import gpu_states
 from job.report import endpoint
 from job.settings import STAGE_NAMES
 

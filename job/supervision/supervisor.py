@@ -12,8 +12,8 @@ from typing import Any
 
 from job.checkpoints.lease import Lease
 from job.checkpoints.retention import sweep
-from job.cluster import watch_for_xids
 from job.errors import ExitCode, JobError, KernelsFault, MemoryFull, NoProgress, Retry, Stopped, exit_code_of, in_a_line
+from job.gpus import watch_for_xids
 from job.guard.secrets import masked, secret_values
 from job.nodes.rendezvous import FirstNode
 from job.report.console import Console, StageRecord

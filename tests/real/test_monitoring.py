@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from job.cluster import GpuState
+from job.gpus import GpuState
 from job.report.metrics import Metrics
 from tests.conftest import ROOT, free_port, unavailable
 
