@@ -132,5 +132,5 @@ def is_in_container_layer(folder: Path, mounts: Path = Path("/proc/self/mounts")
     kinds = {line.split()[1]: line.split()[2] for line in lines if len(line.split()) > 2}
     for place in (folder.resolve(), *folder.resolve().parents):
         if str(place) in kinds:
-            return kinds[str(place)] in ("overlay", "fuse-overlayfs")
+            return kinds[str(place)] in ("overlay", "fuse.fuse-overlayfs")
     return False

@@ -46,11 +46,11 @@ class GpuState:
     watts: float | None
 
 
-def gpu_states() -> tuple[GpuState, ...]:
-    """The state of each GPU that the driver shows us. Empty without a driver."""
+def gpu_states(environ: Mapping[str, str] = os.environ) -> dict[int, GpuState]:
+    """The state of each GPU that this job may use, by the driver's number. Empty without a driver."""
     with contextlib.suppress(pynvml.NVMLError), _cards() as cards:
-        return tuple(map(_state, cards))
-    return ()
+        return {int(pynvml.nvmlDeviceGetIndex(card)): _state(card) for card in _visible(cards, environ)}
+    return {}
 
 
 def _state(card: Any) -> GpuState:
@@ -145,7 +145,7 @@ def driver_problem(build: str | None, environ: Mapping[str, str] = os.environ) -
         return None
     oldest_driver, oldest_card = needed
     with contextlib.suppress(pynvml.NVMLError), _cards() as all_cards:
-        if not (cards := _visible(all_cards, environ)):
+        if not all_cards:
             return None
         driver, supported = str(pynvml.nvmlSystemGetDriverVersion()), int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
         if supported // 1000 < cuda[0]:
@@ -153,6 +153,8 @@ def driver_problem(build: str | None, environ: Mapping[str, str] = os.environ) -
                 f"driver {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, "
                 f"and this build (CUDA {build}) needs driver {oldest_driver} or newer"
             )
+        if not (cards := _visible(all_cards, environ)):  # or a slice of a card (MIG), which NVML's list does not have
+            return None
         newest = max(cards, key=_capability)
         if _capability(newest) < oldest_card:
             return (

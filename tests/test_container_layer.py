@@ -26,6 +26,8 @@ def test_a_folder_is_the_containers_own_unless_a_volume_is_mounted_above_it(
     mounts = tmp_path / "mounts"
     mounts.write_text(MOUNTS, encoding="utf-8")
     assert is_in_container_layer(Path(folder), mounts) is lost
+    mounts.write_text(MOUNTS.replace("overlay / overlay", "fuse-overlayfs / fuse.fuse-overlayfs"), encoding="utf-8")
+    assert is_in_container_layer(Path(folder), mounts) is lost  # podman without root
     mounts.write_text(MOUNTS.replace("overlay / overlay", "/dev/sda2 / ext4"), encoding="utf-8")
     assert is_in_container_layer(Path(folder), mounts) is False
     assert is_in_container_layer(Path(folder), tmp_path / "absent") is False

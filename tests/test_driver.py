@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pynvml
@@ -102,6 +103,24 @@ def test_an_old_card_beside_a_new_one_is_no_problem_unless_it_is_the_only_one_to
     assert driver_problem("13.0", {"CUDA_VISIBLE_DEVICES": "0"}) is None
     assert "compute capability 6.1" in str(driver_problem("13.0", {"CUDA_VISIBLE_DEVICES": "1"}))
     assert driver_problem("13.0", {"CUDA_VISIBLE_DEVICES": ""}) is None
+
+
+def test_the_driver_is_too_old_for_a_slice_of_a_card_too(machine: Machine) -> None:
+    """Slurm names slices (MIG), which the driver's list of cards does not have."""
+    machine("570.86.10", 12080)
+    assert "needs driver 580" in str(driver_problem("13.0", {"CUDA_VISIBLE_DEVICES": "MIG-5a2b"}))
+
+
+def test_only_the_cards_that_the_job_may_use_are_measured_under_their_own_numbers(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("580.65.06", 13000, "NVIDIA H100 80GB HBM3", (9, 0), (9, 0))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetIndex", lambda card: card)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda card: SimpleNamespace(used=card + 1))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda card: SimpleNamespace(gpu=50 * card))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda card: 100_000)
+    assert gpus.gpu_states({"CUDA_VISIBLE_DEVICES": "1"}) == {1: gpus.GpuState(2, 0.5, 100.0)}
+    assert sorted(gpus.gpu_states({})) == [0, 1]
 
 
 def test_a_build_for_the_cpu_a_machine_without_a_driver_and_an_unknown_cuda_are_no_problem(machine: Machine) -> None:

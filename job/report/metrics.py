@@ -30,13 +30,20 @@ _FIGURES = {
 class Metrics:
     """The metrics of one start of the job. The supervisor reports what happens, and `serve` exposes it.
 
-    `gpus` is how many GPUs this machine's part of the job holds.
+    `gpus` is how many GPUs this machine's part of the job holds. Only the first node `stores`, and counts starts: on others
+    the age of the last checkpoint would grow without end.
     """
 
     def __init__(
-        self, run_id: str, stall_seconds: float, clock: Callable[[], float] = time.monotonic, gpus: int = 0
+        self,
+        run_id: str,
+        stall_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        gpus: int = 0,
+        stores: bool = True,
     ) -> None:
-        self._stall_seconds, self._clock, self._gpus = stall_seconds, clock, gpus
+        self._stall_seconds, self._clock, self._gpus, self._stores = stall_seconds, clock, gpus, stores
         self._spent, self._since = {"training": 0.0, "saving": 0.0, "waiting": 0.0, "lost": 0.0}, clock()
         self._reached: int | None = None  # the last step that training reported, while it runs
         self._moved_at: float | None = None
@@ -45,7 +52,7 @@ class Metrics:
         self._offered_at: float | None = None
         self._saved_at: float | None = None  # when the checkpoint that was stored last was written
         self._last_exit_code: int | None = None
-        self._upload_seconds = 0.0
+        self._upload_seconds: float | None = None
         self._trains_since: float | None = None
         self._steps: tuple[int, int] | None = None  # taken, and in total
         self._first_step: tuple[int, float] | None = None  # of this start, and when it was reported
@@ -57,9 +64,10 @@ class Metrics:
         self._stage = Enum(
             "finetune_stage", "The stage that is running.", states=["none", *STAGE_NAMES], registry=registry
         )
-        self._restarts = Counter("finetune_restarts", "Earlier starts of this run.", registry=registry)
+        stored = registry if stores else None
+        self._restarts = Counter("finetune_restarts", "Earlier starts of this run.", registry=stored)
         self._failed_uploads = Counter(
-            "finetune_failed_uploads", "Tries to store a checkpoint that failed.", registry=registry
+            "finetune_failed_uploads", "Tries to store a checkpoint that failed.", registry=stored
         )
         self._xids = Counter(
             "finetune_gpu_xid_errors",
@@ -171,12 +179,8 @@ class Metrics:
             if (left := self._seconds_left(done, total)) is not None:
                 told = "Time that the remaining steps will take at this start's rate."
                 yield GaugeMetricFamily("finetune_remaining_seconds", told, left)
-        since = self._committed_at if self._committed_at is not None else self._trains_since
-        if since is not None:
-            told = "Time since a checkpoint was last stored, or since the training began."
-            yield GaugeMetricFamily("finetune_checkpoint_age_seconds", told, self._clock() - since)
-        lag = self._clock() - self._offered_at if self._offered_at is not None else self._upload_seconds
-        yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
+        if self._stores:
+            yield from self._storing()
         stalled = "Time since the running stage last made progress."
         yield GaugeMetricFamily("finetune_stalled_seconds", stalled, self.stalled_seconds())
         if self._last_exit_code is not None:
@@ -185,6 +189,15 @@ class Metrics:
         if self._gpus:
             yield self._gpu_seconds()
         yield from _gpu_metrics()
+
+    def _storing(self) -> Iterator[GaugeMetricFamily]:
+        since = self._committed_at if self._committed_at is not None else self._trains_since
+        if since is not None:
+            told = "Time since a checkpoint was last stored, or since the training began."
+            yield GaugeMetricFamily("finetune_checkpoint_age_seconds", told, self._clock() - since)
+        lag = self._clock() - self._offered_at if self._offered_at is not None else self._upload_seconds
+        if lag is not None:
+            yield GaugeMetricFamily("finetune_upload_lag_seconds", "How far the store lags behind the local disk.", lag)
 
     def _gpu_seconds(self) -> CounterMetricFamily:
         """The time of a step counts when the step is reported, all other time as it passes."""
@@ -225,7 +238,7 @@ def _gpu_metrics() -> Iterator[GaugeMetricFamily]:
         "finetune_gpu_utilization_ratio", "Part of the last moments in which a kernel ran on each GPU.", labels=["gpu"]
     )
     power = GaugeMetricFamily("finetune_gpu_power_watts", "Power that each GPU draws.", labels=["gpu"])
-    for index, state in enumerate(gpu_states()):
+    for index, state in gpu_states().items():
         for metric, value in ((memory, state.memory_used), (busy, state.utilization), (power, state.watts)):
             if value is not None:
                 metric.add_metric([str(index)], value)

@@ -127,6 +127,7 @@ _RIGHTS = {
     "AbortMultipartUpload": "s3:AbortMultipartUpload", "ListMultipartUploads": "s3:ListBucketMultipartUploads",
 }  # fmt: skip
 _ALSO = " (and s3:ListBucket, without which S3 refuses to say that an object is absent)"
+_UNKNOWN_USER = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken")  # no right would help
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,11 @@ class Answer:
 
     @property
     def right(self) -> str:
-        """The right that the request needs, or nothing if that is not known."""
+        """The right that the request needs: the one that the service names, or else the usual one. Empty if it is not known."""
+        if (named := re.search(r"not authorized to perform: ([\w-]+:\w+)", self.words)) is not None:
+            return named[1]
+        if self.code in _UNKNOWN_USER:
+            return ""
         right = _RIGHTS.get(self.operation, "")
         return right + _ALSO if right == "s3:GetObject" else right
 

@@ -21,7 +21,7 @@ class Journal:
         self._run, self._console = run, console
         self.say = console.say
         gpus = run.processes_per_node if run.settings.device == "cuda" else 0
-        self.metrics = Metrics(run.id, run.settings.stall_seconds, gpus=gpus)
+        self.metrics = Metrics(run.id, run.settings.stall_seconds, gpus=gpus, stores=run.node.leads)
         self._records: list[StageRecord] = []
         self._xids: set[tuple[int, int]] = set()
 

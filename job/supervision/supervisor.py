@@ -126,7 +126,9 @@ class Supervisor:
         try:
             swept = sweep(self._run, lease)
         except JobError as error:  # leftovers cost space, not work, and a policy may forbid this
-            self._journal.warn(f"What killed starts left in the store was not removed: {error.message}")
+            self._journal.warn(
+                f"What killed starts left in the store was not removed: {error.message} {error.hint}".rstrip()
+            )
         else:
             if swept:
                 self._journal.say(f"Removed {swept} leftovers of killed starts from the store.", "debug")

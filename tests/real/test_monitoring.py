@@ -110,7 +110,7 @@ def test_an_alert_fires_for_its_cause_and_for_no_healthy_run(rules: Path, alert:
 @pytest.fixture
 def prometheus(rules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[Any]]]:
     """A Prometheus that scrapes the metrics of a training, and answers queries."""
-    monkeypatch.setattr("job.report.metrics.gpu_states", lambda: (GpuState(2**33, 0.97, 640.0),))
+    monkeypatch.setattr("job.report.metrics.gpu_states", lambda: {0: GpuState(2**33, 0.97, 640.0)})
     port, own = free_port(), free_port()
     metrics = Metrics("a-run", 60, gpus=2)
     metrics.serve("127.0.0.1", port)

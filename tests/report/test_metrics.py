@@ -73,7 +73,16 @@ def test_a_series_begins_with_its_first_value_and_the_checkpoint_s_age_with_the_
     metrics = Metrics("a-run", 60, clock)
     metrics.serve("127.0.0.1", port)
     text = answer(port, "/metrics")[1]
-    for name in ("loss", "eval_loss", "gradient_norm", "step", "steps", "remaining_seconds", "checkpoint_age_seconds"):
+    for name in (
+        "loss",
+        "eval_loss",
+        "gradient_norm",
+        "step",
+        "steps",
+        "remaining_seconds",
+        "checkpoint_age_seconds",
+        "upload_lag_seconds",
+    ):
         assert f"finetune_{name}" not in text, name
     assert value(text, f'finetune_build_info{{version="{__version__}"}}') == 1
     metrics.stage("train")
@@ -88,6 +97,20 @@ def test_a_series_begins_with_its_first_value_and_the_checkpoint_s_age_with_the_
     text = answer(port, "/metrics")[1]
     assert value(text, "finetune_remaining_seconds") == 86 * 20 / 4
     assert (value(text, "finetune_eval_loss"), value(text, "finetune_gradient_norm")) == (2.5, 0.7)
+
+
+def test_a_node_that_stores_nothing_has_no_age_of_its_checkpoints() -> None:
+    """It grows there without end, and an alert fires after an hour."""
+    clock, port = Clock(), free_port()
+    metrics = Metrics("a-run", 60, clock, stores=False)
+    metrics.serve("127.0.0.1", port)
+    metrics.stage("train")
+    metrics.working(True)
+    clock.now += 7200
+    metrics.progress("train", step(10, loss=2.0))
+    text = answer(port, "/metrics")[1]
+    assert value(text, "finetune_loss") == 2.0
+    assert not re.search(r"finetune_(checkpoint_age|upload_lag|failed_uploads|restarts)", text), text
 
 
 def test_gpu_seconds_count_steps_as_training_and_everything_else_as_waiting_and_never_fall() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -727,9 +728,33 @@ _DENIED = Refusal("denied", 403, "AccessDenied", "Access Denied", _AWS_LIST, PER
 def test_before_anything_is_paid_for_the_right_that_a_policy_lacks_is_named(
     service: Service, right: str, needs: When
 ) -> None:
+    """A service of few words. Amazon names the right itself: see the next test."""
     service.refuse(_DENIED, needs)
     with pytest.raises(JobError) as raised:
         prove(open_store("s3://bucket/runs"), "run")
     assert raised.value.exit_code == ExitCode.PERMISSION
     assert f"needs the right {right}" in raised.value.hint, raised.value.hint
     assert "AccessDenied" in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("right", "needs"),
+    [
+        ("s3:ListBucket", lambda request: request.method in ("GET", "HEAD")),  # 403 instead of 404 for absent objects
+        ("kms:GenerateDataKey", lambda request: request.method in ("PUT", "POST")),
+        ("kms:Decrypt", lambda request: request.method == "GET" and bool(request.key)),
+    ],
+)
+def test_the_right_that_the_service_names_is_the_one_that_is_told(service: Service, right: str, needs: When) -> None:
+    words = f"User: arn:aws:iam::1:user/me is not authorized to perform: {right} on resource: arn:aws:x because no policy allows it"
+    service.refuse(dataclasses.replace(_DENIED, message=words), needs)
+    with pytest.raises(JobError) as raised:
+        prove(open_store("s3://bucket/runs"), "run")
+    assert f"needs the right {right}. " in raised.value.hint, raised.value.hint
+
+
+def test_no_right_is_asked_for_when_the_service_does_not_know_the_user(service: Service) -> None:
+    service.refuse(dataclasses.replace(_DENIED, code="SignatureDoesNotMatch"), lambda request: True)
+    with pytest.raises(JobError) as raised:
+        prove(open_store("s3://bucket/runs"), "run")
+    assert "needs the right" not in raised.value.hint and "credentials" in raised.value.hint
