@@ -17,8 +17,23 @@
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 78
+set +u # functions such as `module` and scripts that activate an environment read variables that may not be set
 # shellcheck source=/dev/null
 [ ! -f slurm/site.sh ] || . slurm/site.sh
+set -u
+
+# setting NAME: its value from the environment, or else from the file that the job will read.
+setting() {
+  local value
+  [ -z "${!1:-}" ] || { echo "${!1}" && return; }
+  value=$(sed -n "s/^[[:space:]]*\(export[[:space:]]\{1,\}\)\{0,1\}$1[[:space:]]*=[[:space:]]*//p" "${FT_ENV_FILE:-.env}" 2>/dev/null |
+    tail -1 | sed "s/^'\([^']*\)'.*/\1/; s/^\"\([^\"]*\)\".*/\1/; s/[[:space:]]\{1,\}#.*//; s/[[:space:]]*\$//")
+  # The job, too, replaces ${SCRATCH} in a file by its value. Nothing else in it means anything to this shell.
+  while [[ "$value" =~ ^(.*)\$\{([A-Za-z_][A-Za-z_0-9]*)\}(.*)$ ]]; do
+    value="${BASH_REMATCH[1]}$(printenv "${BASH_REMATCH[2]}")${BASH_REMATCH[3]}"
+  done
+  echo "$value"
+}
 
 # One element of an array has the array's own id as its SLURM_JOB_ID. Only the longer name means that element alone.
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
@@ -28,11 +43,21 @@ export FT_STOP_GRACE_SECONDS="${FT_STOP_GRACE_SECONDS:-90}"
 # One file per node says how that node ended, because srun has only one exit code for all of them.
 export FT_TERMINATION_LOG="$PWD/finetune-$SLURM_JOB_ID.ends"
 unfit_nodes="$PWD/finetune-$SLURM_JOB_ID.unfit"
-export FT_OUTPUT_DIR="${FT_OUTPUT_DIR:-$PWD/results}"
+output=$(setting FT_OUTPUT_DIR)
+export FT_OUTPUT_DIR="${output:-$PWD/results}"
 # Home folders are small, and a quota that is full ends a job after hours.
 export HF_HOME="${HF_HOME:-$FT_OUTPUT_DIR/cache/huggingface}" XDG_CACHE_HOME="${XDG_CACHE_HOME:-$FT_OUTPUT_DIR/cache}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$XDG_CACHE_HOME/inductor}" CUDA_CACHE_PATH="${CUDA_CACHE_PATH:-$XDG_CACHE_HOME/cuda}"
 rm -rf "$FT_TERMINATION_LOG" && mkdir -p "$FT_TERMINATION_LOG" "$PWD/results" || exit 69
+
+# What a container sees: the submit folder, and the folders that the settings name.
+mounts="$PWD:$PWD,$PWD/results:/work"
+for name in FT_OUTPUT_DIR FT_STORE_URL FT_MODEL_NAME FT_DATASET_NAME FT_PUBLISH_TO; do
+  folder=$(setting "$name") folder="${folder#file://}"
+  [[ "$folder" == /* && "$folder" != "$PWD"/* && "$folder" != *[:,]* ]] || continue
+  case "$name" in FT_OUTPUT_DIR | FT_STORE_URL) mkdir -p "$folder" || exit 69 ;; esac
+  [ ! -e "$folder" ] || mounts+=",$folder:$folder"
+done
 
 python=python3
 [ -x .venv/bin/python ] && python="$PWD/.venv/bin/python"
@@ -50,11 +75,11 @@ case "${FT_CONTAINER:-}" in
     ;;
   *.sif)
     [ -f "$FT_CONTAINER" ] || { echo "FT_CONTAINER=$FT_CONTAINER: no such file." >&2 && exit 78; }
-    launch=(apptainer exec --nv --bind "$PWD,$PWD/results:/work" --pwd "$PWD" --env "FT_OUTPUT_DIR=$FT_OUTPUT_DIR" "$FT_CONTAINER" python3 /app/entrypoint.py)
+    launch=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" --env "FT_OUTPUT_DIR=$FT_OUTPUT_DIR" "$FT_CONTAINER" python3 /app/entrypoint.py)
     ;;
   *)
     launch=(python3 /app/entrypoint.py)
-    options+=(--container-image="$FT_CONTAINER" --container-mounts="$PWD:$PWD,$PWD/results:/work" --container-workdir="$PWD" --container-env=FT_OUTPUT_DIR)
+    options+=(--container-image="$FT_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD" --container-env=FT_OUTPUT_DIR)
     ;;
 esac
 

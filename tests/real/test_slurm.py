@@ -184,6 +184,11 @@ def test_settings_come_from_the_named_file_and_a_container_from_its_image(
     """A stand-in for Apptainer shows how it was called, and runs the command outside a container."""
     checkout = slurm.folder / "checkout"
     lines = [f"{name}={value}\n" for name, value in settings.items() if name.startswith("FT_")]
+    elsewhere = slurm.folder / "scratch"  # neither below the submit folder nor known to the environment
+    lines += [
+        "export FT_OUTPUT_DIR = '${SITE_SCRATCH}/out' # big and fast\n",
+        f'FT_STORE_URL="file://{elsewhere}/store"\n',
+    ]
     (checkout / "my.env").write_text("".join(lines), encoding="utf-8")
     tool = slurm.folder / "bin" / "apptainer"
     tool.parent.mkdir()
@@ -197,15 +202,55 @@ def test_settings_come_from_the_named_file_and_a_container_from_its_image(
         *SMALL,
         settings={
             "FT_ENV_FILE": "my.env", "FT_CONTAINER": "image.sif", "FT_STAGES": "preflight", "PATH": f"{tool.parent}:{os.environ['PATH']}",
+            "SITE_SCRATCH": str(elsewhere),
         },
     )  # fmt: skip
     assert slurm.await_end(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert (elsewhere / "out" / "runs" / f"slurm-{job}").is_dir() and (elsewhere / "store" / f"slurm-{job}").is_dir()
     called = re.search(r"^apptainer (.*)$", slurm.log(job), re.MULTILINE)
     assert called is not None
     assert (
         called[1]
-        == f"exec --nv --bind {checkout},{checkout}/results:/work --pwd {checkout} --env FT_OUTPUT_DIR={checkout}/results image.sif python3 /app/entrypoint.py run"
+        == f"exec --nv --bind {bound(checkout, elsewhere, settings)} --pwd {checkout} --env FT_OUTPUT_DIR={elsewhere}/out image.sif python3 /app/entrypoint.py run"
     )
+
+
+def bound(checkout: Path, elsewhere: Path, settings: dict[str, str]) -> str:
+    folders = [checkout, elsewhere / "out", elsewhere / "store", settings["FT_MODEL_NAME"], settings["FT_DATASET_NAME"]]
+    known = [f"{folder}:{folder}" for folder in folders]
+    return ",".join([known[0], f"{checkout}/results:/work", *known[1:]])
+
+
+def test_pyxis_is_given_the_image_and_every_folder_that_the_job_needs(slurm: Slurm, settings: dict[str, str]) -> None:
+    """A stand-in for Pyxis, which adds options to srun, shows them, and runs the command outside a container."""
+    checkout, elsewhere = slurm.folder / "checkout", slurm.folder / "pyxis"
+    tool = slurm.folder / "pyxis-bin" / "srun"
+    tool.parent.mkdir()
+    tool.write_text(
+        f"""#!/bin/bash
+rest=()
+for word in "$@"; do
+  case "$word" in --container-*) echo "pyxis $word" ;; /app/*) rest+=("{checkout}/entrypoint.py") ;; *) rest+=("$word") ;; esac
+done
+PATH="{checkout}/.venv/bin:$PATH" exec {shutil.which("srun")} "${{rest[@]}}"
+""",
+        encoding="utf-8",
+    )
+    tool.chmod(0o755)
+    stores = {"FT_OUTPUT_DIR": f"{elsewhere}/out", "FT_STORE_URL": f"{elsewhere}/store"}
+    asked = {
+        "FT_CONTAINER": "registry#me/finetune:1",
+        "FT_STAGES": "preflight",
+        "PATH": f"{tool.parent}:{os.environ['PATH']}",
+    }
+    job = slurm.submit(*SMALL, settings=settings | stores | asked)
+    assert slurm.await_end(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert set(re.findall(r"^pyxis (.*)$", slurm.log(job), re.MULTILINE)) == {
+        "--container-image=registry#me/finetune:1",
+        f"--container-mounts={bound(checkout, elsewhere, settings)}",
+        f"--container-workdir={checkout}",
+        "--container-env=FT_OUTPUT_DIR",
+    }
 
 
 # -- no loop that burns money ------------------------------------------------------------------------------------------
@@ -307,7 +352,7 @@ def test_a_requeue_that_slurm_refuses_is_told_with_the_command_that_resumes(
 
 def test_the_sites_own_file_runs_first_and_the_log_is_for_people(slurm: Slurm, settings: dict[str, str]) -> None:
     site = slurm.folder / "checkout" / "slurm" / "site.sh"
-    site.write_text('echo "site of $SLURM_JOB_ID"\nexport FT_MAX_STEPS=x\n', encoding="utf-8")
+    site.write_text('echo "site of $SLURM_JOB_ID$NOT_SET_BY_ANYBODY"\nexport FT_MAX_STEPS=x\n', encoding="utf-8")
     plain = {name: value for name, value in settings.items() if name != "FT_LOG_FORMAT"}
     try:
         job = slurm.submit(*SMALL, settings=plain | {"FT_STAGES": "preflight"})
