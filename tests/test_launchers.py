@@ -172,7 +172,7 @@ def test_kueue_alone_decides_when_a_job_is_suspended(tmp_path: Path) -> None:
     assert job["spec"]["podFailurePolicy"] == kubernetes_objects(MANIFESTS[0])["Job"]["spec"]["podFailurePolicy"]
 
 
-@pytest.mark.parametrize("component", ["openshift", "infiniband", "efa", "monitoring", "ephemeral", "kueue"])
+@pytest.mark.parametrize("component", ["openshift", "infiniband", "efa", "ephemeral", "kueue"])
 def test_every_component_fits_the_manifest_and_readme_names_it(tmp_path: Path, component: str) -> None:
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     (tmp_path / "run").mkdir()
@@ -189,14 +189,21 @@ def test_every_component_fits_the_manifest_and_readme_names_it(tmp_path: Path, c
         assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     if component in ("infiniband", "efa"):
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+        assert spec["securityContext"]["runAsUser"] == 0  # nobody else gets what is added
+        assert spec["securityContext"]["runAsNonRoot"] is False
         assert {name.partition("/")[0] for name in container["resources"]["limits"]} > {"nvidia.com"}
-    if component == "monitoring":
-        labels = objects["Job"]["spec"]["template"]["metadata"]["labels"]
-        assert objects["PodMonitor"]["spec"]["selector"]["matchLabels"].items() <= labels.items()
-        assert objects["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"] in {
-            port["name"] for port in container["ports"]
-        }
     assert f"`{component}/`" in (ROOT / "k8s" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_one_monitor_scrapes_all_runs_of_a_namespace(file: str) -> None:
+    """One per run would scrape each pod as often as there are runs, and every alert would fire as often."""
+    objects = kustomized(ROOT / "k8s" / "monitoring")
+    assert set(objects) == {"PodMonitor", "PrometheusRule", "ConfigMap"}
+    template = kubernetes_objects(file)["Job"]["spec"]["template"]
+    assert objects["PodMonitor"]["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+    assert objects["PodMonitor"]["spec"]["podMetricsEndpoints"][0]["port"] in ports
 
 
 def test_pid_1_is_tini_with_no_shell_in_between_and_the_user_is_not_root() -> None:

@@ -32,7 +32,7 @@ PLANTED: dict[str, tuple[dict[str, str], str]] = {
     "FinetuneSlow": ({"finetune_tokens_per_second": "20000x20 9000x100"}, "35m"),
     "FinetuneGpuIdle": ({'finetune_gpu_utilization_ratio{gpu="0"}': "0.01x120"}, "20m"),
     "FinetuneGpuError": ({'finetune_gpu_xid_errors_total{gpu="0", xid="79"}': "_x30 1x90"}, "35m"),
-    "FinetuneUnreachable": ({"up": "1x20 0x100"}, "30m"),
+    "FinetuneUnreachable": ({"up": "1x20 0x100", 'finetune_run_info{run_id="a"}': "1x20 _x100"}, "30m"),
 }
 HEALTHY = {
     "finetune_stalled_seconds": "3x120",
@@ -43,6 +43,7 @@ HEALTHY = {
     "finetune_tokens_per_second": "20000x120",
     'finetune_gpu_utilization_ratio{gpu="0"}': "0.97x120",
     'finetune_stage{finetune_stage="train"}': "1x120",
+    'finetune_run_info{run_id="a"}': "1x120",
     "up": "1x120",
 }
 
@@ -131,6 +132,11 @@ def prometheus(rules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         metrics.progress("train", {"event": "progress", "done": step, "total": 100, "unit": "steps", **figures})
         time.sleep(0.01)
     metrics.checkpoint_committed(4.0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as scraped:
+        linted = subprocess.run(
+            ["promtool", "check", "metrics"], input=scraped.read(), capture_output=True, check=False
+        )
+    assert linted.returncode == 0, linted.stderr.decode()
     config = {
         "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
         "rule_files": [str(rules)],
