@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from job.report.events import message
 _SECONDS = 1.0
 _BYTES = {"cuda": 2**28, "cpu": 2**22}
 _ENOUGH = 0.5  # of what the links give
+_CAP_IPC_LOCK = 14
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,22 @@ def tell_network(node: Node, device: torch.device, folder: Path, system: Path = 
         return
     hint = "Look at NCCL_SOCKET_IFNAME and NCCL_IB_HCA"
     if chosen == "Socket" and any(_is_rdma(link) for link in links):
-        hint = "There are RDMA devices, and NCCL does not use them: is /dev/infiniband in the container, with IPC_LOCK?"
+        hint = "There are RDMA devices, and NCCL does not use them: is /dev/infiniband in the container?"
+        if (limit := pinnable_bytes()) is not None:
+            hint += f" And this process may pin only {limit >> 20} MiB of memory: it needs IPC_LOCK, as root, or ulimit -l unlimited."
     message(f"{told}, less than half of what this node's links give: {names}. {hint}", "warning")
+
+
+def pinnable_bytes(status: Path = Path("/proc/self/status")) -> int | None:
+    """How much memory this process may lock, which RDMA needs. None if that is unlimited (mlock(2), capabilities(7)).
+
+    In a pod only root has the capabilities that its manifest adds.
+    """
+    effective = re.search(r"^CapEff:\s*([0-9a-f]+)", _read(status), re.MULTILINE)
+    if effective is not None and int(effective[1], 16) >> _CAP_IPC_LOCK & 1:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _rate(world_size: int, device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,24 @@ def test_a_slow_network_is_a_warning_that_says_what_to_look_at(
     event = said(capsys)
     assert event["level"] == level
     assert words in event["text"]
+
+
+def test_memory_that_may_not_be_pinned_is_told_unless_root_has_the_right(
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a pod, a user other than root never has IPC_LOCK, whatever the manifest adds."""
+    monkeypatch.setattr(network, "_rate", lambda *_: 2e9)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2**23, 2**23))
+    status = tmp_path / "status"
+    monkeypatch.setattr(network.pinnable_bytes, "__defaults__", (status,))
+    write(tmp_path / "nccl-node-7.log", "NCCL INFO Using network Socket\n")
+    for capabilities, told in (("0000000000000000", True), ("0000000000004000", False)):
+        write(status, f"Name: python\nCapEff:\t{capabilities}\n")
+        tell_network(NODE, torch.device("cuda"), tmp_path, machine)
+        assert ("may pin only 8 MiB of memory" in said(capsys)["text"]) is told
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    write(status, "CapEff:\t0000000000000000\n")
+    assert network.pinnable_bytes(status) is None
 
 
 def test_without_known_links_only_the_rate_is_told(
