@@ -16,42 +16,48 @@ RUN apt-get update \
 # OpenShift runs the image as any user of group 0, which no /etc/passwd knows.
 ENV USER=job
 
-# The lock file in three parts, so that each becomes a layer of its own. They are pulled side by side, and one that did not
-# change is not pulled again: CUDA's libraries (2 GB) and torch (1 GB) change less often than the rest.
+# The lock file in parts, so that each becomes a layer of its own. They are pulled and unpacked side by side, and one that did
+# not change is not pulled again: CUDA's libraries and torch change less often than the rest, and the code most often.
 # requirements-cpu.txt builds an image for machines without a GPU.
 FROM base AS lock
 ARG REQUIREMENTS=requirements.txt
 COPY ${REQUIREMENTS} /lock/all.txt
-RUN touch /lock/cuda.txt \
- && awk '/^[a-z]/ { part = /^(nvidia|cuda)-/ ? "cuda" : /^(torch|triton)==/ ? "torch" : "rest" } /^[^#]/ { print > "/lock/" part ".txt" }' /lock/all.txt
+RUN touch /lock/cudnn.txt /lock/math.txt /lock/cuda.txt \
+ && awk '/^[a-z]/ { part = /^nvidia-(cudnn|cusparselt|nccl)/ ? "cudnn" : /^nvidia-(cusolver|cusparse|cufft|curand)/ ? "math" : /^(nvidia|cuda)-/ ? "cuda" : /^(torch|triton)==/ ? "torch" : "rest" } /^[^#]/ { print > "/lock/" part ".txt" }' /lock/all.txt
 
 FROM base
 ENV PATH=/opt/venv/bin:$PATH
 RUN python3 -m venv /opt/venv
 
 # pip checks the hash of every wheel. The secrets `ca` and `pip` are for builds behind a proxy or a mirror.
-ARG PIP_INSTALL="pip install --disable-pip-version-check --no-deps --require-hashes --only-binary :all: --requirement"
+ARG INSTALL="[ ! -f /run/secrets/ca.crt ] || export PIP_CERT=/run/secrets/ca.crt; \
+[ ! -f /run/secrets/pip.conf ] || export PIP_CONFIG_FILE=/run/secrets/pip.conf; \
+[ ! -s /app/lock/\$part.txt ] || pip install --disable-pip-version-check --no-deps --require-hashes --only-binary :all: --requirement /app/lock/\$part.txt"
+COPY --from=lock /lock/cudnn.txt /app/lock/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
+    --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
+    export part=cudnn && eval "$INSTALL"
+COPY --from=lock /lock/math.txt /app/lock/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
+    --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
+    export part=math && eval "$INSTALL"
 COPY --from=lock /lock/cuda.txt /app/lock/
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
     --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
-    if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
- && if [ -f /run/secrets/pip.conf ]; then export PIP_CONFIG_FILE=/run/secrets/pip.conf; fi \
- && if [ -s /app/lock/cuda.txt ]; then $PIP_INSTALL /app/lock/cuda.txt; fi
+    export part=cuda && eval "$INSTALL"
 COPY --from=lock /lock/torch.txt /app/lock/
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
     --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
-    if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
- && if [ -f /run/secrets/pip.conf ]; then export PIP_CONFIG_FILE=/run/secrets/pip.conf; fi \
- && $PIP_INSTALL /app/lock/torch.txt
+    export part=torch && eval "$INSTALL"
 COPY --from=lock /lock/rest.txt /app/lock/
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca,target=/run/secrets/ca.crt,required=false \
     --mount=type=secret,id=pip,target=/run/secrets/pip.conf,required=false \
-    if [ -f /run/secrets/ca.crt ]; then export PIP_CERT=/run/secrets/ca.crt; fi \
- && if [ -f /run/secrets/pip.conf ]; then export PIP_CONFIG_FILE=/run/secrets/pip.conf; fi \
- && $PIP_INSTALL /app/lock/rest.txt
+    export part=rest && eval "$INSTALL"
 
 COPY entrypoint.py /app/entrypoint.py
 COPY job /app/job
@@ -61,8 +67,10 @@ RUN python3 -m compileall -q /app \
  && python3 -c "import torch, transformers, trl, peft, bitsandbytes, datasets, accelerate, boto3, wandb" \
  && python3 /app/entrypoint.py --version
 
-# The job writes only below /work: mount a volume there.
-ENV HOME=/work \
+# The job writes only below /work: mount a volume there. With a driver that is too old, NVIDIA's toolkit would not start the
+# container, with words about `cuda>=13.0` that say nothing of the driver. Preflight names the one that is needed.
+ENV NVIDIA_DISABLE_REQUIRE=1 \
+    HOME=/work \
     FT_OUTPUT_DIR=/work/results \
     HF_HOME=/work/cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/work/cache/inductor \
