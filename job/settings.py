@@ -37,7 +37,7 @@ def _json(value: Any) -> Any:
 
 def _fraction_or_split(value: str | None) -> str | None:
     if value is not None and value.replace(".", "", 1).isdigit() and not 0 < float(value) < 1:
-        raise ValueError("a fraction must be between 0 and 1, exclusive")
+        raise ValueError("0, or 1 and more, would leave no rows on one side")
     return value
 
 
@@ -45,7 +45,7 @@ def _known_encoding(value: str) -> str:
     try:
         return codecs.lookup(value).name
     except LookupError:
-        raise ValueError("not the name of an encoding, such as utf-8, utf-16, cp1252 or latin-1") from None
+        raise ValueError("Python knows no such encoding") from None
 
 
 def _in_stage_order(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -92,7 +92,9 @@ CommaFormats = Annotated[
 ]
 Prompts = Annotated[tuple[Annotated[str, StringConstraints(min_length=1)], ...], NoDecode, BeforeValidator(_json)]
 TextMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_json)]
-Encoding = Annotated[str, AfterValidator(_known_encoding)]
+Encoding = Annotated[
+    str, AfterValidator(_known_encoding), _Words("the name of an encoding, such as utf-8, utf-16, cp1252 or latin-1")
+]
 Price = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Prices = Annotated[
     dict[str, Price],
@@ -104,7 +106,11 @@ NumberMap = Annotated[dict[str, Annotated[int, Field(ge=1, le=65536)]], NoDecode
 JsonObject = Annotated[dict[str, Any], NoDecode, BeforeValidator(_json)]
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-EvalSplit = Annotated[NonEmpty, AfterValidator(_fraction_or_split)]
+EvalSplit = Annotated[
+    NonEmpty,
+    AfterValidator(_fraction_or_split),
+    _Words("a fraction between 0 and 1, such as 0.05, or the name of a split, such as test"),
+]
 
 
 def _setting(default: Any, meaning: str, *, since: str | None, **bounds: Any) -> Any:
@@ -672,6 +678,8 @@ def _type_text(annotation: Any) -> str:
         return _WORDS[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
+        if (words := next((item.text for item in arguments[1:] if isinstance(item, _Words)), None)) is not None:
+            return words
         limits = [_limit(part) for item in arguments[1:] for part in getattr(item, "metadata", [item])]
         return " ".join(filter(None, [_type_text(arguments[0]), *limits]))
     if origin is Literal:

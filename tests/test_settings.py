@@ -81,7 +81,7 @@ def test_the_stage_names_in_the_settings_match_the_jobs() -> None:
         ("FT_BNB_4BIT_QUANT_TYPE", "int4", "nf4, fp4"),
         ("FT_MAX_SEQ_LENGTH", "long", "auto or a whole number"),
         ("FT_MAX_STEPS", "-1", "Or unset it."),
-        ("FT_EVAL_SPLIT", "1.5", "a fraction must be between 0 and 1"),
+        ("FT_EVAL_SPLIT", "1.5", "must be a fraction between 0 and 1, such as 0.05, or the name of a split"),
         ("FT_STAGES", "train,fly", "preflight, download, prepare"),
         ("FT_SAMPLE_PROMPTS", "hello", "FT_SAMPLE_PROMPTS='hello': must be a list of text"),
         ("FT_RUN_ID", "../escape", "FT_RUN_ID"),
