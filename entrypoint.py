@@ -24,7 +24,7 @@ from job.guard.escape import for_terminal, json_line
 from job.guard.secrets import masked, masked_fields, secret_values
 from job.leave import leave
 from job.paths import WITHOUT_WEIGHTS
-from job.report.console import open_console
+from job.report.console import is_text, open_console
 from job.run import Run, now
 from job.settings import STAGE_NAMES, Settings
 
@@ -225,9 +225,7 @@ def _report(error: JobError) -> int:
         "hint": error.hint,
     }
     line = json_line(masked_fields(record, secrets))
-    as_text = os.environ.get("FT_LOG_FORMAT") == "text" or (
-        os.environ.get("FT_LOG_FORMAT") != "json" and sys.stderr.isatty()
-    )
+    as_text = is_text(os.environ.get("FT_LOG_FORMAT", "auto").lower(), sys.stderr)  # the settings may be what is wrong
     print(
         for_terminal(masked(str(error) if wished else f"error: {error}", secrets)) if as_text else line,
         file=sys.stderr,

@@ -1,3 +1,3 @@
-"""The fine-tuning job: seven stages that turn a base model and a dataset into a published model."""
+"""The fine-tuning job: nine stages that turn a base model and a dataset into a published model."""
 
 __version__ = "0.2.0"

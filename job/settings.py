@@ -38,14 +38,23 @@ def _json(value: Any) -> Any:
 def _fraction_or_split(value: str | None) -> str | None:
     if value is not None and value.replace(".", "", 1).isdigit() and not 0 < float(value) < 1:
         raise ValueError("0, or 1 and more, would leave no rows on one side")
+    if value is not None and (percent := re.fullmatch(r"([\d.]+)\s*%", value)) is not None:
+        raise ValueError(f"write {percent[0]} as a fraction")
+    return value if value is None else _whole_split(value)
+
+
+def _whole_split(value: str) -> str:
+    if value.count("[") != value.count("]"):
+        raise ValueError("write a part of a split as train[:100], train[100:200] or train[:10%]")
     return value
 
 
 def _known_encoding(value: str) -> str:
     try:
+        "row".encode(value).decode(value)  # refuses codecs that are no encodings of text, such as hex
         return codecs.lookup(value).name
-    except LookupError:
-        raise ValueError("Python knows no such encoding") from None
+    except (LookupError, UnicodeError):
+        raise ValueError("Python knows no such encoding of text") from None
 
 
 def _in_stage_order(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -95,17 +104,31 @@ TextMap = Annotated[dict[str, str], NoDecode, BeforeValidator(_json)]
 Encoding = Annotated[
     str, AfterValidator(_known_encoding), _Words("the name of an encoding, such as utf-8, utf-16, cp1252 or latin-1")
 ]
+Separator = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=1),
+    _Words("a single character, such as ; or |"),
+]
 Price = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Prices = Annotated[
     dict[str, Price],
     NoDecode,
     BeforeValidator(_prices),
-    _Words("a number, or numbers by the names of GPUs, such as A100=1.5,H100=2.9"),
+    _Words("a number above 0, or such numbers by the names of GPUs, such as A100=1.5,H100=2.9"),
 ]
 NumberMap = Annotated[dict[str, Annotated[int, Field(ge=1, le=65536)]], NoDecode, BeforeValidator(_json)]
 JsonObject = Annotated[dict[str, Any], NoDecode, BeforeValidator(_json)]
 NonEmpty = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-RunId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+RunId = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"),
+    _Words("at most 128 letters, digits, dots, dashes and underscores, the first a letter or digit"),
+]
+DatasetSplit = Annotated[
+    NonEmpty,
+    AfterValidator(_whole_split),
+    _Words("the name of a split, such as train, or a part of it, such as train[:100]"),
+]
 EvalSplit = Annotated[
     NonEmpty,
     AfterValidator(_fraction_or_split),
@@ -157,7 +180,7 @@ class Settings(BaseSettings):
     dataset_config: NonEmpty | None = _setting(
         None, "Configuration to use, for Hub datasets with more than one.", since="download"
     )
-    dataset_split: NonEmpty = _setting(
+    dataset_split: DatasetSplit = _setting(
         "train", "Split to train on. Slices such as `train[:1000]` work.", since="prepare"
     )
     dataset_format: Literal[
@@ -185,7 +208,7 @@ class Settings(BaseSettings):
         "Text encoding of JSON, CSV and text files, such as `cp1252`. Unset: UTF-8, or what the file shows.",
         since="prepare",
     )
-    dataset_separator: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = _setting(
+    dataset_separator: Separator | None = _setting(
         None,
         "Character between the columns of CSV files. Unset: comma, semicolon, tab or bar, by the first line.",
         since="prepare",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,29 @@ def test_the_stage_names_in_the_settings_match_the_jobs() -> None:
         ("FT_MAX_SEQ_LENGTH", "long", "auto or a whole number"),
         ("FT_MAX_STEPS", "-1", "Or unset it."),
         ("FT_EVAL_SPLIT", "1.5", "must be a fraction between 0 and 1, such as 0.05, or the name of a split"),
+        ("FT_EVAL_SPLIT", "5%", "write 5% as a fraction"),
+        ("FT_EVAL_SPLIT", "test[:5", "write a part of a split as train[:100]"),
+        ("FT_DATASET_SPLIT", "train[:24", "such as train[:100]"),
+        ("FT_DATASET_ENCODING", "utf-9", "the name of an encoding, such as utf-8"),
+        ("FT_DATASET_ENCODING", "hex", "no such encoding of text"),
+        ("FT_DATASET_SEPARATOR", ";;", "must be a single character"),
+        ("FT_DATASET_ROLES", '{"agent": "asistant"}', "did you mean assistant?"),
+        ("FT_GPU_PRICE", "0", "must be a number above 0"),
+        ("FT_RUN_ID", "my run/1", "letters, digits, dots, dashes and underscores"),
+        ("FT_DATASET_NAME", "https://huggingface.co/datasets/me/rows", "Write user/name for the Hub"),
+        ("FT_DATASET_NAME", "me/rows, hf://me/more", "Write user/name for the Hub"),
+        ("FT_DATASET_NAME", r"C:\data\rows.jsonl", "Write user/name for the Hub"),
+        ("FT_DATASET_NAME", "s3://", "no bucket is named"),
+        ("FT_MODEL_NAME", "https://huggingface.co/me/model", "Write user/name for the Hub"),
+        ("FT_STORE_URL", "s3://", "names no bucket"),
+        ("FT_STORE_URL", "s3:///runs", "names no bucket"),
+        ("FT_STORE_URL", "s3://AKIA:secret@bucket/runs", "a URL must not hold keys"),
+        ("FT_PUBLISH_TO", "s3://AKIA:secret@bucket/models", "a URL must not hold keys"),
+        ("FT_HF_TOKEN", "hf_x", "Did you mean HF_TOKEN?"),
+        ("FT_MODEL", "me/model", "Did you mean FT_MODEL_NAME or FT_NEW_MODEL?"),
+        ("FT_BATCH_SIZE", "8", "Did you mean FT_PER_DEVICE_TRAIN_BATCH_SIZE or"),
+        ("FT_EPOCHS", "3", "Did you mean FT_NUM_TRAIN_EPOCHS?"),
+        ("FT_LR", "1e-3", "FT_LEARNING_RATE"),
         ("FT_STAGES", "train,fly", "preflight, download, prepare"),
         ("FT_SAMPLE_PROMPTS", "hello", "FT_SAMPLE_PROMPTS='hello': must be a list of text"),
         ("FT_RUN_ID", "../escape", "FT_RUN_ID"),
@@ -165,6 +189,23 @@ def test_the_env_file_is_read_and_the_real_environment_wins(monkeypatch: pytest.
 
 def test_a_named_env_file_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FT_ENV_FILE='nowhere.env': there is no such file" in refusal(monkeypatch, FT_ENV_FILE="nowhere.env")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("FT_LORA_ALPHA=3\nFT_LORA_R: 8\n", 2),
+        ("\n# a comment\n\nFT_PACKING\n", 4),
+        ("FT_LORA_ALPHA=3\n\nthis is no line\n", 3),
+        ("export FT_LORA_ALPHA=3\nFT_NEW_MODEL='a\n", 2),
+    ],
+)
+def test_a_line_of_the_file_that_cannot_be_read_is_named_and_never_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, line: int
+) -> None:
+    file = tmp_path / "my.env"
+    file.write_text(text, encoding="utf-8")
+    assert f"{file}, line {line}: not of the form NAME=value" in refusal(monkeypatch, FT_ENV_FILE=str(file))
 
 
 def test_a_secret_in_the_wrong_variable_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

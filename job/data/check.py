@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from job.data.conversations import Reading
 from job.data.files import FileOptions, Malformed, Row
 from job.data.formats import Format, choose_format, renamed
 from job.data.selection import Selection, select
-from job.environment.mixture import Part, evaluation_part, training_parts
+from job.environment.mixture import Part, dataset_parts, evaluation_part, training_parts
 from job.errors import InputError
 from job.settings import Settings
 
@@ -56,6 +58,7 @@ def recognised(
 ) -> tuple[Format, frozenset[str]]:
     """The format of the first rows, and the columns that it reads. InputError if they are none, or unknown."""
     sample: list[Row] = []
+    raw: list[tuple[str, ...]] = []  # the columns of each row as the file has them
     names: dict[str, None] = {}
     seen: dict[str, int] = {}
     quiet = replace(options, tell=lambda text: None)
@@ -69,6 +72,7 @@ def recognised(
             if isinstance(row, Malformed):
                 first_bad = first_bad or (batch.place(number), row)
                 continue
+            raw.append(tuple(row))
             row = renamed(row, settings.dataset_columns)
             sample.append(row)
             names |= dict.fromkeys(row)
@@ -82,5 +86,25 @@ def recognised(
             f"The dataset's split {selection.split!r} is empty.",
             "Set FT_DATASET_SPLIT and FT_EVAL_SPLIT to splits that have rows.",
         )
+    if len(dataset_parts(settings)) == 1:  # of several datasets, each may have some of the columns
+        _refuse_absent_columns(settings.dataset_columns, raw)
     chosen = choose_format(settings.dataset_format, reading, list(names), sample)
     return chosen, chosen.uses(reading)
+
+
+def _refuse_absent_columns(wanted: Mapping[str, str], rows: Sequence[tuple[str, ...]]) -> None:
+    """Raise InputError for a column of FT_DATASET_COLUMNS that is surely a slip: a system prompt would be lost without a word.
+
+    Rows of JSON may have a column only now and then, so where rows differ, only a name that looks like another is refused.
+    """
+    there = list(dict.fromkeys(name.strip().lower() for names in rows for name in names))
+    for name, actual in wanted.items():
+        if actual.strip().lower() in there:
+            continue
+        near = difflib.get_close_matches(actual.strip().lower(), there, n=1, cutoff=0.75)
+        if near or len(set(map(frozenset, rows))) == 1:
+            meant = f"Did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"FT_DATASET_COLUMNS reads {name!r} from the column {actual!r}, which the rows do not have.",
+                f"{meant}They have {', '.join(there[:20])}.",
+            )

@@ -151,7 +151,7 @@ class SplitReport:
                 f"{self.wrong.place}: {self.wrong.reason}.",
                 _advice(self.wrong.reason) + "Repair the row, or set FT_BAD_ROWS=drop to leave such rows out.",
             )
-        allowed = most if most >= 1 else max(most * self.rows, 1.0 if mode == "drop" else 0.0)
+        allowed = most if most >= 1 else max(most * self.rows, 1.0 if mode == "drop" and most > 0 else 0.0)
         if self.bad > allowed or self.bad == self.rows:
             worst = sorted(self.reasons.values(), key=lambda reason: -reason.count)
             listed = "".join(

@@ -15,12 +15,14 @@ from pydantic import ValidationError
 from job.cluster import this_node
 from job.environment import env_file as env_file_variables
 from job.environment import trainer_arguments
-from job.environment.local_files import missing_paths, unusable_files
+from job.environment.local_files import SOURCES, missing_paths, unusable_files
 from job.environment.mixture import parts_of
 from job.errors import InputError, SettingsError
 from job.guard.secrets import masked, secret_values
 from job.settings import PREFIX, Settings, allowed_text, default_text, variable
 from job.storage import SCHEMES, scheme_of
+
+_ROLES = ("system", "user", "assistant", "tool", "developer")  # a template of one's own may know others
 
 
 def load_settings() -> Settings:
@@ -69,10 +71,25 @@ def _unknown_names() -> list[str]:
     problems = []
     for name in sorted(os.environ):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else "Unset it."
+            meant = _meant(name.upper().removeprefix(PREFIX), [setting.removeprefix(PREFIX) for setting in known])
+            hint = f"Did you mean {' or '.join(meant)}?" if meant else "Unset it."
             problems.append(f"{name}: unknown setting. {hint}")
     return problems
+
+
+def _meant(name: str, known: list[str]) -> list[str]:
+    """The variables that a name without its prefix may stand for: those with all of its words before those that look alike."""
+    if env_file_variables.is_allowed(name):
+        return [name]  # HF_TOKEN and its like have no prefix
+    words = set(name.split("_"))
+    found = (
+        difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        or [
+            one for one in known if words <= set(one.split("_")) or name == "".join(word[0] for word in one.split("_"))
+        ][:3]
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    )
+    return [PREFIX + one for one in found]
 
 
 def _malformed_values(error: ValidationError) -> dict[str, str]:
@@ -123,6 +140,11 @@ def contradictions(settings: Settings) -> list[str]:
         problems.append(
             f"FT_LORA_TARGET_MODULES names {odd[0]}, which is no inner layer: name linear layers of the decoder, or use all-linear."
         )
+    problems += [
+        f"FT_DATASET_ROLES reads {name!r} as {role!r}: did you mean {near[0]}?"
+        for name, role in settings.dataset_roles.items()
+        if role not in _ROLES and (near := difflib.get_close_matches(role.lower(), _ROLES, n=1, cutoff=0.7))
+    ]
     problems += _unusual_adapters(settings)
     if settings.device_map.startswith("{") and not _is_json(settings.device_map):
         problems.append(f"FT_DEVICE_MAP={settings.device_map!r} is not a JSON object.")
@@ -162,6 +184,7 @@ def contradictions(settings: Settings) -> list[str]:
         for name, value in places
         if value is not None and (problem := _near_miss(name, value)) is not None
     ]
+    problems += _sources(settings)
     problems += _hub_places(settings)
     needed = {
         package
@@ -210,6 +233,23 @@ def _unusual_adapters(settings: Settings) -> list[str]:
     ]
 
 
+def _sources(settings: Settings) -> list[str]:
+    """Names of models and datasets that are neither Hub ids, paths nor places in S3."""
+    problems = []
+    for setting in SOURCES:
+        text = getattr(settings, setting) or ""
+        if re.search(r"""(^|[,\s"])(?!s3:)[A-Za-z]\w*://|^[A-Za-z]:\\""", text):
+            problem = "a URL or a path of Windows is no source"
+        elif re.search(r"""(^|[,\s"])s3://([/,*:"]|$)""", text):
+            problem = "no bucket is named"
+        else:
+            continue
+        problems.append(
+            f"{variable(setting)}={text!r}: {problem}. Write user/name for the Hub, s3://bucket/prefix, or a path."
+        )
+    return problems
+
+
 def _hub_places(settings: Settings) -> list[str]:
     """What is wrong with the Hub repositories that FT_PUBLISH_TO names."""
     problems = []
@@ -228,7 +268,11 @@ def _hub_places(settings: Settings) -> list[str]:
 
 
 def _near_miss(name: str, value: str) -> str | None:
-    """Why a text that would pass for a folder's name was surely meant as something else."""
+    """Why a text is no place for what is stored or published, or was surely meant as another one."""
+    if re.match(r"\w+://[^/@]*:[^/@]*@", value):
+        return "a URL must not hold keys. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
+    if re.fullmatch(r"s3:///*", value) or value.startswith("s3:///"):
+        return "names no bucket: write s3://bucket/prefix."
     misspelt = re.match(r"(s3|hf|gs|file|https?)(?::/?(?!/)|//)", value, re.IGNORECASE)
     if misspelt is not None and not value.startswith("hf:"):
         return f"write {misspelt[1]}://… with two slashes, or ./{value} for a folder of that name."

@@ -43,9 +43,14 @@ class Console(Protocol):
     def summary(self, records: list[StageRecord], closing: str, *, exit_code: int, reason: str) -> None: ...
 
 
+def is_text(log_format: str, stream: TextIO) -> bool:
+    """Whether a person reads this stream: on a terminal and in Slurm's log, unless the setting says otherwise."""
+    return log_format == "text" or (log_format != "json" and (stream.isatty() or "SLURM_JOB_ID" in os.environ))
+
+
 def open_console(log_format: str, log_level: str, run_id: str, stream: TextIO = sys.stdout) -> Console:
     """Open the console. `auto` is text where a person reads it, which is a terminal or Slurm's log, and JSON elsewhere."""
-    text = log_format == "text" or (log_format == "auto" and (stream.isatty() or "SLURM_JOB_ID" in os.environ))
+    text = is_text(log_format, stream)
     return TextConsole(log_level, stream) if text else JsonConsole(log_level, run_id, stream)
 
 

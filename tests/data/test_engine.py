@@ -166,6 +166,32 @@ def test_data_that_no_training_can_be_meant_by_is_refused(
         assert 'FT_DATASET_ROLES={"assitant": "assistant"}' in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("columns", "told", "advice"),
+    [
+        ({"system": "syst"}, "reads 'system' from the column 'syst'", "Did you mean 'sys'?"),
+        ({"answer": "nope"}, "reads 'answer' from the column 'nope'", "They have ask, reply, sys."),
+    ],
+)
+def test_a_column_that_the_rows_do_not_have_is_named(
+    prepared: Make, columns: dict[str, str], told: str, advice: str
+) -> None:
+    """Otherwise every system prompt is lost without a word, or the rows are blamed."""
+    rows = [{"ask": f"What is {number}?", "reply": f"It is {number}.", "sys": "Be brief."} for number in range(4)]
+    named = {"question": "ask", "answer": "reply", "system": "sys"}
+    assert report(prepared(rows, DATASET_COLUMNS=json.dumps(named)))["rows"] == 4
+    with pytest.raises(InputError, match=told) as caught:
+        prepared(rows, DATASET_COLUMNS=json.dumps(named | columns))
+    assert advice in caught.value.hint
+
+
+def test_a_column_that_only_some_rows_have_may_be_named(prepared: Make) -> None:
+    rows: list[Any] = [{"ask": f"What is {number}?", "reply": f"It is {number}."} for number in range(4)]
+    rows[2]["note"] = "!"
+    named = {"question": "ask", "answer": "reply", "system": "instruction_to_the_model"}
+    assert report(prepared(rows, DATASET_COLUMNS=json.dumps(named)))["rows"] == 4
+
+
 def test_one_broken_line_is_left_out_where_that_is_asked(prepared: Make) -> None:
     found = report(prepared([{"text": "one"}, {"text": "two"}, "{"], BAD_ROWS="drop"))
     assert (found["rows"], found["malformed_rows"]) == (2, 1)

@@ -474,6 +474,11 @@ def test_another_encoding_is_told_how_to_set_and_then_read(read: Read, tmp_path:
         read(tmp_path / "rows.csv")
     assert "FT_DATASET_ENCODING" in caught.value.hint
     assert read(tmp_path / "rows.csv", encoding="cp1252").texts() == ["<s>Café? Oui.</s>"]
+    lines = {"rows.csv": "prompt,completion\nHi,yes\n", "rows.txt": "one\n\ntwo\n", "rows.jsonl": '{"text": "one"}\n'}
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text, encoding="cp1252")
+        with pytest.raises(InputError, match=f"{name}: not UTF-16"):  # without its first mark
+            read(tmp_path / name, encoding="utf-16")
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
     assert read(tmp_path / "rows.jsonl").bad[0].place == "rows.jsonl, line 2"
 

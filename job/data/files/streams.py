@@ -123,15 +123,15 @@ class _encoded:
     def readline(self, limit: int) -> bytes:
         try:
             return self._text.readline(limit).encode("utf-8", "surrogatepass")
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:  # UTF-16 without its first mark is no UnicodeDecodeError
             raise wrong_encoding(self._name, self._encoding, error) from error
 
 
-def wrong_encoding(name: str, encoding: str, error: UnicodeDecodeError, line: int | None = None) -> InputError:
+def wrong_encoding(name: str, encoding: str, error: UnicodeError, line: int | None = None) -> InputError:
     """The file is not in the encoding that it was taken for."""
     place = name if line is None else f"{name}, near line {line:,}"
     return InputError(
-        f"{place}: not {encoding.upper()} ({error.reason}).",
+        f"{place}: not {encoding.upper()} ({getattr(error, 'reason', error)}).",
         "Save the file as UTF-8, or set FT_DATASET_ENCODING to its encoding, such as cp1252 or latin-1.",
     )
 
@@ -142,7 +142,7 @@ def as_text(stream: io.BufferedReader, name: str, encoding: str) -> Iterator[io.
     text = io.TextIOWrapper(cast(Any, stream), encoding=encoding, newline="")
     try:
         yield text
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise wrong_encoding(name, encoding, error) from error
     finally:
         text.detach()
