@@ -165,6 +165,38 @@ def test_a_mistyped_command_ends_with_78_and_the_nearest_one(word: str, hint: st
     assert word in result.error["message"] and hint in result.error["hint"]
 
 
+@pytest.mark.parametrize(
+    ("environment", "is_text"),
+    [({}, False), ({"SLURM_JOB_ID": "7"}, True), ({"FT_LOG_FORMAT": "TEXT"}, True), ({"FT_LOG_FORMAT": "json"}, False)],
+)
+def test_the_last_error_is_text_where_the_log_is(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], is_text: bool
+) -> None:
+    for name in ("SLURM_JOB_ID", "FT_LOG_FORMAT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "entrypoint.py"), "trian"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 78
+    assert ended.stderr.startswith("error: 'trian'" if is_text else "{"), ended.stderr
+
+
+def test_the_steps_are_not_told_when_settings_choose_among_the_rows(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from job.commands.plan import print_plan
+
+    print_plan(make_run())
+    assert "240 rows" in capsys.readouterr().out
+    for name, value in {"DATASET_SPLIT": "train[:24]", "DATASET_SAMPLE": "50", "DEDUPLICATE": "true"}.items():
+        print_plan(make_run(**{name: value}))
+        monkeypatch.delenv(f"FT_{name}")
+        told = capsys.readouterr().out
+        assert "240 rows" not in told and "known once the data is prepared" in told, name
+
+
 def test_help_says_what_each_command_does() -> None:
     text = command("--help").stdout
     for name in ("run", "plan", "status", "settings"):

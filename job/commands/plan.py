@@ -146,7 +146,8 @@ def _legend(settings: Settings, found: bool, known: bool) -> list[str]:
     lines.append(PREDICTED)
     if not known:
         lines.append(
-            "Shorter rows mean fewer tokens per batch, which is slower. Once the data is prepared, this table uses its lengths."
+            "Shorter rows mean fewer tokens per batch, which is slower. Once the data is prepared, "
+            "this table uses its lengths: FT_STAGES=prepare FT_DEVICE=cpu python entrypoint.py"
         )
     return lines
 
@@ -209,12 +210,14 @@ def _steps(run: Run) -> str:
 
 
 def _rows(run: Run) -> int | None:
-    """The number of training rows, once they are prepared or if they are lines of a local JSONL file; None if unknown."""
+    """The number of training rows, once they are prepared or if they are all lines of a local JSONL file; None if unknown."""
     if run.paths.data_report_file.is_file():
         report = read_json(run.paths.data_report_file)["train"]
         return int(report.get("packed_rows", report["rows"]))
-    path = Path(run.settings.dataset_name).expanduser()
-    if run.settings.packing or run.settings.eval_split or path.suffix != ".jsonl" or not path.is_file():
+    settings = run.settings
+    path = Path(settings.dataset_name).expanduser()
+    chosen = settings.dataset_split != "train" or settings.dataset_sample is not None or settings.deduplicate
+    if chosen or settings.packing or settings.eval_split or path.suffix != ".jsonl" or not path.is_file():
         return None
     with path.open("rb") as stream:
         return sum(1 for line in stream if line.strip())

@@ -317,7 +317,8 @@ def choose_format(wanted: str, reading: Reading, columns: Sequence[str], sample:
     raise InputError(
         f"The dataset's columns ({', '.join(columns)}) are none that this job knows, such as messages, question and answer, "
         "instruction and output, prompt and completion, or text.",
-        f"Set FT_DATASET_COLUMNS to say what they are, such as {_example(columns)}."
+        f"Set FT_DATASET_COLUMNS to say what they are, such as {_example(columns)}. If these are values, the file lacks its first "
+        "line with the columns' names."
         + _texts_only(columns, sample),
     )  # fmt: skip
 
@@ -342,7 +343,7 @@ def _tell_of_unused_text(found: Format, there: set[str], reading: Reading) -> No
 
 def _example(columns: Sequence[str]) -> str:
     names = [*columns, "…", "…"]
-    return json.dumps({"question": names[0], "answer": names[1]})
+    return json.dumps({"question": names[0], "answer": names[1]}, ensure_ascii=False)
 
 
 def _texts_only(columns: Sequence[str], sample: Sequence[Row]) -> str:

@@ -468,6 +468,17 @@ def test_a_quote_that_nobody_closes_is_named_and_swallows_nothing_silently(read:
     assert [(bad.place, bad.wrong) for bad in found.bad] == [("rows.csv, line 3", True)]
 
 
+def test_a_column_that_is_there_twice_is_refused_whatever_the_file(read: Read, tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["question", "answer", "answer"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "rows.csv").write_text("question,answer,answer\na,b,c\n", encoding="utf-8")
+    for name in ("rows.parquet", "rows.arrow", "rows.csv"):
+        with pytest.raises(InputError, match="the column 'answer' is there twice"):
+            read(tmp_path / name)
+
+
 def test_another_encoding_is_told_how_to_set_and_then_read(read: Read, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes("prompt,completion\nCafé?, Oui.\n".encode("cp1252"))
     with pytest.raises(InputError, match=r"rows\.csv: not UTF-8") as caught:

@@ -16,7 +16,7 @@ def read_parquet(path: Path, name: str, options: FileOptions) -> Iterator[Batch]
     """The rows of a Parquet file."""
     try:
         with pq.ParquetFile(path) as file:
-            columns = _needed(file.schema_arrow.names, options)
+            columns = _needed(name, file.schema_arrow.names, options)
             yield from _batches(name, file.iter_batches(ROWS, columns=columns))
     except pa.ArrowException as error:
         raise _unreadable(name, "Parquet", error) from error
@@ -30,16 +30,18 @@ def read_arrow(path: Path, name: str, options: FileOptions) -> Iterator[Batch]:
                 source.seek(0)
                 file = pa.ipc.open_file(source)
                 parts: Iterable[pa.RecordBatch] = (file.get_batch(index) for index in range(file.num_record_batches))
-                yield from _batches(name, _selected(parts, _needed(file.schema.names, options)))
+                yield from _batches(name, _selected(parts, _needed(name, file.schema.names, options)))
                 return
             source.seek(0)
             stream = pa.ipc.open_stream(source)
-            yield from _batches(name, _selected(stream, _needed(stream.schema.names, options)))
+            yield from _batches(name, _selected(stream, _needed(name, stream.schema.names, options)))
     except pa.ArrowException as error:
         raise _unreadable(name, "Arrow", error) from error
 
 
-def _needed(names: list[str], options: FileOptions) -> list[str]:
+def _needed(file: str, names: list[str], options: FileOptions) -> list[str]:
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"{file}: the column {min(doubled)!r} is there twice.", "Rename one of them.")
     return [name for name in names if options.columns is None or name.strip().lower() in options.columns]
 
 
