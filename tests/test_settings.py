@@ -101,6 +101,8 @@ def test_the_stage_names_in_the_settings_match_the_jobs() -> None:
         ("FT_STORE_URL", "s3:///runs", "names no bucket"),
         ("FT_STORE_URL", "s3://AKIA:secret@bucket/runs", "a URL must not hold keys"),
         ("FT_PUBLISH_TO", "s3://AKIA:secret@bucket/models", "a URL must not hold keys"),
+        ("FT_OUTPUT_DIR", str(ROOT / "README.md"), "must be a folder, and is a file"),
+        ("FT_STORE_URL", f"file://{ROOT / 'README.md'}", "must be a folder, and is a file"),
         ("FT_HF_TOKEN", "hf_x", "Did you mean HF_TOKEN?"),
         ("FT_MODEL", "me/model", "Did you mean FT_MODEL_NAME or FT_NEW_MODEL?"),
         ("FT_BATCH_SIZE", "8", "Did you mean FT_PER_DEVICE_TRAIN_BATCH_SIZE or"),

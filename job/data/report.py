@@ -169,8 +169,8 @@ class SplitReport:
         hint = "Look at the report of the data, and set FT_TRAIN_ON, FT_CHAT_TEMPLATE or FT_MAX_SEQ_LENGTH."
         if not self.documents or not self.learned:
             raise InputError(
-                f"No {self.name} row has any token left to learn: {self.nothing_left:,} of {self.rows:,} rows have their prompts "
-                f"alone fill {max_length} tokens, {self.too_long:,} were dropped for their length, {self.bad:,} cannot be used.",
+                f"No {self.name} row has any token left to learn: {self.nothing_left:,} of {self.rows:,} rows have prompts "
+                f"that alone fill {max_length} tokens, {self.too_long:,} were dropped for their length, {self.bad:,} cannot be used.",
                 "Raise FT_MAX_SEQ_LENGTH, or set FT_TOO_LONG=cut_left or split.",
             )
         if vocabulary is not None and self.most_id >= vocabulary:

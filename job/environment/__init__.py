@@ -184,6 +184,12 @@ def contradictions(settings: Settings) -> list[str]:
         for name, value in places
         if value is not None and (problem := _near_miss(name, value)) is not None
     ]
+    folders = {"output_dir": settings.output_dir, "store_url": Path((settings.store_url or "").removeprefix("file://"))}
+    problems += [
+        f"{variable(name)}={str(folder)!r}: must be a folder, and is a file."
+        for name, folder in folders.items()
+        if folder.expanduser().is_file()
+    ]
     problems += _sources(settings)
     problems += _hub_places(settings)
     needed = {
