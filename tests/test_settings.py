@@ -101,6 +101,7 @@ def test_the_stage_names_in_the_settings_match_the_jobs() -> None:
         ("FT_STORE_URL", "s3:///runs", "names no bucket"),
         ("FT_STORE_URL", "s3://AKIA:secret@bucket/runs", "a URL must not hold keys"),
         ("FT_PUBLISH_TO", "s3://AKIA:secret@bucket/models", "a URL must not hold keys"),
+        ("FT_DATASET_NAME", "s3://AKIA:secret@bucket/rows", "a URL must not hold keys"),
         ("FT_OUTPUT_DIR", str(ROOT / "README.md"), "must be a folder, and is a file"),
         ("FT_STORE_URL", f"file://{ROOT / 'README.md'}", "must be a folder, and is a file"),
         ("FT_HF_TOKEN", "hf_x", "Did you mean HF_TOKEN?"),
@@ -214,6 +215,15 @@ def test_a_secret_in_the_wrong_variable_is_not_repeated(monkeypatch: pytest.Monk
     message = refusal(monkeypatch, HF_TOKEN="hf_canary_0123", FT_LORA_R="hf_canary_0123")
     assert "hf_canary_0123" not in message
     assert "***" in message
+
+
+@pytest.mark.parametrize("variable", ["FT_STORE_URL", "FT_PUBLISH_TO", "FT_MODEL_NAME", "FT_DATASET_NAME"])
+def test_keys_in_a_url_are_refused_and_not_repeated_even_with_the_slashes_that_aws_gives_them(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    message = refusal(monkeypatch, **{variable: "s3://AKIACANARY:wJal/canary+K7/x@bucket/runs"})
+    assert "a URL must not hold keys" in message
+    assert "canary" not in message.lower()
 
 
 def test_masking_a_short_secret_does_not_leave_the_tail_of_a_longer_one() -> None:

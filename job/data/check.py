@@ -86,7 +86,9 @@ def recognised(
             f"The dataset's split {selection.split!r} is empty.",
             "Set FT_DATASET_SPLIT and FT_EVAL_SPLIT to splits that have rows.",
         )
-    if len(dataset_parts(settings)) == 1:  # of several datasets, each may have some of the columns
+    if (
+        len(dataset_parts(settings)) == 1 and settings.eval_dataset_name is None
+    ):  # of several, each may have some of the columns
         _refuse_absent_columns(settings.dataset_columns, raw)
     chosen = choose_format(settings.dataset_format, reading, list(names), sample)
     return chosen, chosen.uses(reading)

@@ -18,10 +18,11 @@ from job.environment import trainer_arguments
 from job.environment.local_files import SOURCES, missing_paths, unusable_files
 from job.environment.mixture import parts_of
 from job.errors import InputError, SettingsError
-from job.guard.secrets import masked, secret_values
+from job.guard.secrets import keys_in, masked, secret_values
 from job.settings import PREFIX, Settings, allowed_text, default_text, variable
 from job.storage import SCHEMES, scheme_of
 
+_KEYS_IN_URL = "a URL must not hold keys. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
 _ROLES = ("system", "user", "assistant", "tool", "developer")  # a template of one's own may know others
 
 
@@ -244,7 +245,9 @@ def _sources(settings: Settings) -> list[str]:
     problems = []
     for setting in SOURCES:
         text = getattr(settings, setting) or ""
-        if re.search(r"""(^|[,\s"])(?!s3:)[A-Za-z]\w*://|^[A-Za-z]:\\""", text):
+        if keys_in(text) is not None:
+            problem = _KEYS_IN_URL.rstrip(".")
+        elif re.search(r"""(^|[,\s"])(?!s3:)[A-Za-z]\w*://|^[A-Za-z]:\\""", text):
             problem = "a URL or a path of Windows is no source"
         elif re.search(r"""(^|[,\s"])s3://([/,*:"]|$)""", text):
             problem = "no bucket is named"
@@ -275,9 +278,9 @@ def _hub_places(settings: Settings) -> list[str]:
 
 def _near_miss(name: str, value: str) -> str | None:
     """Why a text is no place for what is stored or published, or was surely meant as another one."""
-    if re.match(r"\w+://[^/@]*:[^/@]*@", value):
-        return "a URL must not hold keys. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
-    if re.fullmatch(r"s3:///*", value) or value.startswith("s3:///"):
+    if keys_in(value) is not None:
+        return _KEYS_IN_URL
+    if re.match(r"s3://(/|$)", value):
         return "names no bucket: write s3://bucket/prefix."
     misspelt = re.match(r"(s3|hf|gs|file|https?)(?::/?(?!/)|//)", value, re.IGNORECASE)
     if misspelt is not None and not value.startswith("hf:"):

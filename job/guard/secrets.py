@@ -96,11 +96,19 @@ def _shapes(value: str) -> set[str]:
     return {shape for shape in shapes if shape}
 
 
+def keys_in(url: str) -> str | None:
+    """The `KEY:SECRET` before the `@` of a URL, if there is one. A secret key of AWS may have slashes, which RFC 3986 does not allow."""
+    found = re.search(r"\w://([^\s,@]+:[^\s,@]+)@", url)
+    return found[1] if found is not None else None
+
+
 def _credentials(url: str) -> set[str]:
     try:
         user, password = urlsplit(url).username, urlsplit(url).password
     except ValueError:
         return set()
+    if not user and (keys := keys_in(url)) is not None:
+        user, _, password = keys.partition(":")
     both = f"{user}:{password}" if password else user
     return _shapes(both) | (_shapes(password) if password and len(password) >= 4 else set()) if both else set()
 
