@@ -198,6 +198,8 @@ def test_every_component_fits_the_manifest_and_readme_names_it(tmp_path: Path, c
 @pytest.mark.parametrize("file", MANIFESTS)
 def test_one_monitor_scrapes_all_runs_of_a_namespace(file: str) -> None:
     """One per run would scrape each pod as often as there are runs, and every alert would fire as often."""
+    text = (ROOT / "k8s" / "monitoring" / "kustomization.yaml").read_text(encoding="utf-8")
+    assert "kind: Kustomization" in text, "a Component would be part of each run's overlay"
     objects = kustomized(ROOT / "k8s" / "monitoring")
     assert set(objects) == {"PodMonitor", "PrometheusRule", "ConfigMap"}
     template = kubernetes_objects(file)["Job"]["spec"]["template"]
