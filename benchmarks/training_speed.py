@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def variants() -> list[Variant]:
         Variant("unsloth, default recipe, all linear", 4, peer="unsloth", arguments=("--unpacked",), packed=False),
     ]
     for gib in (8, 16, 40):
-        found.append(Variant(f"job, {gib} GiB", 16, {**_OURS, "FT_GPU_MEMORY_GIB": str(gib)}))
+        found.append(Variant(f"job, {gib} GiB", 8, {**_OURS, "FT_GPU_MEMORY_GIB": str(gib)}))
         rows, recompute = {8: (4, True), 16: (16, True), 40: (4, False)}[gib]
         found.append(
             Variant(
@@ -109,7 +110,8 @@ def main() -> int:
     parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--peers-path", help="PYTHONPATH for the other trainers, if they need other package versions")
     options = parser.parse_args()
-    wanted = [v for v in variants() if not options.only or v.name in options.only.split(";")]
+    known = {variant.name: variant for variant in variants()}
+    wanted = [known[name] for name in options.only.split(";")] if options.only else list(known.values())
     longest = options.longest or options.length
     options.folder.mkdir(parents=True, exist_ok=True)
     options.folder = options.folder.absolute()
@@ -117,7 +119,9 @@ def main() -> int:
     options.dataset = (
         options.dataset or write_documents(options.folder / f"documents-{longest}.jsonl", longest)
     ).absolute()
-    prepared = {packed: _prepare(options, packed) for packed in {False, *(v.packed for v in wanted if not v.peer)}}
+    kinds = {False, *(variant.packed for variant in wanted if not variant.peer)}
+    with ThreadPoolExecutor() as pool:
+        prepared = dict(zip(kinds, pool.map(lambda packed: _prepare(options, packed), kinds), strict=True))
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in wanted}
     found = _side_by_side(wanted, options, prepared) if options.side_by_side else _one_by_one(wanted, options, prepared)
     for name, result in found:
@@ -323,6 +327,8 @@ def write_model(shape: str, folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     _byte_tokenizer(config.vocab_size).save_pretrained(folder)
     model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # this process goes on beside those that need the memory
     return folder
 
 

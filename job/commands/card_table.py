@@ -121,7 +121,7 @@ def _row(count: int, card: Card, shape: Shape, load: Load, settings: Settings, t
         return _Row(
             name, card, None, None, None, None, "plain layers only: not predicted" if by_plain_layers else reason
         )
-    free = min(card.memory_bytes, limit)
+    free = min(card.free_bytes, limit)
     plan = choose(list(plans(shape, load, card, settings)), free)
     if not fits(plan, free):
         return _Row(name, card, None, None, None, plan, "does not fit")

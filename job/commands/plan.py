@@ -95,7 +95,7 @@ def _computation(run: Run) -> list[str]:
 def _plans_for(card: Card, shape: Shape, load: Load, known: bool, settings: Settings) -> list[str]:
     """The plans for one card that are worth showing."""
     limit = math.inf if settings.gpu_memory_gib is None else settings.gpu_memory_gib * GIB
-    free = min(card.memory_bytes, limit)
+    free = min(card.free_bytes, limit)
     candidates = list(plans(shape, load, card, settings))
     chosen = choose(candidates, free)
     what = (
@@ -103,7 +103,7 @@ def _plans_for(card: Card, shape: Shape, load: Load, known: bool, settings: Sett
         if known
         else f"a batch of {load.mean_batch:,.0f} tokens, the most possible,"
     )
-    lines = [f"\n{card.name}, {free / GIB:.0f} GiB: how {what} would be computed"]
+    lines = [f"\n{card.name}, {min(card.memory_bytes, limit) / GIB:.0f} GiB: how {what} would be computed"]
     lines.append(f"  {'weights':<10}{'recomputed':>12}{'tokens at once':>16}{'memory':>11}{'tokens/s per GPU':>18}")
     for plan in _worth_showing(candidates, chosen, free):
         mark = "→" if plan == chosen and fits(plan, free) else " "

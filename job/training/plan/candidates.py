@@ -61,7 +61,7 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
                 tokens = min(settings.micro_batch_tokens, load.largest_batch)
             for recomputed in _recomputed(shape, settings):
                 plain = Plan(weights, recomputed, max(tokens, min(load.longest_row, load.largest_batch)), parts)
-                captured = replace(plain, captured_tokens=_captured_tokens(shape, plain, load, card))
+                captured = replace(plain, captured_tokens=worth_capturing(shape, plain, load, card))
                 for plan in (plain, captured) if captures(settings) else (plain,):
                     yield replace(
                         plan,
@@ -77,7 +77,7 @@ def captures(settings: Settings) -> bool:
     return settings.cuda_graphs and settings.bnb_4bit_compute_dtype != "float16"
 
 
-def _captured_tokens(shape: Shape, plan: Plan, load: Load, card: Card) -> int:
+def worth_capturing(shape: Shape, plan: Plan, load: Load, card: Card) -> int:
     """Up to which size passes are worth capturing: longer ones take the GPU so long that the host keeps up."""
     per_token, _, launched = _costs(shape, plan, load, card)
     most = min(_SLOW_HOST * launched / per_token, plan.micro_batch_tokens, _MOST_CAPTURED)
@@ -160,7 +160,8 @@ def _activation_bytes(shape: Shape, plan: Plan, card: Card) -> tuple[float, floa
     kept += repeated + behind + (query + (packed - query) / 2 if architecture.head_norms else 0)
     behind_gate = 2 * hidden + 2 * gate
     behind_attention = hidden + 3 * query + 2 * packed + repeated - 2 * gate - hidden
-    at_once = kept if plan.recomputed else 0.0
+    # The last layers are kept. When the first one that is recomputed needs its memory, theirs is free again.
+    at_once = kept if plan.recomputed == shape.layers else 0.0
     all_layers: float = shape.layers * (hidden + behind) + plan.recomputed * shape.groups[3][2]
     all_layers += (shape.layers - plan.recomputed) * kept
     per_token = all_layers + at_once + max(behind_gate, behind_attention)
@@ -175,7 +176,8 @@ def _activation_bytes(shape: Shape, plan: Plan, card: Card) -> tuple[float, floa
 # -- time -------------------------------------------------------------------------------------------------------------
 
 _NARROW = 0.45  # an adapter's products, relative to the rate of large products
-_ATTENTION = 0.42  # attention, relative to the same
+# Attention, relative to the same: in short rows, what long ones add, and the tokens of a row at which half is added
+_ATTENTION, _LONG, _HALF = 0.42, 0.18, 3000
 _TRAFFIC = 0.9  # achieved fraction of the bandwidth
 _FP8 = 1.52  # 8-bit products, relative to the 16-bit rate, including the rounding
 # Seconds that a slow CPU needs to launch one layer's kernels, forward and backward, and the fraction that recomputing
@@ -211,7 +213,8 @@ def _costs(shape: Shape, plan: Plan, load: Load, card: Card) -> tuple[float, flo
     large += 4 * decoder.vocabulary * hidden / rate
     narrow = shape.layers * (6 + 2 * again) * shape.layer_adapter / (rate * _NARROW)
     contexts = sum(_context(load.mean_context, window) for window in decoder.windows)
-    attention = 2 * decoder.query * contexts * (3.5 + again) / (rate * _ATTENTION)
+    efficiency = _ATTENTION + _LONG * load.mean_context / (load.mean_context + _HALF)
+    attention = 2 * decoder.query * contexts * (3.5 + again) / (rate * efficiency)
     passes = 26 * hidden + 6 * decoder.packed + 11 * decoder.intermediate
     passes += 9 * hidden if decoder.architecture.sandwich else 0
     passes += 5 * decoder.packed if decoder.architecture.head_norms else 0

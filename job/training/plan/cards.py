@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 GIB = 2**30
+_CONTEXT = 0.5 * GIB
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Card:
     fp8: bool = False
     own_attention: bool = False
     too_old: bool = False
+
+    @property
+    def free_bytes(self) -> float:
+        """What CUDA's context leaves to a process that has the card for itself."""
+        return self.memory_bytes - _CONTEXT
 
     @property
     def matmul_flops(self) -> float:

@@ -9,12 +9,15 @@ from job.training.plan.candidates import Plan, predicted_bytes
 from job.training.plan.cards import GIB, Card
 from job.training.plan.load import Shape
 
-_RESERVE = 0.75 * GIB  # CUDA's context, and blocks of the allocator that fit no tensor
+_RESERVE = 0.5 * GIB  # kernels that are loaded later, and blocks of the allocator that fit no tensor
 _FRAGMENTS = 1.03
 
 
 def choose(candidates: list[Plan], free_bytes: float) -> Plan:
-    """The fastest plan that fits into `free_bytes`, or the one that needs the least memory if none fits."""
+    """The fastest plan that fits into `free_bytes`, or the one that needs the least memory if none fits.
+
+    CUDA's context is not in them (`Card.free_bytes`).
+    """
     fitting = [plan for plan in candidates if fits(plan, free_bytes)]
     if not fitting:
         return min(candidates, key=lambda plan: (plan.memory_bytes, plan.seconds))
