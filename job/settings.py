@@ -27,12 +27,15 @@ def _split(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
-        return json.loads(value)
+        return _json(value)
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def _json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _fraction_or_split(value: str | None) -> str | None:
@@ -40,10 +43,24 @@ def _fraction_or_split(value: str | None) -> str | None:
         raise ValueError("0, or 1 and more, would leave no rows on one side")
     if value is not None and (percent := re.fullmatch(r"([\d.]+)\s*%", value)) is not None:
         raise ValueError(f"write {percent[0]} as a fraction")
-    return value if value is None else _whole_split(value)
+    if value is None or value.replace(".", "", 1).isdigit():
+        return value
+    whole_split(value)
+    if re.fullmatch(r"\w[\w.-]*(\[[^\]]*\])?(\+\w[\w.-]*(\[[^\]]*\])?)*", value) is None or _is_number(value):
+        raise ValueError("neither a fraction nor the name of a split")
+    return value
 
 
-def _whole_split(value: str) -> str:
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def whole_split(value: str) -> str:
+    """A split as it is written, or ValueError."""
     if value.count("[") != value.count("]"):
         raise ValueError("write a part of a split as train[:100], train[100:200] or train[:10%]")
     return value
@@ -74,7 +91,7 @@ def _prices(value: Any) -> Any:
         return value
     try:
         if value.lstrip().startswith("{"):
-            return json.loads(value)
+            return _json(value)
         if "=" not in value:
             return {"": float(value)}
         pairs = (part.split("=") for part in value.split(",") if part.strip())
@@ -106,10 +123,10 @@ Encoding = Annotated[
 ]
 Separator = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=1),
+    StringConstraints(min_length=1, max_length=1, pattern=r'^[^"\r\n]$'),
     _Words("a single character, such as ; or |"),
 ]
-Price = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Price = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Prices = Annotated[
     dict[str, Price],
     NoDecode,
@@ -126,7 +143,7 @@ RunId = Annotated[
 ]
 DatasetSplit = Annotated[
     NonEmpty,
-    AfterValidator(_whole_split),
+    AfterValidator(whole_split),
     _Words("the name of a split, such as train, or a part of it, such as train[:100]"),
 ]
 EvalSplit = Annotated[

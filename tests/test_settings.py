@@ -85,10 +85,19 @@ def test_the_stage_names_in_the_settings_match_the_jobs() -> None:
         ("FT_EVAL_SPLIT", "1.5", "must be a fraction between 0 and 1, such as 0.05, or the name of a split"),
         ("FT_EVAL_SPLIT", "5%", "write 5% as a fraction"),
         ("FT_EVAL_SPLIT", "test[:5", "write a part of a split as train[:100]"),
+        *[
+            ("FT_EVAL_SPLIT", value, "neither a fraction nor the name of a split")
+            for value in ("5e-2", "-0.1", "0,05", "nan", "'0.05'", ".")
+        ],
         ("FT_DATASET_SPLIT", "train[:24", "such as train[:100]"),
         ("FT_DATASET_ENCODING", "utf-9", "the name of an encoding, such as utf-8"),
         ("FT_DATASET_ENCODING", "hex", "no such encoding of text"),
         ("FT_DATASET_SEPARATOR", ";;", "must be a single character"),
+        ("FT_DATASET_SEPARATOR", '"', "must be a single character"),
+        ("FT_DATASET_COLUMNS", "[" * 100_000, "nested too deeply"),
+        ("FT_LORA_TARGET_MODULES", ",", "names no layers"),
+        ("FT_LORA_TARGET_MODULES", "all-linear,", "names no layers"),
+        ("FT_GPU_PRICE", "1e308", "must be a number above 0"),
         ("FT_DATASET_ROLES", '{"agent": "asistant"}', "did you mean assistant?"),
         ("FT_GPU_PRICE", "0", "must be a number above 0"),
         ("FT_RUN_ID", "my run/1", "letters, digits, dots, dashes and underscores"),

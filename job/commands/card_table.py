@@ -19,7 +19,8 @@ Cards = list[tuple[int, Card]]  # how many, of which
 
 _SEVERAL_FACTOR = 0.95  # the speed of each of several cards that train together, relative to one alone
 _UNKNOWN_TOKENS = 1e8  # for hours and prices before the data is prepared
-_COUNTED = re.compile(r"(\d+)\s*[x×]\s*(.+)", re.IGNORECASE)
+_MOST_CARDS = 100_000
+_COUNTED = re.compile(r"(\d{1,9})\s*[x×]\s*(.+)", re.IGNORECASE)
 
 
 def wanted_cards(settings: Settings, *, any_here: bool) -> Cards | None:
@@ -38,8 +39,11 @@ def wanted_cards(settings: Settings, *, any_here: bool) -> Cards | None:
     for part in filter(None, map(str.strip, settings.plan_gpu.split(","))):
         counted = _COUNTED.fullmatch(part)
         count, name = (int(counted[1]), counted[2]) if counted else (1, part)
-        if count < 1:
-            raise SettingsError(f"FT_PLAN_GPU={settings.plan_gpu!r} asks for no card.", "Write 8xH100, for example.")
+        if not 1 <= count <= _MOST_CARDS:
+            raise SettingsError(
+                f"FT_PLAN_GPU={settings.plan_gpu!r} asks for {f'{count:,} cards' if count else 'no card'}.",
+                f"Write 8xH100, for example. 1 to {_MOST_CARDS:,} are possible.",
+            )
         found.append((count, _known("FT_PLAN_GPU", name)))
     if not found:
         raise SettingsError(f"FT_PLAN_GPU={settings.plan_gpu!r} names no card.", f"Name some of {_names()}, or all.")

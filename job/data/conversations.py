@@ -7,6 +7,7 @@ template is held to them (rendering.py). Only what means nothing to a model, suc
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +114,20 @@ def as_json(value: Any) -> Any:
     return value
 
 
+def as_turns(value: Any) -> Any:
+    """The messages that a text of JSON holds. Anything else as it is: many a text is JSON without being messages."""
+    found = as_json(value)
+    if not isinstance(value, str) or not isinstance(found, list) or not found:
+        return value
+    are_turns = all(isinstance(item, Mapping) and any(key in item for key in _ROLE_KEYS) for item in found)
+    return found if are_turns else value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a number is none, as pandas writes a missing text."""
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _message(item: Any, number: int, reading: Reading) -> tuple[Message, bool]:
     if not isinstance(item, Mapping):
         raise Malformed(f"message {number} is not an object with a role and a content")
@@ -148,7 +163,8 @@ def _message(item: Any, number: int, reading: Reading) -> tuple[Message, bool]:
     reasoning = reasoning or thought
     if role == "call":
         role, message["role"], calls, content = "assistant", "assistant", _calls(as_json(content), number), None
-    if isinstance(content, str) and not content.strip() and role == "assistant" and not calls and learn:
+    is_text = isinstance(content, str | list)
+    if is_text and not plain(content).strip() and role == "assistant" and not calls and learn:
         raise Malformed(f"message {number}, the assistant's, is empty")
     if content is None and not calls:
         raise Malformed(f"message {number} ({role}) has no content")
@@ -183,6 +199,10 @@ def _content(value: Any, number: int, reading: Reading) -> tuple[Any, str | None
     """The text of a message, and the reasoning that stands among its parts. Lists of text parts stay lists."""
     if value is None or isinstance(value, str):
         return value, None
+    if isinstance(value, Malformed):
+        raise value
+    if is_missing(value):
+        return None, None
     if isinstance(value, bool | int | float):
         reading.tell("numbers as contents are read as text")
         return json.dumps(value), None
@@ -247,6 +267,8 @@ def _tools(row: Row) -> Sequence[Any] | None:
 def _place_system(messages: list[Message], learned: list[bool], text: str | None, reading: Reading) -> None:
     """Add the system prompt of the row or of FT_SYSTEM_PROMPT where there is none, then keep, fold or drop it."""
     has_one = messages[0]["role"] in ("system", "developer")
+    if text is not None and has_one and plain(messages[0]["content"]).strip() != text.strip():
+        reading.tell("the column of system prompts is not used where the messages begin with another one")
     if text is None and not has_one:
         text = reading.system_prompt
     if text is not None and not has_one:

@@ -131,6 +131,8 @@ class RowEncoder:
             raise
         except BaseException as error:
             reason = str(error) if isinstance(error, TooMuch) else in_a_line(error)
+            if not _is_text(example):
+                reason = "it has half of a surrogate pair, which is no character"
             return Malformed(reason or "it cannot be rendered")
 
     def _of_length(self, documents: Sequence[Encoding]) -> Encoded:
@@ -255,6 +257,15 @@ def _bad(batch: Batch, number: int, row: Row | Malformed, reason: Malformed) -> 
         raw = batch.content[list(batch.numbers).index(number)]
         text = raw[: 4 * _PREVIEW].decode("utf-8", "replace") if isinstance(raw, bytes) else ""
     return Bad(batch.place(number), str(reason), text[:_PREVIEW], isinstance(reason, Damaged | LeftOut))
+
+
+def _is_text(example: Example) -> bool:
+    turns = example.messages or [{"prompt": example.text, "completion": example.completion}]
+    try:
+        json.dumps(turns, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _characters(example: Example) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.data.conversations import ROLES, Example, Reading, as_json, conversation
-from job.data.files.batch import Malformed, Row
+from job.data.conversations import ROLES, Example, Reading, as_json, as_turns, conversation, is_missing
+from job.data.files.batch import LeftOut, Malformed, Row
 from job.errors import InputError
 
 _TURN = re.compile(r"### (Human|Assistant):")
@@ -81,7 +81,7 @@ def _read_messages(row: Row, reading: Reading) -> Example:
 
 
 def _read_prompt_completion(row: Row, reading: Reading) -> Example:
-    prompt, completion = as_json(column(row, "prompt")), as_json(column(row, "completion"))
+    prompt, completion = as_turns(column(row, "prompt")), as_turns(column(row, "completion"))
     if isinstance(completion, list) and completion:
         before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         return conversation(
@@ -96,6 +96,13 @@ def _read_prompt_completion(row: Row, reading: Reading) -> Example:
         return conversation(
             row, turns, reading, system=_system(row), learned_from=len(prompt) if reading.completion_only else 0
         )
+    for name in _EVERYWHERE:
+        value = as_json(column(row, name))
+        if isinstance(value, str | list) and (value.strip() if isinstance(value, str) else value):
+            raise LeftOut(
+                f"the column {name} has no place beside prompt and completion, which are text. To train on a conversation, "
+                'set FT_DATASET_COLUMNS={"question": "prompt", "answer": "completion"}'
+            )
     text = _text(row, "prompt", reading, may_be_empty=True)
     return Example(text=text, completion=_text(row, "completion", reading))
 
@@ -104,7 +111,7 @@ def _pair(prompt: str, answer: str, *context: str) -> Callable[[Row, Reading], E
     """A reader of rows with a question, an answer and maybe more that belongs to the question."""
 
     def read(row: Row, reading: Reading) -> Example:
-        asked = as_json(column(row, prompt))
+        asked = as_turns(column(row, prompt))
         if isinstance(asked, list) and asked and isinstance(asked[0], Mapping):
             turns = [*asked, {"role": "assistant", "content": _text(row, answer, reading)}]
             return conversation(row, turns, reading, system=_system(row), learned_from=len(asked))
@@ -200,7 +207,7 @@ def _read_llama_2(row: Row, reading: Reading) -> Example:
 
 def _read_chosen(row: Row, reading: Reading) -> Example:
     """The better answer of a preference pair, as if it were the only one."""
-    chosen, prompt = as_json(column(row, "chosen")), as_json(column(row, "prompt"))
+    chosen, prompt = as_turns(column(row, "chosen")), as_turns(column(row, "prompt"))
     if isinstance(chosen, str):
         if prompt is None:
             pieces = re.split(r"\n\n(Human|Assistant): ", chosen)
@@ -282,11 +289,13 @@ FORMATS = (
     Format("messages", _read_messages, either=_CONVERSATION_COLUMNS, looks_right=_looks_like_turns),
     Format("prompt_completion", _read_prompt_completion, ("prompt", "completion"), chat=False),
     Format("alpaca", _pair("instruction", "output", "input"), ("instruction", "input", "output"), also=("history",)),
-    Format("dolly", _pair("instruction", "response", "context"), ("instruction", "context", "response")),
+    Format(
+        "dolly", _pair("instruction", "response", "context"), ("instruction", "context", "response"), also=("history",)
+    ),
     Format(
         "question_answer",
         _read_pairs,
-        also=tuple(sorted({name for pair in _PAIRS for name in pair})),
+        also=tuple(sorted({"history", *(name for pair in _PAIRS for name in pair)})),
         looks_right=lambda rows, _: any(_pair_of(row) is not None for row in rows),
     ),
     Format("human_assistant", _read_human_assistant, ("text",), looks_right=_looks_human),
@@ -367,6 +376,10 @@ def _system(row: Row) -> Any:
 
 def _text(row: Row, name: str, reading: Reading, *, may_be_empty: bool = False, may_be_number: bool = True) -> str:
     value = column(row, name.lower()) if name not in row else row[name]
+    if isinstance(value, Malformed):
+        raise value
+    if is_missing(value):
+        value = None
     if may_be_number and isinstance(value, bool | int | float):
         reading.tell(f"numbers in column {name} are read as text")
         value = json.dumps(value)

@@ -135,6 +135,10 @@ def contradictions(settings: Settings) -> list[str]:
             "FT_S3_SSE_KMS_KEY_ID names a key that only KMS encrypts with: set FT_S3_SERVER_SIDE_ENCRYPTION=aws:kms, or unset it."
         )
     targets = settings.lora_target_modules
+    if not isinstance(targets, str) and (not targets or {"auto", "all-linear"} & set(targets)):
+        problems.append(
+            f"FT_LORA_TARGET_MODULES={','.join(targets)!r} names no layers: use auto, all-linear, or names such as q_proj,v_proj."
+        )
     if not isinstance(targets, str) and (
         odd := [name for name in targets if re.search(r"(^|\.)(lm_head|embed_tokens|wte)$", name)]
     ):

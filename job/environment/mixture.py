@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from job.settings import Settings
+from job.settings import Settings, whole_split
 
 _PART = re.compile(
     r"(?P<name>[^:*]+)(:(?P<config>[^:*\[\]]*))?(:(?P<split>[^:*\[\]]+(\[[^\]]*\])?(\+[^:*\[\]]+(\[[^\]]*\])?)*))?(\*(?P<weight>[0-9.]+))?$"
@@ -33,13 +33,22 @@ def parts_of(text: str, *, config: str | None = None, split: str = "train") -> l
     """
     whole = Part(text, config, split)
     if text.startswith("["):
-        items: Any = json.loads(text)
+        items: Any = _json_list(text)
         if not isinstance(items, list) or not items:
             raise ValueError("an empty list of datasets")
         return [_part(item, whole) for item in items]
     if _is_one(text):
         return [whole]
-    return [_part(item.strip(), whole) for item in _split(text)]
+    if not (items := _split(text)):
+        raise ValueError("it names no dataset")
+    return [_part(item.strip(), whole) for item in items]
+
+
+def _json_list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _is_one(text: str) -> bool:
@@ -60,13 +69,17 @@ def _part(item: Any, whole: Part) -> Part:
         if not isinstance(item.get("name"), str) or (unknown := item.keys() - set(_KEYS)):
             wrong = min(unknown) if isinstance(item.get("name"), str) else "name"
             raise ValueError(f"a dataset is an object with name, config, split and weight; {wrong!r} is wrong")
+        for key in ("name", "config", "split"):
+            value = item.get(key)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise ValueError(f"the {key} of a dataset is a text; {value!r} is none")
         return Part(
             item["name"],
-            item.get("config", whole.config),
-            item.get("split", whole.split),
+            item.get("config") or whole.config,
+            whole_split(item.get("split") or whole.split),
             _weight(item.get("weight", 1)),
         )
-    if not isinstance(item, str):
+    if not isinstance(item, str) or not item.strip():
         raise ValueError("a dataset is a text or an object")
     if _is_one(item):
         return Part(item, whole.config, whole.split)

@@ -202,6 +202,11 @@ class _Preparation:
         held_out = None
         if fraction is not None and used is not None:
             held_out = _held_out(used, fraction, settings.seed)
+            if not (used & ~held_out).any():
+                raise InputError(
+                    f"FT_EVAL_SPLIT={settings.eval_split} of {int(used.sum()):,} rows leaves none to train on.",
+                    "Lower or unset it, or add rows.",
+                )
             _assign(train, counts, used & ~held_out)
         elif used is not None and settings.dataset_sample:
             _assign(train, counts, used)

@@ -20,6 +20,7 @@ from tests.conftest import Job
         ("a/b::test", [("a/b", None, "test", 1)]),
         ("a/b:x:train[:5]+test[5:],c/d", [("a/b", "x", "train[:5]+test[5:]", 1), ("c/d", None, "train", 1)]),
         ("s3://bucket/a,s3://bucket/b*3", [("s3://bucket/a", None, "train", 1), ("s3://bucket/b", None, "train", 3)]),
+        ('[{"name": "a/b", "split": null, "config": null}]', [("a/b", None, "train", 1)]),
         ('[{"name": "a/b", "split": "x", "weight": 2}, "c/d"]', [("a/b", None, "x", 2), ("c/d", None, "train", 1)]),
     ],
 )  # fmt: skip
@@ -28,10 +29,17 @@ def test_a_mixture_is_written_as_a_list(text: str, parts: list[tuple[str, str | 
 
 
 @pytest.mark.parametrize(
-    "text", ["a/b*0", "a/b*x", "[]", '[{"split": "train"}]', '[{"name": "a/b", "wieght": 1}]', "[3]", "a/b:c:d:e"]
-)
+    "text",
+    [
+        "a/b*0", "a/b*x", "[]", '[{"split": "train"}]', '[{"name": "a/b", "wieght": 1}]', "[3]", "a/b:c:d:e", ",", '[""]',
+        '[{"name": ""}]', '[{"name": "a/b", "split": 5}]', '[{"name": "a/b", "config": []}]', '[{"name": "a/b", "split": "train[:5"}]',
+    ],
+)  # fmt: skip
 def test_a_mixture_that_cannot_be_meant_is_refused(job: Job, text: str) -> None:
-    with pytest.raises(ValueError, match=r"weight|empty list|wrong|text or an object|not of the form"):
+    with pytest.raises(
+        ValueError,
+        match=r"weight|empty list|wrong|text or an object|not of the form|names no|is a text|part of a split",
+    ):
         parts_of(text)
     result = job.run("plan", FT_DATASET_NAME=text)
     assert result.code == 78

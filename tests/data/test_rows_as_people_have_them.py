@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from job.data.conversations import Reading
+from job.data.formats import FORMATS
 from job.errors import InputError
 from tests.data.chat_templates import of_trl
 from tests.data.conftest import Found, by_hand
@@ -404,6 +407,8 @@ FILES: dict[str, bytes] = {
     "list.json": json.dumps(_TWO, indent=1).encode(),
     "list.jsonl": json.dumps(_TWO).encode(),
     "list-with-mark.json": b"\xef\xbb\xbf" + json.dumps(_TWO).encode(),
+    "two-lists-in-one.json": (json.dumps(_TWO[:1], indent=1) + "\n" + json.dumps(_TWO[1:], indent=1)).encode(),
+    "two-lists-in-lines.json": (json.dumps(_TWO[:1]) + "\n" + json.dumps(_TWO[1:]) + "\n").encode(),
     "nested.json": json.dumps({"data": _TWO}).encode(),
     "nested-with-version.json": json.dumps({"version": "1.0", "rows": _TWO}, indent=2).encode(),
     "pretty.jsonl": "\n".join(json.dumps(row, indent=2) for row in _TWO).encode(),
@@ -418,6 +423,126 @@ FILES: dict[str, bytes] = {
 def test_json_is_read_however_it_is_written_and_packed(read: Read, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FILES[name])
     same(read(tmp_path / name), LIT, LIT)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_long_line_that_holds_all_rows_is_read_whatever_its_length(
+    read: Read, tmp_path: Path, packed: bool
+) -> None:
+    for count in (60, 3000):  # of more and of fewer bytes than are looked at
+        rows = [{"question": "q" * 400, "answer": f"a{number}"} for number in range(count)]
+        content = json.dumps({"data": rows}).encode()
+        file = tmp_path / f"{count}.json{'.gz' if packed else ''}"
+        file.write_bytes(gzip.compress(content) if packed else content)
+        assert len(read(file).documents) == count
+    long = {**CHAT, "note": "q" * (2 << 20)}
+    assert len(read(lines(tmp_path, long, CHAT)).documents) == 2  # a row with a list of turns is a row
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    ids=["text", "list", "document"],
+    argvalues=[
+        (json.dumps([CHAT], indent=1) + " and more", "row 2: not JSON: something follows after the end of the list"),
+        (
+            json.dumps([CHAT, {"n": 1}], indent=1).replace("1\n }", "9" * 5000 + "\n }"),
+            "row 2: not JSON: Exceeds the limit",
+        ),
+        (json.dumps({"data": [{"n": 7}]}, indent=1).replace("7", "9" * 5000), "row 1: not JSON: Exceeds the limit"),
+    ],
+)
+def test_what_follows_a_list_and_numbers_of_thousands_of_digits_are_named(
+    read: Read, tmp_path: Path, content: str, why: str
+) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(InputError) as refusal:
+        read(tmp_path / "rows.json")
+    assert f"rows.json, {why}" in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("row", "marked"),
+    [
+        ({"prompt": '["b", "a"]', "completion": '["a", "b"]'}, '<s>["b", "a"]⟦["a", "b"]</s>⟧'),
+        ({"prompt": "List: ", "completion": '[{"a": 1}]'}, '<s>List: ⟦[{"a": 1}]</s>⟧'),
+        ({"question": '[{"id": 1}]', "answer": "one"}, qa('[{"id": 1}]', "one")),
+        ({"prompt": json.dumps([ASKED]), "completion": json.dumps([ANSWERED])}, LIT),
+    ],
+)
+def test_a_text_of_json_is_a_conversation_only_if_it_holds_messages(
+    read: Read, tmp_path: Path, row: Any, marked: str
+) -> None:
+    same(read(lines(tmp_path, row)), marked)
+
+
+def test_a_missing_value_as_pandas_writes_it_is_not_learned_as_text(read: Read, tmp_path: Path) -> None:
+    rows = [{"instruction": "What is 2+2?", "input": math.nan, "output": "4"}]
+    same(read(lines(tmp_path, *rows)), qa("What is 2+2?", "4"))
+    pq.write_table(pa.table({"question": ["a", "b"], "answer": [math.nan, 4.0]}), tmp_path / "rows.parquet")
+    found = read(tmp_path / "rows.parquet")
+    assert found.learned() == [" 4.0 </s>"]
+    assert [bad.reason for bad in found.bad] == ["column answer is empty"]
+    found = read(lines(tmp_path, {"messages": [ASKED, {"role": "assistant", "content": math.nan}]}))
+    assert [bad.reason for bad in found.bad] == ["message 2 (assistant) has no content"]
+
+
+def test_a_column_of_system_prompts_is_never_left_out_without_a_word(read: Read, tmp_path: Path) -> None:
+    row = {"system": "Speak French.", "prompt": "q", "completion": "a"}
+    found = read(lines(tmp_path, row, {**row, "system": " "}))
+    assert found.documents == [by_hand(found.tokenizer, "<s>q⟦a</s>⟧")]
+    assert [bad.wrong for bad in found.bad] == [True]
+    assert found.bad[0].reason.startswith("the column system has no place beside prompt and completion")
+    same(
+        read(lines(tmp_path, row), columns={"question": "prompt", "answer": "completion"}, wanted="question_answer"),
+        "<s>[INST] <<SYS>>\nSpeak French.\n<</SYS>>\n\nq [/INST]⟦ a </s>⟧",
+    )
+    turns = [{"role": "system", "content": "Speak Dutch."}, ASKED, ANSWERED]
+    found = read(lines(tmp_path, {"system": "Speak French.", "messages": turns}))
+    assert "the column of system prompts is not used where the messages begin with another one" in found.told
+    assert read(lines(tmp_path, {"system": "Speak Dutch.", "messages": turns})).told == []
+
+
+@pytest.mark.parametrize("form", [("question", "answer"), ("instruction", "response")])
+def test_earlier_exchanges_are_read_from_every_kind_of_file(read: Read, tmp_path: Path, form: tuple[str, str]) -> None:
+    row = {form[0]: "q2", form[1]: "a2", "context": "", "history": [["q1", "a1"]]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    marked = f"<s>[INST] q1 [/INST]⟦ a1 </s>⟧{qa('q2', 'a2')}"
+    for file in (tmp_path / "rows.parquet", lines(tmp_path, row)):
+        found = read(file)
+        assert "history" in next(one for one in FORMATS if one.name == found.format).uses(Reading())
+        same(found, marked)
+
+
+def test_arrow_values_that_python_cannot_hold_are_bad_where_they_are_needed(read: Read, tmp_path: Path) -> None:
+    text = pa.array([b"good", b"na\xefve"]).view(pa.string())
+    far = pa.array([10**18, 0], pa.timestamp("us"))
+    nowhere = pa.array([0, 0], pa.timestamp("us", tz="Mars/Base"))
+    table = pa.table({"question": ["a", "b"], "answer": text, "when": far, "where": nowhere})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    found = read(tmp_path / "rows.parquet")
+    assert found.learned() == [" good </s>"]
+    assert [bad.reason.partition(":")[0] for bad in found.bad] == ["a value cannot be read"]
+
+
+def test_a_damaged_page_of_parquet_is_named(read: Read, tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.table({"text": [f"It is lit. {number}" * 40 for number in range(500)]}), file, compression="snappy"
+    )
+    content = bytearray(file.read_bytes())
+    content[200:400] = bytes(255 - byte for byte in content[200:400])
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        read(file)
+
+
+def test_an_empty_answer_of_parts_is_empty_and_half_a_character_is_named(read: Read, tmp_path: Path) -> None:
+    parts = [{"role": "assistant", "content": content} for content in ([], [{"type": "text", "text": ""}])]
+    found = read(lines(tmp_path, *({"messages": [ASKED, part]} for part in parts), CHAT))
+    assert len(found.documents) == 1
+    assert len(found.bad) == 2
+    found = read(lines(tmp_path, {"question": "q", "answer": "\ud83d b"}))
+    assert [bad.reason for bad in found.bad] == ["it has half of a surrogate pair, which is no character"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def read_parquet(path: Path, name: str, options: FileOptions) -> Iterator[Batch]
         with pq.ParquetFile(path) as file:
             columns = _needed(name, file.schema_arrow.names, options)
             yield from _batches(name, file.iter_batches(ROWS, columns=columns))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable(name, "Parquet", error) from error
 
 
@@ -35,7 +35,7 @@ def read_arrow(path: Path, name: str, options: FileOptions) -> Iterator[Batch]:
             source.seek(0)
             stream = pa.ipc.open_stream(source)
             yield from _batches(name, _selected(stream, _needed(name, stream.schema.names, options)))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable(name, "Arrow", error) from error
 
 
@@ -58,5 +58,7 @@ def _batches(name: str, parts: Iterable[pa.RecordBatch]) -> Iterator[Batch]:
             first += part.num_rows
 
 
-def _unreadable(name: str, kind: str, error: BaseException) -> InputError:
+def _unreadable(name: str, kind: str, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:  # a fault of the disk. Without one it is of the content
+        return error
     return InputError(f"{name} cannot be read as {kind}: {error}", "Repair the file, or download it again.")

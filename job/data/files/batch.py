@@ -61,7 +61,7 @@ class Batch:
     def rows(self) -> Iterator[tuple[int, Row | Malformed]]:
         """Each row, parsed, with its number."""
         if isinstance(self.content, pa.RecordBatch):
-            yield from zip(self.numbers, map(without_nulls, self.content.to_pylist()), strict=True)
+            yield from zip(self.numbers, map(without_nulls, _as_rows(self.content)), strict=True)
             return
         for number, value in zip(self.numbers, self.content, strict=True):
             yield number, parsed(value) if isinstance(value, bytes) else value
@@ -80,6 +80,25 @@ class Batch:
         else:
             part = [content[index] for index in indices]
         return Batch(self.file, [self.numbers[index] for index in indices], part, self.unit)
+
+
+_NO_VALUE = (ValueError, OverflowError, pa.ArrowException)  # no UTF-8, a year after 9999, an unknown time zone
+
+
+def _as_rows(part: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of Arrow's columns. A value that Python cannot hold is the reason why, until somebody needs it."""
+    try:
+        return list(part.to_pylist())
+    except _NO_VALUE:
+        columns = [[_value(scalar) for scalar in column] for column in part.columns]
+        return [dict(zip(part.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except _NO_VALUE as error:
+        return Damaged(f"a value cannot be read: {error}")
 
 
 def parsed(line: bytes) -> Row | Malformed:

@@ -45,10 +45,10 @@ def _layout(stream: io.BufferedReader, encoding: str) -> str:
         value = json.loads(first)
     except (ValueError, RecursionError):
         return "list" if text.startswith("[") else "document" if _goes_on(text) else "lines"
+    if isinstance(value, list) and (not rest.strip() or rest.lstrip().startswith("[")):
+        return "list"
     if rest.strip():
         return "lines"
-    if isinstance(value, list):
-        return "list"
     return "document" if isinstance(value, dict) and _holder(value) else "lines"
 
 
@@ -60,31 +60,51 @@ def _goes_on(text: str) -> bool:
         json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
         first_line = text.find("\n")
+        if first_line < 0:
+            return _begins_with_rows(text)
         return (
-            first_line >= 0
-            and error.pos > first_line
+            error.pos > first_line
             and re.match(r'\{\s*"(?:[^"\\\n]|\\.)*"\s*:', text) is not None
             and (len(text) >= _PART // 8 or text[:first_line].rstrip().endswith(("{", "[", ",", ":")))
         )
+    except ValueError:  # a number of thousands of digits
+        return text.partition("\n")[0].rstrip().endswith(("{", "[", ",", ":"))
     except RecursionError:
         return False
     return True
 
 
+def _begins_with_rows(text: str) -> bool:
+    """Whether a long line begins with an object whose first value is a list of rows, not one of turns."""
+    begins = re.match(r'\{\s*("(?:[^"\\\n]|\\.)*")\s*:\s*\[\s*', text)
+    if begins is None:
+        return False
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text, begins.end())
+        return bool(_holder({json.loads(begins[1]): [first]}))
+    except (ValueError, RecursionError):
+        return False
+
+
 def _list(text: io.TextIOWrapper, name: str) -> Iterator[tuple[int, Row | Malformed]]:
-    """The elements of a JSON list, read in pieces."""
-    decoder, buffer, position, number, part = json.JSONDecoder(), "", 0, 0, _PART
+    """The elements of a JSON list, or of several one after another, as two files in one, read in pieces."""
+    decoder, buffer, position, number, part, within = json.JSONDecoder(), "", 0, 0, _PART, True
     buffer = text.read(part).lstrip("\ufeff").lstrip()[1:]
     while True:
         position = _after_space(buffer, position)
         if position >= len(buffer):
             more = text.read(part)
+            if not more and not within:
+                return
             if not more:
                 raise _broken(name, number + 1, "the list does not end")
             buffer, position = more, 0
             continue
-        if buffer[position] == "]":
-            return
+        if buffer[position] == ("]" if within else "["):
+            position, within = position + 1, not within
+            continue
+        if not within:
+            raise _broken(name, number + 1, "something follows after the end of the list")
         try:
             value, position = decoder.raw_decode(buffer, position)
         except RecursionError:
@@ -95,6 +115,8 @@ def _list(text: io.TextIOWrapper, name: str) -> Iterator[tuple[int, Row | Malfor
                 raise _broken(name, number + 1, str(error)) from error
             buffer, position, part = buffer[position:] + more, 0, min(2 * part, 64 << 20)
             continue
+        except ValueError as error:  # a number of thousands of digits
+            raise _broken(name, number + 1, str(error)) from error
         number += 1
         yield number, value if isinstance(value, dict) else Damaged("it is not a JSON object")
 
@@ -126,6 +148,8 @@ def _document(text: io.TextIOWrapper, name: str, options: FileOptions) -> Iterat
                 f"{name}, line {error.lineno:,}: not JSON: {error.msg}.",
                 "Repair the file. JSON lines have one whole object per line.",
             ) from error
+        except ValueError as error:
+            raise _broken(name, len(values) + 1, str(error)) from error
         position = _after_space(whole, position)
         values.append(value)
     if len(values) == 1 and isinstance(values[0], dict) and (keys := _holder(values[0])):

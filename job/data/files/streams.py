@@ -47,9 +47,11 @@ class _Readable(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        filled = 0  # as far as there is more: whoever peeks looks at as much as of a plain file
+        while filled < len(buffer) and (data := self._stream.read(len(buffer) - filled)):
+            buffer[filled : filled + len(data)] = data
+            filled += len(data)
+        return filled
 
     def close(self) -> None:
         self._stream.close()
@@ -62,8 +64,8 @@ def opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
     ending = path.suffix.lower()
     try:
         if ending not in _UNPACKERS:
-            with path.open("rb") as plain:
-                yield plain
+            with path.open("rb", buffering=1 << 20) as plain:
+                yield cast(io.BufferedReader, plain)
             return
         raw = _UNPACKERS[ending](path)
         with io.BufferedReader(_Readable(raw), buffer_size=1 << 20) as stream:

@@ -444,7 +444,7 @@ def test_several_cards_can_be_compared_and_prices_may_be_one_for_all(job: Job) -
     rates = [float(row.split()[-3].replace(",", "")) for row in (one, eight)]
     assert rates[1] == pytest.approx(8 * 0.95 * rates[0], rel=0.02)
     for wrong, told in (
-        ({"FT_PLAN_GPU": "H100,A1000"}, "FT_PLAN_GPU='A1000'"), ({"FT_PLAN_GPU": "0xH100"}, "asks for no card"),
+        ({"FT_PLAN_GPU": "H100,A1000"}, "FT_PLAN_GPU='A1000'"), ({"FT_PLAN_GPU": "0xH100"}, "asks for no card"), ({"FT_PLAN_GPU": "999999xH100"}, "asks for 999,999 cards"),
         ({"FT_PLAN_GPU": "H100", "FT_GPU_PRICE": "A1000=2"}, "FT_GPU_PRICE='A1000'"),
         ({"FT_PLAN_GPU": "H100", "FT_GPU_PRICE": "cheap"}, "FT_GPU_PRICE"), ({"FT_GPU_PRICE": "H100=-1"}, "FT_GPU_PRICE"),
     ):  # fmt: skip
