@@ -10,10 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from job.errors import InputError
 from tests.conftest import ROOT, Job, published
 
 pytestmark = pytest.mark.xdist_group("uninterrupted")
@@ -41,6 +44,35 @@ def test_one_prompt_from_standard_input_is_answered_as_the_sample_stage_did(unin
     assert merged.stdout.strip()
     assert "Loading" in merged.stderr
     assert talk(uninterrupted, "\n").stdout == ""  # nothing was asked
+    latin = subprocess.run(
+        [sys.executable, str(ROOT / "entrypoint.py"), "chat"], input=b"Caf\xe9?", capture_output=True,
+        env={**os.environ, **uninterrupted.environment}, timeout=120,
+    )  # fmt: skip
+    assert latin.returncode == 0, latin.stderr
+    long = talk(uninterrupted, "lamp " * 9000)
+    assert long.returncode == 65
+    assert "tokens, and the model reads" in long.stderr
+
+
+def test_a_conversation_that_no_longer_fits_forgets_its_beginning(
+    make_run: Callable[..., Any], tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from job.commands.chat import _loaded
+
+    run = make_run(
+        MODEL_NAME=str(tiny_model), CHAT_TEMPLATE="chatml", SYSTEM_PROMPT="Keep the light.", SAMPLE_MAX_NEW_TOKENS="4"
+    )
+    answer = _loaded(run, "base", tiny_model)
+    most = json.loads((tiny_model / "config.json").read_text())["max_position_embeddings"]
+    messages: list[dict[str, str]] = []
+    for turn in range(12):
+        messages.append({"role": "user", "content": f"{turn} " + "q" * (most // 8)})
+        messages.append({"role": "assistant", "content": "".join(answer(messages))})
+    assert len(messages) < 24
+    assert messages[-2]["content"].startswith("11 ")
+    assert "no longer fits" in capfd.readouterr().err
+    with pytest.raises(InputError, match="tokens, and the model reads"):
+        answer([{"role": "user", "content": "q" * most * 4}])
 
 
 def test_a_run_without_a_model_here_and_flags_elsewhere_are_refused(uninterrupted: Job) -> None:

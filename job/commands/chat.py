@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from job.environment.local_files import local_path
-from job.errors import SettingsError
+from job.errors import InputError, SettingsError
 from job.guard.escape import for_terminal
 from job.run import Run, read_json
 
@@ -23,6 +24,8 @@ def chat(run: Run, which: str) -> None:
     """
     folder = _folder(run, which)
     told = sys.stderr if not sys.stdin.isatty() else sys.stdout
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     print(f"Loading {folder} …", file=told, flush=True)
     try:
         answer = _loaded(run, which, folder)
@@ -55,6 +58,10 @@ def _converse(answer: Any) -> None:
             _say(answer(messages), said)
         except KeyboardInterrupt:  # of the answer; the conversation goes on
             print(" …")
+        except InputError as error:
+            print(f"{error.message} {error.hint}")
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": "".join(said)})
 
 
@@ -87,13 +94,18 @@ def _folder(run: Run, which: str) -> Path:
 
 def _loaded(run: Run, which: str, folder: Path) -> Any:
     """A function from a conversation to the pieces of its answer."""
+    from job.data.check import reading_of
+    from job.data.conversations import opened
+    from job.data.masking import prompt_ids
     from job.data.templates import load_tokenizer, set_chat_template
     from job.model.compute import Compute
     from job.model.generation import greedy, stream
     from job.model.loading import load_base
 
-    trained = run.paths.tokenizer_dir  # with the chat template of the training
-    tokenizer = load_tokenizer(trained if which != "merged" and trained.is_dir() else folder)
+    trained = run.paths.tokenizer_dir  # with the chat template of the training, and FT_NEW_TOKENS
+    tokenizer: Any = load_tokenizer(trained if which == "adapter" and trained.is_dir() else folder)
+    if which == "base" and trained.is_dir():
+        tokenizer.chat_template = load_tokenizer(trained).chat_template
     if not tokenizer.chat_template:
         set_chat_template(tokenizer, run.settings.chat_template)
     compute = Compute.of(run.settings, local_rank=0, config=read_json(folder / "config.json"))
@@ -106,9 +118,19 @@ def _loaded(run: Run, which: str, folder: Path) -> Any:
 
         model = with_adapter(run.paths.adapter_dir, model)
 
+    reading, most = reading_of(run.settings), int(getattr(model.config, "max_position_embeddings", 0) or 2**20)
+    wanted = min(run.settings.sample_max_new_tokens, most // 4)
+
     def answer(messages: list[dict[str, str]]) -> Iterator[str]:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = prompt_ids(opened(messages, reading), tokenizer)
+        while len(ids) + wanted > most and len(messages) > 2:
+            print("(the beginning of the conversation no longer fits, and is forgotten)", file=sys.stderr)
+            del messages[:2]
+            ids = prompt_ids(opened(messages, reading), tokenizer)
+        if len(ids) >= most:
+            raise InputError(
+                f"The prompt has {len(ids):,} tokens, and the model reads {most:,} at most.", "Ask something shorter."
+            )
         return stream(model, tokenizer, ids, run.settings.sample_max_new_tokens)
 
     return answer

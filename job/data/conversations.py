@@ -264,6 +264,13 @@ def _tools(row: Row) -> Sequence[Any] | None:
     return None
 
 
+def opened(messages: Sequence[Message], reading: Reading) -> list[Message]:
+    """A conversation as a row that begins with it would be trained on: with FT_SYSTEM_PROMPT where FT_SYSTEM_ROLE says."""
+    found, learned = list(messages), [True] * len(messages)
+    _place_system(found, learned, None, reading)
+    return found
+
+
 def _place_system(messages: list[Message], learned: list[bool], text: str | None, reading: Reading) -> None:
     """Add the system prompt of the row or of FT_SYSTEM_PROMPT where there is none, then keep, fold or drop it."""
     has_one = messages[0]["role"] in ("system", "developer")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from job.data.conversations import Example, Message, plain
+from job.data.conversations import Example, Message, Reading, opened, plain
 from job.data.files.batch import Malformed
 from job.data.rendering import ChatTemplate
 from job.data.words import WordEncoder
@@ -198,32 +198,38 @@ def _of_backend(found: Any, layout: _Layout) -> tuple[np.ndarray[Any, Any], np.n
     return ids, learned
 
 
-def checked_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """`render_prompt`, of a prompt of FT_SAMPLE_PROMPTS. Raises InputError if the model's template fails on it."""
+def checked_prompt(prompt: str, tokenizer: Any, reading: Reading | None = None) -> list[int]:
+    """The token ids of a prompt of FT_SAMPLE_PROMPTS, in the template that the model was trained with.
+
+    With the system prompt of `reading`. Raises InputError if the model's template fails on it.
+    """
+    return prompt_ids(_asked(prompt, reading), tokenizer, "a prompt of FT_SAMPLE_PROMPTS")
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Any, what: str = "the conversation") -> list[int]:
+    """The token ids of a conversation up to where the answer begins. Raises InputError if the template fails on `what`."""
     try:
         with time_limit(_PROMPT_SECONDS, "rendering a prompt in the model's chat template"):
-            return render_prompt(prompt, tokenizer)
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids
     except (KeyboardInterrupt, SystemExit, OSError):
         raise
     except BaseException as error:  # a template is a program, and the tokenizer's Rust panics with a BaseException
         raise InputError(
-            f"The chat template fails on a prompt of FT_SAMPLE_PROMPTS: {in_a_line(error)}",
-            "Set FT_CHAT_TEMPLATE, or change the prompt.",
+            f"The chat template fails on {what}: {in_a_line(error)}", "Set FT_CHAT_TEMPLATE, or change the prompt."
         ) from error
 
 
-def render_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """The token ids of `prompt` as a user message, in the template that the model was trained with."""
-    ids: list[int] = tokenizer(rendered_prompt(prompt, tokenizer), add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def rendered_prompt(prompt: str, tokenizer: Any) -> str:
-    """The text of `prompt` as a user message, up to where the answer begins."""
-    text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
+def rendered_prompt(prompt: str, tokenizer: Any, reading: Reading | None = None) -> str:
+    """The text of `prompt` as a user message, up to where the answer begins. With the system prompt of `reading`."""
+    text: str = tokenizer.apply_chat_template(_asked(prompt, reading), add_generation_prompt=True, tokenize=False)
     return text
+
+
+def _asked(prompt: str, reading: Reading | None) -> list[Message]:
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    return messages if reading is None else opened(messages, reading)
 
 
 def _starts_with(text: str, token: str | None) -> bool:

@@ -92,8 +92,11 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return text
 
 
-def modelfile(tokenizer: Any, file: str) -> str:
-    """A Modelfile for `ollama create`. Without turns it leaves the template to the one in the GGUF file."""
+def modelfile(tokenizer: Any, file: str, system: str | None = None) -> str:
+    """A Modelfile for `ollama create`. Without turns it leaves the template to the one in the GGUF file.
+
+    `system` is the system prompt that conversations began with in training.
+    """
     lines = [f"FROM {file}"]
     turns = Turns.of(tokenizer)
     if turns is not None:
@@ -102,6 +105,8 @@ def modelfile(tokenizer: Any, file: str) -> str:
     if turns is not None and (mark := turns.user[0].removeprefix(turns.first).strip()):
         stops.append(mark)
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(filter(None, stops))]
+    if system is not None and '"""' not in system:
+        lines.append(f'SYSTEM """{system}"""')
     return "\n".join(lines) + "\n"
 
 

@@ -24,12 +24,13 @@ _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
+_COMPUTED = ".rotary_emb.inv_freq"  # stored by older versions of transformers; config.json says what it is
 _ALIGNMENT = 8
 _BYTES_AHEAD = 384 << 20
 
 
 class Weights:
-    """The tensors of a safetensors model, sharded or not. Nothing is read before it is asked for."""
+    """The weights of a safetensors model, sharded or not. Nothing is read before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / INDEX
@@ -41,6 +42,8 @@ class Weights:
         else:
             with safe_open(folder / SINGLE, framework="pt") as tensors:
                 self._files = dict.fromkeys(tensors.keys(), folder / SINGLE)
+        for name in [name for name in self._files if name.endswith(_COMPUTED)]:
+            del self._files[name]
         self._open: dict[Path, Any] = {}
 
     def __contains__(self, name: object) -> bool:

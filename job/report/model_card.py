@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +51,8 @@ def write_model_card(run: Run, published: Published, *, curve_file: str) -> str:
     proof = read_json(paths.merge_proof_file) if published.merged else None
     exports = read_json(paths.exports_file) if published.merged and paths.exports_file.is_file() else []
     title = settings.new_model_name.rsplit("/", 1)[-1]
+    if run.takes_over:  # the data was for the proof alone
+        sources = {name: source for name, source in sources.items() if not name.startswith("FT_DATASET_NAME")}
     parts = [
         f"---\n{_metadata(settings, sources, metrics, published, title).to_yaml()}\n---\n",
         f"# {title}\n",
@@ -58,6 +62,7 @@ def write_model_card(run: Run, published: Published, *, curve_file: str) -> str:
             sources["FT_MODEL_NAME"],
             _rank_to_serve(adapter),
             exports,
+            settings.system_prompt if settings.system_role == "keep" else None,
         ),
         *(
             ["## Answers before and after\n", "Greedy decoding, with the base model and the adapter as trained.\n"]
@@ -66,10 +71,7 @@ def write_model_card(run: Run, published: Published, *, curve_file: str) -> str:
         ),
         *[_sample(item) for item in samples[:_PROMPT_LIMIT]],
         *_training(metrics, data, curve_file),
-        "## Data\n",
-        _table(("", *[name for name in ("train", "eval") if name in data]), _data_rows(data)),
-        f"Chat template: {data['chat_template']}. Maximum row length: {data['max_length']} tokens{', packed' if data['packed'] else ''}. "
-        "The whole report, with rows token by token, is in `data_report.html`.\n",
+        *([] if run.takes_over else _data(data, sources)),
         *([_proof(proof, exports)] if proof is not None else []),
         "## Reproduce\n",
         _command(run, sources),
@@ -78,6 +80,17 @@ def write_model_card(run: Run, published: Published, *, curve_file: str) -> str:
         "</details>\n",
     ]
     return "\n".join(parts)
+
+
+def _data(data: dict[str, Any], sources: dict[str, Any]) -> list[str]:
+    tested = sources.get("FT_EVAL_DATASET_NAME")
+    return [
+        "## Data\n",
+        _table(("", *[name for name in ("train", "eval") if name in data]), _data_rows(data)),
+        *([f"Evaluated on {_link(tested, 'datasets/')}.\n"] if tested is not None else []),
+        f"Chat template: {data['chat_template']}. Maximum row length: {data['max_length']} tokens{', packed' if data['packed'] else ''}. "
+        "The whole report, with rows token by token, is in `data_report.html`.\n",
+    ]
 
 
 def _metadata(
@@ -89,11 +102,13 @@ def _metadata(
         dict.fromkeys(word for source in (*datasets, model) for word in source.get("card", {}).get("language", ()))
     )
     loss = metrics["eval_loss_last"]
+    tested = sources.get("FT_EVAL_DATASET_NAME")
+    on = [tested] if tested is not None else datasets
     result = EvalResult(
         task_type="text-generation",
         task_name="Text Generation",
-        dataset_type=datasets[0]["source"] if datasets[0]["kind"] == "hub" else "private",
-        dataset_name=f"{_short(datasets[0])}, rows held out",
+        dataset_type=on[0]["source"] if len(on) == 1 and on[0]["kind"] == "hub" else "private",
+        dataset_name=", ".join(map(_short, on)) + ("" if tested is not None else ", rows held out"),
         metric_type="loss",
         metric_name="evaluation loss (nats per token)",
         metric_value=round(loss, 4) if loss is not None else 0,
@@ -117,7 +132,12 @@ def _metadata(
 
 def _what_it_is(settings: Settings, sources: dict[str, Any], published: Published) -> str:
     way = f"QLoRA (4-bit {settings.bnb_4bit_quant_type.upper()})" if settings.use_4bit else "LoRA"
-    what = f"{_link(sources['FT_MODEL_NAME'], '')} fine-tuned on {_datasets(sources)} with {way}"
+    what, earlier = _link(sources["FT_MODEL_NAME"], ""), sources.get("FT_ADAPTER_NAME")
+    if not _trained_on(sources):
+        what += " with an adapter that was trained elsewhere" + (f", {_link(earlier, '')}" if earlier else "")
+    else:
+        what += f" fine-tuned on {_datasets(sources)} with {way}"
+        what += f", going on from the adapter {_link(earlier, '')}" if earlier else ""
     if published.merged:
         what += ", then merged." + (" The adapter alone is in `adapter/`." if published.adapter else "")
     else:
@@ -152,15 +172,24 @@ def _link(source: dict[str, Any], prefix: str) -> str:
     return f"[{source['source']}](https://huggingface.co/{prefix}{source['source']}){commit}"
 
 
-def _usage(published: Published, base: dict[str, Any], rank: int | None, exports: list[dict[str, Any]]) -> str:
-    """How to run it: in transformers, served by vLLM merged or as an adapter, and with Ollama if there is a GGUF."""
+def _usage(
+    published: Published, base: dict[str, Any], rank: int | None, exports: list[dict[str, Any]], system: str | None
+) -> str:
+    """How to run it: in transformers, served by vLLM merged or as an adapter, and with Ollama if there is a GGUF.
+
+    `system` is the system prompt that it was trained with.
+    """
     name = published.name or "."
     at = f', revision="{published.revision}"' if published.revision else ""
+    ahead = ""
+    if system is not None:
+        quoted = json.dumps(for_terminal(system), ensure_ascii=False).replace("`", "\\u0060")
+        ahead = f'{{"role": "system", "content": {quoted}}}, '
     if published.merged:
         load = [
             "from transformers import pipeline",
             f'model = pipeline("text-generation", "{name}", device_map="auto"{at})',
-            'print(model([{"role": "user", "content": "Hello"}], max_new_tokens=200)[0]["generated_text"][-1]["content"])',
+            f'print(model([{ahead}{{"role": "user", "content": "Hello"}}], max_new_tokens=200)[0]["generated_text"][-1]["content"])',
         ]
     else:
         load = [
@@ -169,7 +198,11 @@ def _usage(published: Published, base: dict[str, Any], rank: int | None, exports
             f'model = AutoPeftModelForCausalLM.from_pretrained("{name}", device_map="auto"{at})',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}"{at})',
         ]
-    folder = "adapter" if published.merged else name
+    copy = "   # in a copy of this repository" if published.name else ""
+    if published.merged:
+        folder = f"./adapter{copy}"
+    else:
+        folder = f".{copy}'s branch {published.revision}" if published.revision else name
     shell = (
         [f"vllm serve {name}" + (f" --revision {published.revision}" if published.revision else "")]
         if published.merged
@@ -182,6 +215,8 @@ def _usage(published: Published, base: dict[str, Any], rank: int | None, exports
     if any(one["file"].endswith(".gguf") for one in exports):
         shell.append("ollama create tuned -f Modelfile && ollama run tuned   # in a copy of this repository")
     text = "" if published.name else "In this folder:\n\n"
+    if system is not None:
+        text += "It was trained with a system prompt, and answers best with the same one.\n\n"
     text += "```python\n" + "\n".join(load) + "\n```\n"
     if shell:
         text += "\n```sh\n" + "\n".join(shell) + "\n```\n"
@@ -194,7 +229,7 @@ def _usage(published: Published, base: dict[str, Any], rank: int | None, exports
 
 def _rank_to_serve(adapter: dict[str, Any]) -> int | None:
     """What vLLM must be told: it takes these ranks, and its default is 16. None for an adapter that it cannot serve."""
-    if adapter.get("use_dora") or adapter.get("modules_to_save"):
+    if adapter.get("use_dora") or adapter.get("modules_to_save") or adapter.get("trainable_token_indices"):
         return None
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
@@ -276,7 +311,7 @@ def _proof(proof: dict[str, Any], exports: list[dict[str, Any]]) -> str:
 
 
 def _command(run: Run, sources: dict[str, Any]) -> str:
-    """One command of the same image that trains the same adapter, with names instead of this machine's paths."""
+    """One command of the same image that makes the same model, with names instead of this machine's paths."""
     settings = run.settings
     values = settings.affecting("merge")
     chosen = {
@@ -285,6 +320,8 @@ def _command(run: Run, sources: dict[str, Any]) -> str:
     model = sources["FT_MODEL_NAME"]
     chosen["FT_MODEL_NAME"] = f"{_short(model)}@{model['commit']}" if model["commit"] else _short(model)
     chosen["FT_DATASET_NAME"] = ",".join(public_name(part.name) for part in dataset_parts(settings))
+    if run.takes_over:
+        chosen["FT_STAGES"] = value_text(settings.stages)
     for name in ("FT_EVAL_DATASET_NAME", "FT_ADAPTER_NAME", "FT_CHAT_TEMPLATE"):
         if name in chosen:
             chosen[name] = public_name(chosen[name])
@@ -304,9 +341,14 @@ def _setting_rows(settings: Settings) -> list[tuple[str, str]]:
     texts = {name: value_text(values[name]) for name in names}
     texts |= {name: public_name(texts[name]) for name in ("chat_template",) if texts[name]}
     return [
-        (f"`{variable(name)}`", f"`{text}`" + (" (default)" if text == default_text(name) else ""))
+        (f"`{variable(name)}`", _code(text) + (" (default)" if text == default_text(name) else ""))
         for name, text in texts.items()
     ]
+
+
+def _code(text: str) -> str:
+    """A value for a table cell, as code if Markdown can show it so."""
+    return _one_line(text) if re.search(r"[`\n\r]", text) else f"`{for_terminal(text)}`".replace("|", r"\|")
 
 
 def _sample(item: dict[str, str]) -> str:

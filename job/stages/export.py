@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from job.data.check import reading_of
+from job.data.conversations import opened
 from job.data.masking import checked_prompt, rendered_prompt
 from job.data.ollama import modelfile
 from job.data.templates import load_tokenizer
@@ -16,6 +18,7 @@ from job.errors import InputError
 from job.model.compute import Compute
 from job.model.exports import BARS
 from job.model.exports.fp8 import write_fp8
+from job.model.generation import greedy
 from job.model.merge_proof import Predictions, Rows
 from job.report.events import message, output, progress
 from job.run import Run, read_json, write_json
@@ -54,7 +57,7 @@ def export(run: Run) -> None:
         output("export", str(place))
     first = next((item["file"] for item in found if item["file"].endswith(".gguf")), None)
     if first is not None:
-        text = modelfile(reference.tokenizer, f"./{first}")
+        text = modelfile(reference.tokenizer, f"./{first}", reference.system)
         (run.paths.exports_dir / "Modelfile").write_text(text, encoding="utf-8")
 
 
@@ -69,21 +72,26 @@ class _Reference:
     def __init__(self, run: Run, compute: Compute) -> None:
         self.folder = run.paths.merged_dir
         self.tokenizer: Any = load_tokenizer(self.folder)
-        self.asked = prompts = run.settings.sample_prompts
-        self.probes = [checked_prompt(probe, self.tokenizer) for probe in _PROBES]
-        self.probe_texts = [rendered_prompt(probe, self.tokenizer) for probe in _PROBES]
-        self.texts = [rendered_prompt(prompt, self.tokenizer) for prompt in prompts]
-        self.prompts = [checked_prompt(prompt, self.tokenizer)[:_LONGEST_PROMPT] for prompt in prompts]
+        self.asked, self.reading = run.settings.sample_prompts or _PROBES, reading_of(run.settings)
+        self.probes = [checked_prompt(probe, self.tokenizer, self.reading) for probe in _PROBES]
+        self.probe_texts, self.texts = (self.rendered(self.tokenizer, texts) for texts in (_PROBES, self.asked))
+        self.prompts = [checked_prompt(prompt, self.tokenizer, self.reading)[:_LONGEST_PROMPT] for prompt in self.asked]
+        opening = opened([{"role": "user", "content": ""}], self.reading)[0]
+        self.system = opening["content"] if opening["role"] == "system" else None
         self.begins = all(ids[:1] == [self.tokenizer.bos_token_id] for ids in self.prompts)
         model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype="float32", device_map={"": compute.device}
         ).eval()
+        model.generation_config = greedy(model)  # its own may punish repetitions, which no other program does unasked
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.answers = [_answer(model, ids, self.ends) for ids in self.prompts]
         rows = [prompt + answer for prompt, answer in zip(self.prompts, self.answers, strict=True)]
         self.rows = Rows(rows, [[-100] * len(row) for row in rows])
         self.predictions = Predictions.of(model, self.rows)
+
+    def rendered(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+        return [rendered_prompt(prompt, tokenizer, self.reading) for prompt in prompts]
 
     def compared(self, predicted: Predictions, answers: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The figures of an export's predictions and answers."""
@@ -160,8 +168,9 @@ def prove_fp8(folder: Path, reference: _Reference, compute: Compute) -> dict[str
     """How far the written folder is from the merged model, loaded by transformers with compressed-tensors."""
     tokenizer: Any = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", device_map={"": compute.device}).eval()
+    model.generation_config = greedy(model)
     answers = [_answer(model, ids, reference.ends) for ids in reference.prompts]
-    asked = [rendered_prompt(prompt, tokenizer) for prompt in (*reference.asked, *_PROBES)]
+    asked = reference.rendered(tokenizer, (*reference.asked, *_PROBES))
     return {
         **reference.compared(Predictions.of(model, reference.rows), answers),
         "prompts": len(asked),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 
+from job.data.check import reading_of
 from job.data.masking import checked_prompt
 from job.data.templates import load_tokenizer
 from job.data.tokenizer_files import difference, publish_tokenizer
@@ -135,7 +136,9 @@ def _answers(run: Run, model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> 
     answers = []
     for prompt in prompts:
         run.check_stop()
-        answers.append(answer(model, tokenizer, checked_prompt(prompt, tokenizer), _PROOF_ANSWER_TOKENS))
+        answers.append(
+            answer(model, tokenizer, checked_prompt(prompt, tokenizer, reading_of(run.settings)), _PROOF_ANSWER_TOKENS)
+        )
     return answers
 
 

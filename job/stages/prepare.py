@@ -56,9 +56,18 @@ def prepare(run: Run) -> None:
         known = max(known, len(tokenizer))
     job = _Preparation(run, tokenizer, name, templates_of(tokenizer), row_length(settings, config), known)
     for prompt in settings.sample_prompts if "sample" in settings.stages else ():
-        checked_prompt(prompt, tokenizer)  # now rather than after the training
+        length = len(checked_prompt(prompt, tokenizer, reading_of(settings)))  # now rather than after the training
+        if length >= (most := int(config.get("max_position_embeddings") or 2**20)):
+            raise InputError(
+                f"A prompt of FT_SAMPLE_PROMPTS has {length:,} tokens, and the model reads {most:,} at most.",
+                "Shorten it.",
+            )
     job.work()
     tokenizer.save_pretrained(paths.tokenizer_dir)
+    if any(name.startswith("gguf") for name in settings.export if "export" in settings.stages):
+        from job.model.exports.gguf_vocabulary import Vocabulary
+
+        Vocabulary.of(paths.tokenizer_dir, known or 0)  # now rather than after the training
 
 
 def _import_the_rest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from job.data.check import reading_of
 from job.data.masking import checked_prompt
 from job.data.templates import load_tokenizer
 from job.model.adapters import with_adapter
@@ -30,7 +31,7 @@ def sample(run: Run) -> None:
     prompts = run.settings.sample_prompts
     for number, prompt in enumerate(prompts, 1):
         run.check_stop()
-        ids = checked_prompt(prompt, tokenizer)
+        ids = checked_prompt(prompt, tokenizer, reading_of(run.settings))
         with model.disable_adapter():
             before = answer(model, tokenizer, ids, run.settings.sample_max_new_tokens)
         after = answer(model, tokenizer, ids, run.settings.sample_max_new_tokens)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from job.data.conversations import Example
-from job.data.masking import Encoder, render_prompt
+from job.data.conversations import Example, Reading, conversation
+from job.data.masking import Encoder, checked_prompt
 from job.data.sentencepiece_model import convert
 from job.data.templates import LLAMA_2, load_tokenizer, set_chat_template, templates_of
 from job.data.words import WordEncoder
@@ -34,12 +34,16 @@ def encoder(tokenizer: Any, train_on: Any = "assistant") -> Encoder:
 
 
 @pytest.mark.parametrize("template", ["llama-2", "chatml"])
+@pytest.mark.parametrize("role", [None, "keep", "fold", "drop"])
 def test_the_sampling_prompt_is_what_preceded_the_answer_in_training(
-    tokenizer_of: Callable[[str], Any], template: str
+    tokenizer_of: Callable[[str], Any], template: str, role: Any
 ) -> None:
     tokenizer = tokenizer_of(template)
-    row = encoder(tokenizer).one(Example(messages=TURNS[:2]))
-    assert row.ids[: row.learned.argmax()].tolist() == render_prompt(TURNS[0]["content"], tokenizer)
+    reading = Reading() if role is None else Reading(system_prompt="You keep the light.", system_role=role)
+    row = encoder(tokenizer).one(conversation({}, TURNS[:2], reading))
+    asked = checked_prompt(TURNS[0]["content"], tokenizer, reading)
+    assert row.ids[: row.learned.argmax()].tolist() == asked
+    assert ("You keep the light." in tokenizer.decode(asked)) == (role in ("keep", "fold"))
 
 
 @pytest.mark.parametrize("template", ["llama-2", "chatml"])

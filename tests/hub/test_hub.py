@@ -51,6 +51,9 @@ def test_the_whole_job_from_the_hub_to_the_hub(hub_job: Job, hub: FakeHub) -> No
     assert "base_model: base/tiny" in card
     assert "- data/lighthouse" in card
     assert 'pipeline("text-generation", "me/tuned"' in card
+    assert "--lora-modules tuned=./adapter   # in a copy of this repository\n" in card
+    branch = hub.files("models/me/tuned", "adapter")["README.md"].decode()
+    assert "--lora-modules tuned=.   # in a copy of this repository's branch adapter\n" in branch
     commits = [path for method, path, _ in hub.requests if method == "POST" and "/commit/" in path]
     assert [path.rpartition("/")[2] for path in commits] == [
         "adapter",

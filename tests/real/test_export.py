@@ -14,7 +14,7 @@ import torch
 from job.data.templates import NAMED, load_tokenizer
 from job.errors import InputError
 from job.model.exports import obstacle
-from tests.conftest import ROOT, Job, published
+from tests.conftest import LIGHTHOUSE, ROOT, Job, published
 
 pytestmark = pytest.mark.export
 
@@ -186,3 +186,33 @@ def test_the_whole_job_publishes_the_exports_with_a_modelfile(job: Job) -> None:
 def test_what_cannot_be_written_is_known_from_the_config(config: dict[str, Any], wanted: str) -> None:
     assert wanted in str(obstacle(config, ("gguf-f16",)))
     assert obstacle(config, ()) is None
+
+
+def test_a_tokenizer_that_gguf_files_cannot_hold_is_refused_before_the_training(
+    make_run: Callable[..., Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job.stages import prepare
+
+    monkeypatch.setattr(prepare, "limit_files", lambda free: None)
+    shutil.copytree(tiny_model, tmp_path / "odd")
+    file = tmp_path / "odd" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["model"]["byte_fallback"] = False
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "[aeiou]"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    for formats in ("", "gguf-q8_0"):
+        run = make_run(EXPORT=formats, DATASET_SPLIT="train[:4]", RUN_ID=f"run{formats}")
+        run.paths.stage_dir("download").mkdir(parents=True)
+        run.paths.model_dir.symlink_to(tmp_path / "odd")
+        run.paths.dataset_dir.mkdir(parents=True)
+        shutil.copy(LIGHTHOUSE, run.paths.dataset_dir)
+        if not formats:
+            prepare.prepare(run)
+            continue
+        with pytest.raises(InputError, match="splits text in a way"):
+            prepare.prepare(run)

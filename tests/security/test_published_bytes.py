@@ -29,7 +29,7 @@ def test_no_byte_of_it_tells_where_it_was_made(job: Job, tmp_path: Path) -> None
         FT_MODEL_NAME=str(place / "base-model"), FT_DATASET_NAME=str(place / "rows.jsonl"), FT_EVAL_DATASET_NAME=str(place / "held-out.jsonl"),
         FT_EVAL_SPLIT="train[:8]", FT_CHAT_TEMPLATE=str(place / "template.jinja"), FT_OUTPUT_DIR=str(place / "telltale-output"),
         FT_STORE_URL=str(place / "telltale-store"), FT_ENV_FILE=str(place / "telltale.env"), FT_TERMINATION_LOG=str(place / "termination"),
-        FT_CONTAINER="telltale.sif", FT_MASTER_ADDR="telltale-host", FT_PUBLISH_TO=str(target), FT_MAX_STEPS="2",
+        FT_CONTAINER="telltale.sif", FT_MASTER_ADDR="telltale-host", FT_PUBLISH_TO=str(target), FT_MAX_STEPS="2", FT_SYSTEM_PROMPT="Keep the |light| `on`.",
         HF_TOKEN="hf_telltale_token", AWS_SECRET_ACCESS_KEY="telltale_secret", MY_PASSWORD="telltale_password",
     )  # fmt: skip
     assert result.code == 0, result.stderr
@@ -44,6 +44,12 @@ def test_no_byte_of_it_tells_where_it_was_made(job: Job, tmp_path: Path) -> None
     everything = b"".join(files.values())
     assert b"base-model" in everything
     assert b"rows.jsonl" in everything
+    card = (target / "README.md").read_text(encoding="utf-8")
+    assert ModelCard(card).data.eval_results[0].dataset_name == "held-out.jsonl"
+    assert "Evaluated on `held-out.jsonl`." in card
+    assert r'model([{"role": "system", "content": "Keep the |light| \u0060on\u0060."}, {"role": "user"' in card
+    row = next(line for line in card.splitlines() if line.startswith("| `FT_SYSTEM_PROMPT`"))
+    assert row.replace(r"\|", "").count("|") == 3, row
     assert not {path.suffix for path in files} - {".safetensors", ".json", ".md", ".png", ".html", ".jinja"}
 
 

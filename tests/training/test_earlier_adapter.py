@@ -38,14 +38,20 @@ def test_the_first_loss_is_the_earlier_runs_last_and_training_goes_on(job: Job, 
     assert metrics(job)["eval_loss_first"] == pytest.approx(before["eval_loss_last"], rel=1e-6)
     assert metrics(job)["eval_loss_last"] < before["eval_loss_last"]
     record = (published(job) / "finetune_run.json").read_text(encoding="utf-8")
-    assert str(earlier.parent) not in record + (published(job) / "README.md").read_text(encoding="utf-8")
+    card = (published(job) / "README.md").read_text(encoding="utf-8")
+    assert str(earlier.parent) not in record + card
+    assert f"going on from the adapter `{earlier.name}`" in card
 
 
 def test_without_training_it_is_merged_into_the_same_model(job: Job, earlier: Path) -> None:
     result = job.run(FT_ADAPTER_NAME=str(earlier / "adapter"), FT_STAGES="merge,publish")
     assert result.code == 0, result.stderr
     assert (published(job) / "model.safetensors").read_bytes() == (earlier / "model.safetensors").read_bytes()
-    assert "trained elsewhere" in (published(job) / "README.md").read_text(encoding="utf-8")
+    card = (published(job) / "README.md").read_text(encoding="utf-8")
+    assert "with an adapter that was trained elsewhere, `adapter`" in card
+    assert "-e FT_STAGES=merge,publish" in card
+    for untrue in ("fine-tuned on", "## Data", "datasets:"):
+        assert untrue not in card
     assert job.run(FT_ADAPTER_NAME=str(earlier / "adapter"), FT_STAGES="merge,publish").code == 0
     trained = job.run(FT_ADAPTER_NAME=str(earlier / "adapter"))
     assert trained.ended["train"] == "done"  # what was only merged does not pass for trained

@@ -39,7 +39,7 @@ class Vocabulary:
         if model.get("type") != "BPE":
             raise InputError(
                 f"FT_EXPORT: the tokenizer is of the kind {model.get('type')}, which is not written to GGUF files.",
-                "Only byte-pair tokenizers are. The merged model is intact.",
+                "Leave the gguf formats out of FT_EXPORT: only byte-pair tokenizers are.",
             )
         ids: dict[int, str] = {number: token for token, number in model["vocab"].items()}
         types = dict.fromkeys(ids, TokenType.NORMAL)
@@ -118,5 +118,5 @@ def _splits(raw: dict[str, Any]) -> str:
         return "gpt-2"
     raise InputError(
         "FT_EXPORT: the tokenizer splits text in a way that llama.cpp is not known to have.",
-        "Leave the gguf formats out of FT_EXPORT. The merged model is intact.",
+        "Leave the gguf formats out of FT_EXPORT.",
     )
