@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job.data.files import Batch, FileOptions, read_batches
-from job.data.splits import find_splits
+from job.data.splits import find_splits, named_by_none
 from job.errors import InputError
 
 Part = tuple[tuple[Path, ...], int, int | None]  # files, first row, and the row to stop before
@@ -56,6 +56,11 @@ def select(folder: Path, split: str, config: str | None, options: FileOptions, *
     Raises InputError if there is no such split or it cannot be understood.
     """
     splits = find_splits(folder, config)
+    if unused := named_by_none(folder, config, splits):
+        more = f" and {len(unused) - 5:,} more" if len(unused) > 5 else ""
+        options.tell(
+            f"Not used, since other files are named like splits and these are not: {', '.join(unused[:5])}{more}."
+        )
     split = _offered(split, set(splits), options)
     names = {part.partition("[")[0].strip() for part in split.split("+")} - {"all"}
     if missing := names - splits.keys():

@@ -67,6 +67,15 @@ def find_splits(folder: Path, config: str | None) -> Splits:
     return _of_one_kind(_by_names(files))
 
 
+def named_by_none(folder: Path, config: str | None, splits: Splits) -> list[str]:
+    """The data files that belong to no split because of their names, where nothing but names says what does."""
+    card = folder / CARD
+    if config not in (None, "default") or (card.is_file() and _configs(card)):
+        return []
+    used = {path for files in splits.values() for path in files}
+    return [name for name, path in _without_notes(_data_files(folder)).items() if path not in used]
+
+
 def _data_files(folder: Path) -> dict[str, Path]:
     """Name → path of all files that may hold rows."""
     return {

@@ -256,6 +256,25 @@ def test_folders_with_other_files_beside_the_data_are_read(
         find_splits(folder, None)
 
 
+def test_files_that_no_split_has_are_named(tmp_path: Path) -> None:
+    from job.data.files import FileOptions
+    from job.data.selection import select
+
+    told: list[str] = []
+    options = FileOptions(tell=told.append)
+    names = ["part_a.jsonl", "part_b.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text('{"text": "x"}\n', encoding="utf-8")
+    assert len(select(tmp_path, "train", None, options, variable="FT_DATASET_SPLIT").files()) == 2
+    assert told == []
+    (tmp_path / "train_extra.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
+    (tmp_path / "README.txt").write_text("x", encoding="utf-8")
+    chosen = select(tmp_path, "train", None, options, variable="FT_DATASET_SPLIT")
+    assert [file.name for file in chosen.files()] == ["train_extra.jsonl"]
+    (sentence,) = told
+    assert sentence.endswith("named like splits and these are not: part_a.jsonl, part_b.jsonl.")
+
+
 def test_what_the_datasets_library_saved_is_read_with_its_splits(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
