@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import os
 import shutil
@@ -132,12 +133,8 @@ class _Source:
 
     def batches(self) -> Iterator[Batch]:
         """The rows, as often as the weight says, without those that the mask excludes."""
-        times, rest = int(self.weight), self.weight - int(self.weight)
-        masks: list[np.ndarray[Any, Any] | None] = [None] * times
-        if rest > 1e-9:
-            count = self.selection.count(replace(self.options, tell=lambda text: None))
-            some = np.zeros(count, bool)
-            some[np.random.default_rng(0).permutation(count)[: round(rest * count)]] = True
+        masks: list[np.ndarray[Any, Any] | None] = [None] * int(self.weight)
+        if (some := self._some()) is not None:
             masks.append(some)
         position = 0
         for mask in masks:
@@ -150,6 +147,24 @@ class _Source:
                 position += len(batch)
                 if chosen:
                     yield batch.only(chosen)
+
+    def _some(self) -> np.ndarray[Any, Any] | None:
+        """Which rows are used once more, since the weight is no whole number."""
+        rest = self.weight - int(self.weight)
+        if rest <= 1e-9:
+            return None
+        count = self.selection.count(replace(self.options, tell=lambda text: None))
+        some = np.zeros(count, bool)
+        some[np.random.default_rng(0).permutation(count)[: round(rest * count)]] = True
+        return some
+
+    def places(self, count: int) -> np.ndarray[Any, Any]:
+        """For each of the `count` rows that the weight makes of them, its place among the dataset's own rows."""
+        if self.weight == 1:
+            return np.arange(count)
+        once = _count(replace(self, weight=1.0, mask=None))
+        parts, some = [np.arange(once)] * int(self.weight), self._some()
+        return np.concatenate(parts if some is None else [*parts, np.flatnonzero(some[:once])])
 
 
 def _masked(batches: Iterator[Batch], mask: np.ndarray[Any, Any] | None) -> Iterator[Batch]:
@@ -210,13 +225,13 @@ class _Preparation:
         used = _sampled(sum(counts), settings)
         held_out = None
         if fraction is not None and used is not None:
-            held_out = _held_out(used, fraction, settings.seed)
-            if not (used & ~held_out).any():
+            held_out, copies = _held_out(used, _places(train, counts), fraction, settings.seed)
+            if not (used & ~copies).any():
                 raise InputError(
                     f"FT_EVAL_SPLIT={settings.eval_split} of {int(used.sum()):,} rows leaves none to train on.",
                     "Lower or unset it, or add rows.",
                 )
-            _assign(train, counts, used & ~held_out)
+            _assign(train, counts, used & ~copies)
         elif used is not None and settings.dataset_sample:
             _assign(train, counts, used)
         yield "train", train, paths.train_data_dir
@@ -324,12 +339,24 @@ def _sampled(count: int, settings: Settings) -> np.ndarray[Any, Any] | None:
     return used
 
 
-def _held_out(used: np.ndarray[Any, Any], fraction: float, seed: int) -> np.ndarray[Any, Any]:
-    """The rows to evaluate on, those that `datasets.Dataset.train_test_split` would choose."""
+def _places(sources: Sequence[_Source], counts: Sequence[int]) -> np.ndarray[Any, Any]:
+    """For each of all rows a number that only its copies share, which a weight above 1 makes."""
+    starts = itertools.accumulate(counts, initial=0)
+    return np.concatenate(
+        [source.places(count) + start for source, count, start in zip(sources, counts, starts, strict=False)]
+    )
+
+
+def _held_out(
+    used: np.ndarray[Any, Any], places: np.ndarray[Any, Any], fraction: float, seed: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The rows to evaluate on, those that `datasets.Dataset.train_test_split` would choose, and these with their copies."""
     rows = np.flatnonzero(used)
+    rows = rows[np.sort(np.unique(places[rows], return_index=True)[1])]
+    held = rows[np.random.default_rng(seed).permutation(len(rows))[: math.ceil(fraction * len(rows))]]
     chosen = np.zeros(len(used), bool)
-    chosen[rows[np.random.default_rng(seed).permutation(len(rows))[: math.ceil(fraction * len(rows))]]] = True
-    return chosen
+    chosen[held] = True
+    return chosen, np.isin(places, places[held])
 
 
 def _assign(sources: Sequence[_Source], counts: Sequence[int], mask: np.ndarray[Any, Any]) -> None:

@@ -76,3 +76,23 @@ def test_two_files_of_other_forms_are_trained_on_together(job: Job, tmp_path: Pa
     missing = job.run(FT_DATASET_NAME=f"{tmp_path}/pairs.csv,{tmp_path}/gone.jsonl", FT_RUN_ID="other")
     assert missing.code == 78
     assert "gone.jsonl" in missing.error["message"]
+
+
+def test_copies_of_a_row_that_is_evaluated_on_are_not_trained_on(job: Job, tmp_path: Path) -> None:
+    for name, count in (("many", 20), ("few", 10)):
+        rows = [{"question": f"{name} {number}?", "answer": "Yes."} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    result = job.run(
+        FT_DATASET_NAME=f"{tmp_path}/many.jsonl*2.5, {tmp_path}/few.jsonl*0.5", FT_DATASET_SPLIT="train", FT_EVAL_SPLIT="0.2",
+        FT_STAGES="prepare",
+    )  # fmt: skip
+    assert result.code == 0, result.stderr
+    run = Path(job.environment["FT_OUTPUT_DIR"]) / "runs" / "test-run"
+    found = json.loads((run / "prepare" / "data_report.json").read_text(encoding="utf-8"))
+    assert found["overlap"] == 0
+    assert found["eval"]["rows"] == 5  # of the 20 and 5 rows that are used at all
+    assert found["eval"]["duplicates"] == 0
+    assert 50 + 5 - 5 * 3 <= found["train"]["rows"] <= 50 + 5 - 5
+    none = job.run(FT_DATASET_NAME=f"{tmp_path}/few.jsonl", FT_DATASET_SPLIT="train[:1]", FT_EVAL_SPLIT="0.5", FT_STAGES="prepare", FT_RUN_ID="one")  # fmt: skip
+    assert none.code == 65
+    assert "FT_EVAL_SPLIT=0.5 of 1 rows leaves none to train on" in none.error["message"]
