@@ -460,6 +460,12 @@ def test_what_follows_a_list_and_numbers_of_thousands_of_digits_are_named(
     assert f"rows.json, {why}" in refusal.value.message
 
 
+def test_lines_with_lists_that_hold_no_rows_are_bad_lines(read: Read, tmp_path: Path) -> None:
+    found = read(lines(tmp_path, "[1]", "[]", CHAT))
+    assert found.documents == [by_hand(found.tokenizer, LIT)]
+    assert [bad.place for bad in found.bad] == ["rows.jsonl, line 1", "rows.jsonl, line 2"]
+
+
 @pytest.mark.parametrize(
     ("row", "marked"),
     [

@@ -45,10 +45,11 @@ def _layout(stream: io.BufferedReader, encoding: str) -> str:
         value = json.loads(first)
     except (ValueError, RecursionError):
         return "list" if text.startswith("[") else "document" if _goes_on(text) else "lines"
-    if isinstance(value, list) and (not rest.strip() or rest.lstrip().startswith("[")):
-        return "list"
     if rest.strip():
-        return "lines"
+        holds_rows = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        return "list" if holds_rows and rest.lstrip().startswith("[") else "lines"
+    if isinstance(value, list):
+        return "list"
     return "document" if isinstance(value, dict) and _holder(value) else "lines"
 
 
