@@ -150,7 +150,7 @@ def _side_by_side(
     players = []
     for variant in wanted:
         if variant.packed:
-            windows = Windows(WARM_UP_STEPS, options.runs, _steps(variant, options))
+            windows = Windows(WARM_UP_STEPS, options.runs, _steps(variant, options), lead=2)
         else:  # whole groups of batches
             windows = Windows(_GROUP, options.runs, _GROUP, lead=0, releases=False)
         if variant.peer is not None:

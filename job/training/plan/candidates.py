@@ -33,7 +33,8 @@ class Plan:
 
     `recomputed` layers keep little more than their input for the backward pass (gradient checkpointing). At most
     `micro_batch_tokens` are computed at once, unless a single row is longer. A batch is computed in `parts`. Parts of at
-    most `captured_tokens` are launched as CUDA graphs. Its bytes and seconds are predictions.
+    most `captured_tokens` are launched as CUDA graphs. Its bytes and seconds are predictions, `expected_seconds` over
+    hosts of different speed, `seconds` with a usual one.
     """
 
     weights: Weights
@@ -44,6 +45,7 @@ class Plan:
     captured_tokens: int = 0
     memory_bytes: int = 0
     seconds: float = 0.0
+    expected_seconds: float = 0.0
 
     def described(self, layers: int) -> str:
         held = {"4-bit": "4-bit weights", "resident": "weights dequantized to 16 bits", "fp8": "8-bit float weights"}
@@ -69,6 +71,9 @@ def plans(shape: Shape, load: Load, card: Card, settings: Settings) -> Iterator[
                         longest_row=load.longest_row,
                         memory_bytes=round(predicted_bytes(shape, plan, settings, card)),
                         seconds=predicted_seconds(shape, plan, load, card),
+                        expected_seconds=statistics.fmean(
+                            predicted_seconds(shape, plan, load, card, host) for host in _HOSTS
+                        ),
                     )
 
 
@@ -188,16 +193,21 @@ _RAMP_SECONDS = 0.2e-3  # lost per layer because kernels ramp up and run out
 
 
 _SLOW_HOST = 1.5  # a host may need so much longer for its launches than _LAUNCH says, beside others of the same kind
+# The cores of rented machines are shared: one and the same machine has needed 1.0 to 2.2 times as long as _LAUNCH says
+_HOSTS = (1.0, 1.5, 2.0)
 
 
-def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card) -> float:
-    """Predict the mean seconds of a batch's forward and backward pass."""
+def predicted_seconds(shape: Shape, plan: Plan, load: Load, card: Card, host: float = 1.0) -> float:
+    """Predict the mean seconds of a batch's forward and backward pass.
+
+    `host` is how long this machine needs to launch kernels, relative to the usual.
+    """
     per_token, per_part, launched = _costs(shape, plan, load, card)
 
     def seconds(tokens: float, parts: int) -> float:
         if tokens / parts <= plan.captured_tokens:
             return (tokens + parts * _CAPTURED_STEP / 2) * per_token + parts * per_part
-        return max(tokens * per_token + parts * per_part, parts * launched)
+        return max(tokens * per_token + parts * per_part, parts * launched * host)
 
     return statistics.fmean(seconds(tokens, _parts_of(tokens, plan, load)) for tokens in load.batches)
 

@@ -147,8 +147,8 @@ def test_the_choice_is_the_fastest_that_fits_and_less_memory_never_makes_it_fast
     choices = [choose(candidates, gib * GIB) for gib in (8, 12, 16, 24, 40, 80, 140)]
     for gib, plan in zip((8, 12, 16, 24, 40, 80, 140), choices, strict=True):
         assert fits(plan, gib * GIB)
-        assert all(plan.seconds <= other.seconds for other in candidates if fits(other, gib * GIB))
-    assert all(more.seconds <= less.seconds for less, more in itertools.pairwise(choices))
+        assert all(plan.expected_seconds <= other.expected_seconds for other in candidates if fits(other, gib * GIB))
+    assert all(more.expected_seconds <= less.expected_seconds for less, more in itertools.pairwise(choices))
     assert choices[0].weights == "4-bit"
     assert choices[0].recomputed > 24
     assert (choices[-1].weights, choices[-1].recomputed) == ("resident", 0)
@@ -174,6 +174,18 @@ def test_8_gib_suffice_for_parts_that_are_long_enough_for_the_gpu() -> None:
     for rows in (8, 16):
         load = Load(rows, (rows * 2000.0,), rows * 2048, 2048, 900)
         assert choose(list(plans(shape(), load, H200, settings())), 8 * GIB).micro_batch_tokens == 4096
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen2.5-7b"])
+def test_a_plan_that_only_a_fast_host_can_keep_up_with_is_not_chosen(name: str) -> None:
+    """At 16 GiB parts of 2,048 tokens, nothing recomputed, had 0.61 and 0.88 of the rate of 4,096 on a slow host."""
+    assert H200 is not None
+    found = Shape.of(config_of(name), settings())
+    candidates = list(plans(found, Load(8, (8 * 2000.0,), 8 * 2048, 2048, 900), H200, settings()))
+    chosen = choose(candidates, 16 * GIB)
+    fastest = min((plan for plan in candidates if fits(plan, 16 * GIB)), key=lambda plan: plan.seconds)
+    assert (fastest.micro_batch_tokens, chosen.micro_batch_tokens) == (2048, 4096)
+    assert chosen.seconds < 1.2 * fastest.seconds, "on a fast host little is lost"
 
 
 def test_a_whole_card_of_8_gib_is_too_small_for_them_because_of_cudas_context() -> None:
