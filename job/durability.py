@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +71,11 @@ def sync_tree(folder: Path, go_on: Callable[[], None] = lambda: None) -> None:
         folders[Path(parent)] = None
     for path in (*reversed(folders), folder.absolute().parent):
         sync_folder(path)
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no such links: 13 GB need not be there twice."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)

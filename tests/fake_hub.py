@@ -30,6 +30,7 @@ class Fault:
     seconds: float = 0.0
     ends: str | None = None
     retry_after: int | None = None
+    said: str = "by the test"
 
 
 class Sparse(bytes):
@@ -56,6 +57,7 @@ class FakeHub:
         self.writable = True
         self.read_only: set[str] = set()  # repositories that exist, and that the token may only read
         self.corrupt_uploads = False
+        self.refused_card: str | None = None  # a text in a card for which the Hub refuses it
         self.requests: list[tuple[str, str, str | None]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler_for(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -138,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if fault.status is not None:
                 wish = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-                self._json(fault.status, {"error": "by the test"}, wish)
+                self._json(fault.status, {"error": fault.said}, wish)
                 return
             self._silent = fault.ends == "after"
         self._answer(path, body)
@@ -185,6 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, path: str, body: bytes) -> None:
         if path == "validate-yaml":
+            if self.state.refused_card is not None and self.state.refused_card in json.loads(body)["content"]:
+                name = self.state.refused_card.partition(":")[0]
+                return self._json(400, {"errors": [{"message": f'"{name}" is not allowed'}], "warnings": []})
             return self._json(200, {"errors": [], "warnings": []})
         if path == "repos/create":
             return self._create(json.loads(body))

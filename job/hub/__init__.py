@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from job.errors import InputError, JobError, PermissionRefused, SettingsError, T
 _T = TypeVar("_T")
 _PAUSES_SECONDS = (1.0, 3.0, 8.0, 20.0)
 _LONGEST_PAUSE_SECONDS = 60.0
+_MOVED = (409, 412, 416)  # what was asked for has changed meanwhile
 
 
 @contextmanager
@@ -61,6 +64,8 @@ def is_outage(error: BaseException) -> bool:
         return is_outage(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         return _status(error) in (408, 425, 429) or _status(error) >= 500
+    if isinstance(error, json.JSONDecodeError):
+        return True  # the page of a proxy, or of an outage, instead of an answer
     return _is_lost_connection(error)
 
 
@@ -105,19 +110,30 @@ def _explained(error: Exception, what: str) -> JobError | None:
         return SettingsError(f"{what} is not a valid Hub id.", "Write it as user/name or user/name@revision.")
     if isinstance(error, HfHubHTTPError):
         status = _status(error)
+        words = f": {said}" if (said := _words(error)) else "."
         if status in (401, 403):
-            return PermissionRefused(
-                f"The Hub refused {what} ({status}).", "Check that HF_TOKEN is valid and grants access."
-            )
-        return TransientError(f"The Hub answered {status} for {what}.", "Start the job again later.")
+            way_out = "Check that HF_TOKEN is valid and grants access."
+            if re.search(r"storage|quota|limit|billing|payment", words, re.IGNORECASE):
+                way_out = "Free storage on the Hub, let the account have more, or set FT_HUB_PRIVATE=false if private storage is what ran out."
+            return PermissionRefused(f"The Hub refused {what} ({status}){words}", way_out)
+        if is_outage(error) or status < 400 or status in _MOVED:
+            return TransientError(f"The Hub answered {status} for {what}{words}", "Start the job again later.")
+        return SettingsError(
+            f"The Hub refused {what} ({status}){words}", "Change what it names. Another start would be refused too."
+        )
     if isinstance(error, RuntimeError) and "CAS" in str(error):  # hf_xet, out of retries
         return TransientError(f"The Hub's storage failed for {what}: {error}", "Start the job again.")
-    if _is_lost_connection(error):
+    if _is_lost_connection(error) or isinstance(error, json.JSONDecodeError):
         return TransientError(
             f"The Hub cannot be reached for {what}: {type(error).__name__}.",
             "Check the network and HF_ENDPOINT, then start again.",
         )
     return None
+
+
+def _words(error: HfHubHTTPError) -> str:
+    """What the Hub itself said, in a line."""
+    return " ".join(str(getattr(error, "server_message", None) or "").split())[:300]
 
 
 def _status(error: HfHubHTTPError) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 import shutil
 from pathlib import Path
 
-from job import __version__
+from job import __version__, durability
 from job.environment import as_json
 from job.environment.local_files import public_name
 from job.environment.mixture import dataset_parts
@@ -62,7 +61,7 @@ def _record(run: Run) -> dict[str, object]:
     """The run in machine-readable form: settings and metrics, without the paths and places of this machine."""
     private = {
         name for name in as_json(run.settings)
-        if name.endswith(("_dir", "_url", "_file", "_addr", "_address", "_log", "_port")) or name in ("publish_to", "container", "device_map")
+        if name.startswith("s3_") or name.endswith(("_dir", "_url", "_file", "_addr", "_address", "_log", "_port")) or name in ("publish_to", "container", "device_map")
     }  # fmt: skip
     settings = {name: value for name, value in as_json(run.settings).items() if name not in private}
     for name in ("model_name", "eval_dataset_name", "adapter_name", "chat_template"):
@@ -77,16 +76,12 @@ def _record(run: Run) -> dict[str, object]:
 
 
 def _link_tree(source: Path, target: Path, wanted: tuple[str, ...]) -> None:
-    """Use hard links where the file system has them, since a second copy of 13 GB would take the space twice."""
     for path in source.rglob("*"):
         place = path.relative_to(source)
         if path.is_file() and any(_matches(place, pattern) for pattern in wanted):
             copy = target / place
             copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, copy)
-            except OSError:
-                shutil.copy(path, copy)
+            durability.link(path.resolve(), copy)
 
 
 def _matches(place: Path, pattern: str) -> bool:

@@ -1,4 +1,8 @@
-"""Publishes to a folder: the new model takes the place of the old one in one step, which no kill and no reader can halve."""
+"""Publishes to a folder: the new model takes the place of the old one in one step, which no kill and no reader can halve.
+
+A volume that is mounted at the folder itself cannot be exchanged, nor can a folder whose parent is not writable. Their
+files are replaced one by one, and the record that names them first.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,16 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from job import durability
 from job.errors import PermissionRefused, SettingsError, TransientError
-from job.hub.ownership import RECORD, refuse_others
+from job.hub.ownership import RECORD, Update, hashes, is_there, refuse_others, update
 from job.run import Run
 
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # renameat2(2)
@@ -40,18 +45,31 @@ class Folder:
             )
 
     def publish(self, repository: Path) -> dict[str, Any]:
-        with only_one(self._folder.parent):
+        fixed = is_fixed(self._folder)
+        with only_one(self._folder if fixed else self._folder.parent):
             restore_interrupted(self._folder)
             self._choose()
-            publish_folder(repository, self._folder)
+            change = self._change(repository)
+            if fixed or is_fixed(self._folder):
+                replace_files(repository, self._folder, change)
+            else:
+                publish_folder(repository, self._folder, change)
         return {"destination": str(self._folder), "sizes": sizes(self._folder)}
 
     def holds(self, record: dict[str, Any]) -> bool:
         with contextlib.suppress(OSError):
-            wanted = record.get("sizes") or {RECORD: None}
-            found = sizes(self._folder)
-            return all(name in found and size in (None, found[name]) for name, size in wanted.items())
+            return is_there(record.get("sizes") or {RECORD: 0}, sizes(self._folder))
         return False
+
+    def _change(self, repository: Path) -> Update:
+        record = self._folder / RECORD
+        return update(
+            str(self._folder),
+            record.read_bytes() if record.is_file() else None,
+            _names(self._folder),
+            _names(repository),
+            lambda name: hashes((self._folder / name).read_bytes()) if (self._folder / name).is_file() else (),
+        )
 
     def _choose(self) -> None:
         """Decide between the folder and `otherwise`. Raises SettingsError if neither is free, or this run's."""
@@ -69,17 +87,76 @@ def sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def publish_folder(source: Path, target: Path) -> None:
-    """Move `source` to `target`, durably. Whoever looks, or wherever a kill strikes, finds the old model or the new one."""
+_NO_CHANGE = Update(frozenset(), frozenset())
+
+
+def publish_folder(source: Path, target: Path, change: Update = _NO_CHANGE) -> None:
+    """Move `source` to `target`, durably. Whoever looks, or wherever a kill strikes, finds the old model or the new one.
+
+    What else is in `target` stays there, except what `change` says.
+    """
     durability.make_folder(target.parent)
     partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
     _let_everyone_read(source)
     shutil.move(source, partial)  # a rename on the same volume, otherwise a copy
     durability.sync_tree(partial)
-    while not _swap(partial, target):
-        pass
+    _carry(target, partial, (set(_names(target, whole=True)) - set(_names(partial)) - change.removed) | change.kept)
+    try:
+        while not _swap(partial, target):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        replace_files(partial, target, change)  # mounted there, as `is_fixed` could not know
+        return
     durability.sync_folder(target.parent)
     shutil.rmtree(partial, ignore_errors=True)  # the old model
+
+
+def replace_files(source: Path, target: Path, change: Update = _NO_CHANGE) -> None:
+    """Move the files of `source` into the existing `target`, each in one step, and remove what `change` says.
+
+    The record comes first: from then on the folder is this run's, and a start after a kill does the rest.
+    """
+    partial = target / f".partial-{uuid.uuid4().hex[:8]}"
+    _let_everyone_read(source)
+    shutil.move(source, partial)
+    durability.sync_tree(partial)
+    for name in change.removed:
+        (target / name).unlink(missing_ok=True)
+    wanted = sorted(set(_names(partial)) - change.kept, key=lambda name: (name != RECORD, name))
+    for name in wanted:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, target / name)
+    for folder in {(target / name).parent for name in (*wanted, *change.removed)}:
+        durability.sync_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _carry(old: Path, new: Path, names: set[str]) -> None:
+    """Let `new` hold the files of others, too."""
+    for name in names:
+        (new / name).unlink(missing_ok=True)
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another publication was faster, on a file system without locks
+            durability.link(old / name, new / name)
+    for folder in {(new / name).parent for name in names}:
+        durability.sync_folder(folder)
+
+
+def is_fixed(folder: Path) -> bool:
+    """Whether the folder cannot be renamed: a volume is mounted there, or its parent is not writable."""
+    if not folder.is_dir():
+        return False
+    return folder.resolve() in _mounted() or not os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _mounted() -> set[Path]:
+    """Where something is mounted, by proc(5). A folder that is mounted from the same volume looks like any other."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        return {Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4])) for line in lines}
+    return set()
 
 
 def restore_interrupted(target: Path) -> None:
@@ -87,7 +164,7 @@ def restore_interrupted(target: Path) -> None:
     formers = sorted(target.parent.glob(f"{target.name}.former-*"), key=lambda path: path.stat().st_mtime)
     if formers and not target.exists():
         os.replace(formers.pop(), target)
-    for leftover in (*formers, *target.parent.glob(f"{target.name}.partial-*")):
+    for leftover in (*formers, *target.parent.glob(f"{target.name}.partial-*"), *target.glob(".partial-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -108,10 +185,26 @@ def _refuse_others(run: Run, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"FT_PUBLISH_TO: {folder} is a file.", "Set FT_PUBLISH_TO to a folder.")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {name for name in names if not name.startswith(".partial-")}  # a killed start's
     record = folder / RECORD
     refuse_others(
         run, str(folder), names, record.read_bytes() if record.is_file() else None, bare=frozenset({"lost+found"})
     )
+
+
+def _names(folder: Path, *, whole: bool = False) -> Iterable[str]:
+    """Everything below a folder that is no folder, by its path there. Links are not followed.
+
+    With `whole`, raises OSError if some of it cannot be seen.
+    """
+
+    def failed(error: OSError) -> None:
+        if whole and not isinstance(error, FileNotFoundError):
+            raise error
+
+    for parent, folders, files in os.walk(folder, onerror=failed):
+        for name in (*files, *(name for name in folders if (Path(parent) / name).is_symlink())):
+            yield (Path(parent) / name).relative_to(folder).as_posix()
 
 
 def _let_everyone_read(folder: Path) -> None:

@@ -9,19 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from job.errors import SettingsError, TransientError
+from job.guard.front_matter import front_matter
 from job.hub import hub_errors, is_outage, patiently
 from job.hub.git import blob_id
-from job.hub.ownership import EMPTY, RECORD, refuse_others
+from job.hub.ownership import EMPTY, RECORD, Update, list_files, refuse_others, update
+from job.report.events import message
 from job.run import Run
 
 _PAUSES_SECONDS = (1.0, 3.0, 8.0, 20.0)
 _MAIN = "main"
+_REFUSED_CARD = "Invalid metadata in README.md."  # huggingface_hub, of what the Hub answers
+_OWN_METADATA = ("library_name", "pipeline_tag", "tags")
 
 
 @dataclass(frozen=True)
@@ -75,24 +81,37 @@ class HubRepository:
         """Push the folder in one commit, then compare the Hub's sizes and hashes with the local files'.
 
         Large files are sent first, and those that an earlier start sent are not sent again. What this run has published
-        already is recognized. The same commit removes weights of an earlier push by this run that are no longer part of
-        the model. Raises TransientError if the Hub's bytes differ from those sent, or somebody else pushed meanwhile.
+        already is recognized. The same commit removes what an earlier push by this run published and this one does not.
+        Raises TransientError if the Hub's bytes differ from those sent, or somebody else pushed meanwhile.
         """
-        additions = [
-            CommitOperationAdd(path_in_repo=path.relative_to(repository).as_posix(), path_or_fileobj=path)
-            for path in sorted(repository.rglob("*"))
-            if path.is_file()
-        ]
         api = HfApi()
         with hub_errors(f"FT_PUBLISH_TO={self}"):
-            name, head = self._own(api)
+            name, head, record = self._own(api)
             if head.commit is None:
                 head = self._branch_off(api, name)
-            commit = self._commit(api, name, head, additions)
+            additions = _additions(repository)
+            change = update(
+                str(self),
+                record,
+                head.files,
+                [one.path_in_repo for one in additions],
+                lambda file: [head.files[file][1]],
+            )
+            try:
+                commit = self._commit(api, name, head, _without(change.kept, additions), change)
+            except ValueError as error:
+                if not str(error).startswith(_REFUSED_CARD):
+                    raise
+                said = " ".join(str(error).removeprefix(_REFUSED_CARD).split())
+                message(
+                    f"The Hub refuses the model card's metadata: {said} The card is published without them.", "warning"
+                )
+                _reduce_metadata(repository / "README.md")
+                list_files(repository)
+                commit = self._commit(api, name, head, _without(change.kept, _additions(repository)), change)
             if tag is not None:
                 self._tag(api, name, tag, commit)
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        page = f"{endpoint}/{name}" + ("" if self._branch == _MAIN else f"/tree/{self._branch}")
+        page = f"{_endpoint()}/{name}" + ("" if self._branch == _MAIN else f"/tree/{self._branch}")
         return {"destination": str(self), "repository": name, "commit": commit, "page": page}
 
     def holds(self, record: dict[str, Any]) -> bool:
@@ -105,8 +124,8 @@ class HubRepository:
             return True
         return True
 
-    def _own(self, api: HfApi) -> tuple[str, _Head]:
-        """The repository's full id, and what the branch holds. Raises SettingsError if that is not this run's.
+    def _own(self, api: HfApi) -> tuple[str, _Head, bytes | None]:
+        """The repository's full id, what the branch holds, and this run's record there. Raises SettingsError if that is not this run's.
 
         Creates the repository if it does not exist, and makes sure that the token may write to it.
         """
@@ -120,7 +139,7 @@ class HubRepository:
             with contextlib.suppress(EntryNotFoundError):
                 record = Path(patiently(lambda: api.hf_hub_download(name, RECORD, revision=head.commit))).read_bytes()
         refuse_others(self._run, str(self), set(head.files), record, bare=EMPTY)
-        return name, head
+        return name, head, record
 
     def _head(self, api: HfApi, name: str) -> _Head:
         try:
@@ -147,20 +166,20 @@ class HubRepository:
             )
         return head
 
-    def _commit(self, api: HfApi, name: str, head: _Head, additions: list[CommitOperationAdd]) -> str:
+    def _commit(self, api: HfApi, name: str, head: _Head, additions: list[CommitOperationAdd], change: Update) -> str:
         """Make the branch hold the files, in one commit on top of `head`, and return it.
 
         An answer that was lost is not an answer: before anything is sent again, the branch is looked at.
         """
         for pause in (*_PAUSES_SECONDS, None):
-            if self._is_done(head, additions):
+            if _is_done(head, additions, change):
                 assert head.commit is not None
                 return head.commit
             try:
                 api.preupload_lfs_files(name, additions, revision=self._branch, free_memory=False)
                 api.create_commit(
                     name,
-                    [*self._removals(head, additions), *additions],
+                    [*map(CommitOperationDelete, sorted(change.removed & set(head.files))), *additions],
                     commit_message=f"Fine-tuned model of run {self._run.id}",
                     parent_commit=head.commit,
                     revision=self._branch,
@@ -168,7 +187,7 @@ class HubRepository:
                 break
             except Exception as error:
                 moved = self._head(api, name)
-                if self._is_done(moved, additions):
+                if _is_done(moved, additions, change):
                     break  # the answer was lost, and not the commit
                 if moved.commit != head.commit:
                     raise TransientError(
@@ -187,18 +206,6 @@ class HubRepository:
         assert now.commit is not None
         return now.commit
 
-    def _is_done(self, head: _Head, additions: list[CommitOperationAdd]) -> bool:
-        return head.has_all(additions) and not self._removals(head, additions)
-
-    def _removals(self, head: _Head, additions: list[CommitOperationAdd]) -> list[CommitOperationDelete]:
-        """Weights of an earlier push that are no longer part of the model."""
-        wanted = {one.path_in_repo for one in additions}
-        return [
-            CommitOperationDelete(path_in_repo=old)
-            for old in sorted(head.files)
-            if old.endswith((".safetensors", ".safetensors.index.json", ".gguf")) and old not in wanted
-        ]
-
     def _tag(self, api: HfApi, name: str, tag: str, commit: str) -> None:
         """Let `tag` name the commit. It may name an earlier one of the same run."""
         try:
@@ -208,6 +215,35 @@ class HubRepository:
         except RevisionNotFoundError:
             pass
         patiently(lambda: api.create_tag(name, tag=tag, revision=commit, exist_ok=True))
+
+
+def _additions(repository: Path) -> list[CommitOperationAdd]:
+    return [
+        CommitOperationAdd(path_in_repo=path.relative_to(repository).as_posix(), path_or_fileobj=path)
+        for path in sorted(repository.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def _without(names: frozenset[str], additions: list[CommitOperationAdd]) -> list[CommitOperationAdd]:
+    return [one for one in additions if one.path_in_repo not in names]
+
+
+def _reduce_metadata(card: Path) -> None:
+    """Leave only what this job decided itself, and not what other cards say of license and language."""
+    metadata = {name: value for name, value in front_matter(card).items() if name in _OWN_METADATA}
+    text = card.read_text(encoding="utf-8").split("\n---\n", 1)[1]
+    card.write_text(f"---\n{yaml.safe_dump(metadata)}---\n{text}", encoding="utf-8")
+
+
+def _is_done(head: _Head, additions: list[CommitOperationAdd], change: Update) -> bool:
+    return head.has_all(additions) and not change.removed & set(head.files)
+
+
+def _endpoint() -> str:
+    """Where people read the repository: HF_ENDPOINT, without a password that may be part of it."""
+    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path.rstrip("/"), "", ""))
 
 
 def _refuse_readers(api: HfApi, name: str) -> None:

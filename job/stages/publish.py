@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from job.hub.layout import CURVE, lay_out
+from job.hub.ownership import list_files
 from job.hub.publish import destinations_of
 from job.hub.to_folder import Folder
 from job.hub.to_hub import HubRepository
@@ -29,6 +30,7 @@ def publish(run: Run) -> None:
     repository = lay_out(run, what)
     if not what.merged:
         add_tokenizer(run, repository)
+    list_files(repository)
     places: list[dict[str, Any]] = []
     # a folder takes the files away, unless another one follows
     folders = [place for place in destinations if isinstance(place, Folder)]
