@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from job.checkpoints.folder_lock import FolderLock
 from job.checkpoints.manifest import MANIFEST
-from job.errors import JobError, Stopped, TransientError
+from job.errors import InputError, JobError, Stopped, TransientError
 from job.guard.secrets import masked, secret_values
 from job.run import Run
 from job.storage import Conflict
@@ -237,16 +239,31 @@ def _read(run: Run) -> tuple[LeaseRecord, str]:
     except FileNotFoundError:
         return LeaseRecord(), ""
     try:
-        known = {field.name for field in fields(LeaseRecord)}
-        found = {name: value for name, value in json.loads(data).items() if name in known}
-        found |= {"inherited": tuple(found["inherited"]), "unsaved_seconds": float(found.get("unsaved_seconds", 0))}
-        found["exit_code"] = None if found.get("exit_code") is None else int(found["exit_code"])
-        return LeaseRecord(**found), version
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise TransientError(
-            f"{run.store.url}/{run.id}/lease.json cannot be read.",
-            "Start the job again. If this persists and no other job is running, delete that object. Every commit will then count.",
+        return _record_of(json.loads(data)), version
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it is written whole, or not at all
+        raise InputError(
+            f"{run.store.url}/{run.id}/lease.json is not what this job writes there.",
+            "If no other job of this run is running, delete that object and start again. Every commit will then count.",
         ) from None
+
+
+def _record_of(found: dict[str, Any]) -> LeaseRecord:
+    """Raises ValueError, TypeError, KeyError or AttributeError if a field has another type."""
+    fields: dict[str, Any] = {"inherited": tuple(found["inherited"])}
+    if not all(type(folder) is str for folder in fields["inherited"]):
+        raise TypeError("inherited")
+    for name, usual in asdict(LeaseRecord()).items():
+        value = found.get(name, usual)
+        if name == "inherited" or value == usual:
+            continue
+        if isinstance(usual, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not (int if usual is None else type(usual)):
+            raise TypeError(name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(name)
+        fields[name] = value
+    return LeaseRecord(**fields)
 
 
 def every_commit(run: Run, below: str) -> Iterator[Commit]:

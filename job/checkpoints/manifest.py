@@ -80,7 +80,7 @@ class Manifest:
             raw = json.loads(data)
             files = tuple(Entry(str(item["path"]), int(item["size"]), str(item["sha256"])) for item in raw["files"])
             return cls(str(raw["fingerprint"]), str(raw["created"]), files)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise Rejected(f"{MANIFEST} is not readable: {error!r}") from error
 
     def to_bytes(self) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from job.checkpoints.manifest import MANIFEST, Rejected, marked, restore
 from job.run import Run
 
 _FOLDER = "checkpoints"
+_CHECKPOINT = re.compile(rf"{_FOLDER}/step-[0-9]{{8,}}")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ def step_of_folder(folder: str) -> int:
 
 
 def committed_checkpoints(run: Run, lease: LeaseRecord) -> list[Commit]:
-    """The checkpoints that count, newest first."""
-    return lease.commits(run, _FOLDER)
+    """The checkpoints that count, newest first. What people have put beside them is not looked at."""
+    return [commit for commit in lease.commits(run, _FOLDER) if is_checkpoint(commit)]
+
+
+def is_checkpoint(commit: Commit) -> bool:
+    """Whether a commit is named as this job names checkpoints."""
+    return _CHECKPOINT.fullmatch(commit.artefact) is not None
 
 
 def local_step(folder: Path) -> int:

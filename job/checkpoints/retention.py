@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from job.checkpoints.lease import Commit, Lease, every_commit, written
 from job.checkpoints.manifest import MANIFEST
-from job.checkpoints.restore import committed_checkpoints
+from job.checkpoints.restore import committed_checkpoints, is_checkpoint
 from job.run import Run
 
 KEPT = 2  # the newest, and one more in case the newest is damaged
@@ -21,7 +21,11 @@ def apply_retention(run: Run, lease: Lease, rejected: frozenset[Commit]) -> list
     if len(kept) < KEPT:
         return []
     mine = lease.record.attempt  # never touch a later attempt's commits: we may be stale without knowing it
-    old = [commit for commit in every_commit(run, "checkpoints") if commit not in kept and commit.attempt <= mine]
+    old = [
+        commit
+        for commit in every_commit(run, "checkpoints")
+        if is_checkpoint(commit) and commit not in kept and commit.attempt <= mine
+    ]
     if old:
         lease.renew()
     for commit in old:

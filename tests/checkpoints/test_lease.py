@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from job.checkpoints import lease as module
-from job.checkpoints.lease import Commit, Lease, LeaseRecord, Superseded
+from job.checkpoints.lease import Commit, Lease, LeaseRecord, Superseded, every_commit
 from job.checkpoints.manifest import commit
-from job.errors import Stopped, TransientError
+from job.checkpoints.restore import committed_checkpoints, step_of
+from job.checkpoints.retention import apply_retention
+from job.errors import InputError, Stopped, TransientError
 from job.storage import Conflict
 
 
@@ -212,7 +214,9 @@ def test_after_somebody_deleted_the_lease_every_commit_counts_and_no_number_is_r
     assert following.record.commits(run, "checkpoints") == [place]
 
 
-@pytest.mark.parametrize("broken", ['{"attempt": 1', "[]", '{"inherited": 3}', '{"inherited": [], "unsaved_seconds": "x"}', '{"inherited": [], "exit_code": []}'])  # fmt: skip
+@pytest.mark.parametrize("broken", ['{"attempt": 1', "[]", '{"inherited": 3}', '{"inherited": [], "unsaved_seconds": "x"}', '{"inherited": [], "exit_code": []}',
+    "", '{"attempt": "7", "inherited": []}', '{"inherited": [], "exit_code": Infinity}', '{"inherited": [], "expires_seconds": 1e999}',
+    '{"inherited": [1, {}]}', '{"inherited": [], "idle": "x"}', "[" * 100_000])  # fmt: skip
 def test_a_lease_that_cannot_be_read_is_named_and_no_start_goes_on_without_it(
     machine: Callable[[str], Any], broken: str
 ) -> None:
@@ -220,5 +224,22 @@ def test_a_lease_that_cannot_be_read_is_named_and_no_start_goes_on_without_it(
     take(run).release()
     _, version = run.store.get_with_version(f"{run.id}/lease.json")
     run.store.put_if_unchanged(f"{run.id}/lease.json", broken.encode(), version)
-    with pytest.raises(TransientError, match=r"lease\.json cannot be read"):
+    with pytest.raises(InputError, match=r"lease\.json is not what this job writes") as caught:  # it will never heal
         take(run)
+    assert "delete that object" in caught.value.hint
+
+
+def test_what_people_have_put_beside_the_checkpoints_is_neither_read_nor_deleted(
+    machine: Callable[[str], Any], tmp_path: Path
+) -> None:
+    run = machine("one")
+    lease = take(run)
+    copy = Commit("checkpoints/old", 1)
+    for place in (copy, *(Commit(f"checkpoints/step-0000000{step}", 1) for step in (1, 2, 3))):
+        commit(run.store, f"{run.id}/{place.folder}", some_files(tmp_path), "f")
+    lease.release()
+    run.store.delete(f"{run.id}/lease.json")
+    following = take(run)
+    assert [step_of(one) for one in committed_checkpoints(run, following.record)] == [3, 2, 1]
+    assert [one.artefact for one in apply_retention(run, following, frozenset())] == ["checkpoints/step-00000001"]
+    assert copy in list(every_commit(run, "checkpoints"))

@@ -73,6 +73,21 @@ def test_a_manifest_cannot_write_outside_its_folder(store: Store, tmp_path: Path
         restore(store, PREFIX, tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"fingerprint": "f", "created": "", "files": [{"path": "a", "size": Infinity, "sha256": ""}]}',
+    ],
+)
+def test_what_is_no_manifest_is_rejected(store: Store, tmp_path: Path, odd: bytes) -> None:
+    store.put(f"{PREFIX}/{MANIFEST}", odd)
+    with pytest.raises(Rejected):
+        restore(store, PREFIX, tmp_path / "back")
+
+
 def test_committing_the_same_content_again_changes_nothing_and_other_content_replaces_it(
     store: Store, folder: Path
 ) -> None:
