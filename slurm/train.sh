@@ -53,10 +53,14 @@ rm -rf "$FT_TERMINATION_LOG" && mkdir -p "$FT_TERMINATION_LOG" "$PWD/results" ||
 # What a container sees: the submit folder, and the folders that the settings name.
 mounts="$PWD:$PWD,$PWD/results:/work"
 for name in FT_OUTPUT_DIR FT_STORE_URL FT_MODEL_NAME FT_DATASET_NAME FT_PUBLISH_TO; do
-  folder=$(setting "$name") folder="${folder#file://}"
-  [[ "$folder" == /* && "$folder" != "$PWD"/* && "$folder" != *[:,]* ]] || continue
-  case "$name" in FT_OUTPUT_DIR | FT_STORE_URL) mkdir -p "$folder" || exit 69 ;; esac
-  [ ! -e "$folder" ] || mounts+=",$folder:$folder"
+  folders=("$(setting "$name")")
+  [ "$name" != FT_PUBLISH_TO ] || IFS=, read -ra folders <<<"${folders[0]}" # it may name several places
+  for folder in "${folders[@]}"; do
+    folder="${folder#"${folder%%[! ]*}"}" folder="${folder#file://}"
+    [[ "$folder" == /* && "$folder" != "$PWD"/* && "$folder" != *[:,]* ]] || continue
+    case "$name" in FT_OUTPUT_DIR | FT_STORE_URL | FT_PUBLISH_TO) mkdir -p "$folder" || exit 69 ;; esac
+    [ ! -e "$folder" ] || mounts+=",$folder:$folder"
+  done
 done
 
 python=python3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,6 +225,17 @@ def test_a_secret_in_the_wrong_variable_is_not_repeated(monkeypatch: pytest.Monk
     message = refusal(monkeypatch, HF_TOKEN="hf_canary_0123", FT_LORA_R="hf_canary_0123")
     assert "hf_canary_0123" not in message
     assert "***" in message
+
+
+def test_blanks_around_a_key_are_dropped_and_a_character_that_no_key_has_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`echo key | base64` puts a line break into a Kubernetes Secret, and word processors typographic quotes around words."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE\n")
+    load_settings()
+    assert os.environ["AWS_ACCESS_KEY_ID"] == "AKIAEXAMPLE"
+    for value in ("hf_t\u00e9st", "\u201chf_test\u201d", "hf_te\nst"):
+        assert "HF_TOKEN holds a character that no key has" in refusal(monkeypatch, HF_TOKEN=value)
 
 
 @pytest.mark.parametrize("variable", ["FT_STORE_URL", "FT_PUBLISH_TO", "FT_MODEL_NAME", "FT_DATASET_NAME"])

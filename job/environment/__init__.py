@@ -18,7 +18,7 @@ from job.environment import trainer_arguments
 from job.environment.local_files import SOURCES, missing_paths, unusable_files
 from job.environment.mixture import parts_of
 from job.errors import InputError, SettingsError
-from job.guard.secrets import keys_in, masked, secret_values
+from job.guard.secrets import keys_in, masked, secret_values, tidy
 from job.settings import PREFIX, Settings, allowed_text, default_text, variable
 from job.storage import SCHEMES, scheme_of
 
@@ -40,6 +40,10 @@ def load_settings() -> Settings:
         problems.append(f"FT_ENV_FILE={str(env_file)!r}: this user may not read it.")
     if env_file.is_file() and not problems:
         problems += env_file_variables.load(env_file)
+    problems += [
+        f"{name} holds a character that no key has, such as a typographic quotation mark: copy it again."
+        for name in tidy()
+    ]
     problems += _unknown_names()
     try:
         settings = Settings()
@@ -130,6 +134,8 @@ def contradictions(settings: Settings) -> list[str]:
         problems.append(
             f"FT_CHAT_TEMPLATE={named!r} is neither a file nor a known template: use auto, llama-2 or chatml."
         )
+    elif named not in ("auto", "llama-2", "chatml") and not _is_text(Path(named).expanduser()):
+        problems.append(f"FT_CHAT_TEMPLATE={named!r} is not a text in UTF-8: save the file in that encoding.")
     if settings.s3_sse_kms_key_id is not None and not (settings.s3_server_side_encryption or "").startswith("aws:kms"):
         problems.append(
             "FT_S3_SSE_KMS_KEY_ID names a key that only KMS encrypts with: set FT_S3_SERVER_SIDE_ENCRYPTION=aws:kms, or unset it."
@@ -273,11 +279,26 @@ def _hub_places(settings: Settings) -> list[str]:
             problems.append(
                 f"FT_PUBLISH_TO={place!r}: write a Hub repository as hf://user/name or hf://user/name@branch."
             )
+        elif (bad := _no_git_name(place.rstrip("/").partition("@")[2] or "main")) is not None:
+            problems.append(f"FT_PUBLISH_TO={place!r}: git allows no branch {bad}.")
         elif "publish" in settings.stages and not os.environ.get("HF_TOKEN"):
             problems.append(f"FT_PUBLISH_TO={place!r} needs HF_TOKEN, a token with write access to the Hub.")
+    if settings.run_id and any(place.startswith("hf:") for place in settings.destinations):
+        bad = _no_git_name(settings.run_id)
+        if bad is not None:
+            problems.append(f"FT_RUN_ID={settings.run_id!r} becomes a tag on the Hub, and git allows none {bad}.")
     if len(set(settings.destinations)) < len(settings.destinations):
         problems.append(f"FT_PUBLISH_TO={settings.publish_to!r} names a place twice.")
     return problems
+
+
+def _no_git_name(name: str) -> str | None:
+    """What is wrong with the name of a branch or tag, of those that the settings allow (git-check-ref-format(1))."""
+    if ".." in name:
+        return "with two dots in a row"
+    if name.startswith((".", "-")):
+        return f"that begins with {name[0]!r}"
+    return next((f"that ends with {end!r}" for end in (".lock", ".") if name.endswith(end)), None)
 
 
 def _near_miss(name: str, value: str) -> str | None:
@@ -345,6 +366,14 @@ def _is_json(text: str) -> bool:
     try:
         json.loads(text)
     except ValueError:
+        return False
+    return True
+
+
+def _is_text(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         return False
     return True
 

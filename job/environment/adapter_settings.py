@@ -21,6 +21,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "fan_in_fan_out": (False, None), "layers_to_transform": (None, []),
     "layer_replication": (None, []), "megatron_config": (None,), "target_parameters": (None, []),
     "use_qalora": (False, None), "use_bdlora": (None, False), "lora_bias": (False, None), "alora_invocation_tokens": (None,), "exclude_modules": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # the others change the base, too
     "arrow_config": (None,), "corda_config": (None,), "eva_config": (None,),
 }  # fmt: skip
 
@@ -35,7 +36,9 @@ def with_adapters_own(settings: Settings, config: Mapping[str, Any]) -> Settings
         if name in config and config[name] not in plain:
             raise InputError(
                 f"FT_ADAPTER_NAME={settings.adapter_name}: its {name} is {str(config[name])[:60]!r}, which this job does not train.",
-                "It must be a LoRA adapter of linear layers, named one by one.",
+                "Convert it with peft's save_pretrained(…, path_initial_model_for_weight_conversion=…)."
+                if name == "init_lora_weights"
+                else "It must be a LoRA adapter of linear layers, named one by one.",
             )
     if not isinstance(config.get("target_modules"), list):
         raise InputError(

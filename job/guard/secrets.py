@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -54,6 +54,22 @@ _OWN_WORDS = frozenset(
 )
 # Fields of a log line that are the job's own words, never a secret.
 _OWN_FIELDS = frozenset({"time", "level", "run_id", "event", "stage", "unit", "result", "exit_code", "retry"})
+
+
+def tidy(environ: MutableMapping[str, str] = os.environ) -> list[str]:
+    """Drop blanks and line breaks around the known secrets, as `echo … | base64` leaves them. Returns the unusable ones.
+
+    They are sent in HTTP headers, which hold printable ASCII.
+    """
+    unusable = []
+    for name in KNOWN:
+        if name in environ:
+            value = environ[name].strip()
+            if value != environ[name]:
+                environ[name] = value
+            if not (value.isascii() and value.isprintable()):
+                unusable.append(name)
+    return unusable
 
 
 def is_secret(name: str) -> bool:

@@ -237,7 +237,11 @@ PATH="{checkout}/.venv/bin:$PATH" exec {shutil.which("srun")} "${{rest[@]}}"
         encoding="utf-8",
     )
     tool.chmod(0o755)
-    stores = {"FT_OUTPUT_DIR": f"{elsewhere}/out", "FT_STORE_URL": f"{elsewhere}/store"}
+    published = [elsewhere / "new", elsewhere / "newer"]  # neither exists yet
+    stores = {
+        "FT_OUTPUT_DIR": f"{elsewhere}/out", "FT_STORE_URL": f"{elsewhere}/store",
+        "FT_PUBLISH_TO": f"{published[0]}, {published[1]}",
+    }  # fmt: skip
     asked = {
         "FT_CONTAINER": "registry#me/finetune:1",
         "FT_STAGES": "preflight",
@@ -247,7 +251,9 @@ PATH="{checkout}/.venv/bin:$PATH" exec {shutil.which("srun")} "${{rest[@]}}"
     assert slurm.await_end(job)["JobState"] == "COMPLETED", slurm.log(job)
     assert set(re.findall(r"^pyxis (.*)$", slurm.log(job), re.MULTILINE)) == {
         "--container-image=registry#me/finetune:1",
-        f"--container-mounts={bound(checkout, elsewhere, settings)}",
+        ",".join(
+            [f"--container-mounts={bound(checkout, elsewhere, settings)}", *(f"{one}:{one}" for one in published)]
+        ),
         f"--container-workdir={checkout}",
         "--container-env=FT_OUTPUT_DIR",
     }
