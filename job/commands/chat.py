@@ -97,6 +97,7 @@ def _loaded(run: Run, which: str, folder: Path) -> Any:
     from job.data.check import reading_of
     from job.data.conversations import opened
     from job.data.masking import prompt_ids
+    from job.data.report import learned_ends
     from job.data.templates import load_tokenizer, set_chat_template
     from job.model.compute import Compute
     from job.model.generation import greedy, stream
@@ -112,7 +113,8 @@ def _loaded(run: Run, which: str, folder: Path) -> Any:
     tokens = len(tokenizer) if run.settings.new_tokens and which == "adapter" else 0
     quantized = which == "adapter" and run.settings.use_4bit
     model: Any = load_base(folder, run.settings, compute, quantized=quantized, tokens=tokens)
-    model.generation_config = greedy(model)
+    report = run.paths.data_report_file
+    model.generation_config = greedy(model, learned_ends(read_json(report)) if report.is_file() else ())
     if which == "adapter":
         from job.model.adapters import with_adapter
 

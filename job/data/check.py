@@ -49,7 +49,8 @@ def reading_of(settings: Settings) -> Reading:
         system_prompt=settings.system_prompt,
         system_role=settings.system_role,
         ignored_keys=frozenset(settings.ignored_message_keys),
-        completion_only=settings.completion_only_loss,
+        completion_only=settings.completion_only_loss and settings.train_on == "auto",
+        answers_only=settings.train_on == "auto",
     )
 
 

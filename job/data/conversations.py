@@ -58,8 +58,14 @@ class Reading:
     system_prompt: str | None = None
     system_role: str = "keep"
     ignored_keys: frozenset[str] = frozenset()
-    completion_only: bool = True
+    completion_only: bool = True  # of rows with a prompt and a completion
+    answers_only: bool = True  # of other rows in which earlier turns belong to the question
     told: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ignores_reasoning(self) -> bool:
+        """Whether FT_IGNORED_MESSAGE_KEYS names the reasoning, by any of its names: then no form of it is trained on."""
+        return not self.ignored_keys.isdisjoint(REASONING_KEYS)
 
     def tell(self, text: str) -> None:
         self.told[text] = self.told.get(text, 0) + 1
@@ -143,6 +149,8 @@ def _message(item: Any, number: int, reading: Reading) -> tuple[Message, bool]:
     for key, value in item.items():
         if key in (role_key, content_key) or value is None or value == [] or value == {} or value == "":
             continue
+        if key in REASONING_KEYS and reading.ignores_reasoning:
+            continue
         if key in _LEARN_KEYS:
             learn = learn and _weight(key, value, number)
         elif key in reading.ignored_keys:
@@ -161,6 +169,10 @@ def _message(item: Any, number: int, reading: Reading) -> tuple[Message, bool]:
             message[key] = value
     content, thought = _content(content, number, reading)
     reasoning = reasoning or thought
+    if role == "assistant" and reading.ignores_reasoning:
+        reasoning = None
+        if isinstance(content, str) and content.lstrip().startswith("<think>") and "</think>" in content:
+            content = content.partition("</think>")[2].lstrip()
     if role == "call":
         role, message["role"], calls, content = "assistant", "assistant", _calls(as_json(content), number), None
     is_text = isinstance(content, str | list)
@@ -273,6 +285,12 @@ def opened(messages: Sequence[Message], reading: Reading) -> list[Message]:
 
 def _place_system(messages: list[Message], learned: list[bool], text: str | None, reading: Reading) -> None:
     """Add the system prompt of the row or of FT_SYSTEM_PROMPT where there is none, then keep, fold or drop it."""
+    while (
+        len(messages) > 1
+        and messages[0]["role"] in ("system", "developer")
+        and not plain(messages[0]["content"]).strip()
+    ):
+        del messages[0], learned[0]  # as in many a ShareGPT file; no prompt in use has a blank one
     has_one = messages[0]["role"] in ("system", "developer")
     if text is not None and has_one and plain(messages[0]["content"]).strip() != text.strip():
         reading.tell("the column of system prompts is not used where the messages begin with another one")

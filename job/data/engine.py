@@ -28,6 +28,7 @@ from job.guard.limits import Budget, TooMuch, time_limit
 
 TooLong = Literal["auto", "cut", "cut_left", "drop", "split"]
 
+WITHOUT_SYSTEM_PROMPT = "FT_SYSTEM_PROMPT is not put before rows that are no conversations"
 _LONGEST_TEXT = 4 << 20  # characters of a row; the tokenizer takes some 200 bytes for each
 _ROW_SECONDS = 20.0
 _PREVIEW = 200  # characters
@@ -106,6 +107,8 @@ class RowEncoder:
             raise
         except Exception as error:  # a stranger's row may hold anything anywhere
             raise Malformed(f"it does not fit {self.format.name}: {in_a_line(error)}") from error
+        if example.messages is None and self.reading.system_prompt is not None:
+            self.reading.tell(WITHOUT_SYSTEM_PROMPT)
         if (size := _characters(example)) > _LONGEST_TEXT:
             raise Malformed(f"it has {size:,} characters, and {_LONGEST_TEXT:,} are the most")
         return example
@@ -170,8 +173,10 @@ class RowEncoder:
                 edges[-2] -= 1
             return [(ids[at:end], learned[at:end]) for at, end in itertools.pairwise(edges)]
         counts["cut"] += 1
-        if self.too_long == "cut_left":  # what the text begins with, BOS, is kept
-            rest = len(ids) - limit + 1
+        if self.too_long == "cut_left":
+            if ids[0] not in self.encoder.openings:
+                return [(ids[-limit:], learned[-limit:])]
+            rest = len(ids) - limit + 1  # what every text begins with, BOS, is kept
             return [(np.append(ids[:1], ids[rest:]), np.append(learned[:1], learned[rest:]))]
         return [(ids[:limit], learned[:limit])]
 

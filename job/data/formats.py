@@ -114,7 +114,9 @@ def _pair(prompt: str, answer: str, *context: str) -> Callable[[Row, Reading], E
         asked = as_turns(column(row, prompt))
         if isinstance(asked, list) and asked and isinstance(asked[0], Mapping):
             turns = [*asked, {"role": "assistant", "content": _text(row, answer, reading)}]
-            return conversation(row, turns, reading, system=_system(row), learned_from=len(asked))
+            return conversation(
+                row, turns, reading, system=_system(row), learned_from=len(asked) if reading.answers_only else 0
+            )
         parts = [_text(row, prompt, reading, may_be_empty=bool(context))]
         parts += [_text(row, name, reading, may_be_empty=True) for name in context if column(row, name) is not None]
         question = "\n".join(part for part in parts if part.strip())
@@ -214,7 +216,8 @@ def _read_chosen(row: Row, reading: Reading) -> Example:
             turns = [
                 {"role": role, "content": text.strip()} for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
             ]
-            return conversation(row, turns, reading, learned_from=len(turns) - 1) if turns else Example(text=chosen)
+            from_ = len(turns) - 1 if reading.answers_only else 0
+            return conversation(row, turns, reading, learned_from=from_) if turns else Example(text=chosen)
         chosen = [{"role": "assistant", "content": chosen}]
     if not isinstance(chosen, list):
         raise Malformed("column chosen holds neither a text nor messages")
@@ -222,7 +225,8 @@ def _read_chosen(row: Row, reading: Reading) -> Example:
     if before and len(chosen) > 1:  # many sets repeat the prompt in `chosen`
         before = []
     turns = [*before, *chosen]
-    return conversation(row, turns, reading, system=_system(row), learned_from=len(turns) - 1)
+    from_ = len(turns) - 1 if reading.answers_only else 0
+    return conversation(row, turns, reading, system=_system(row), learned_from=from_)
 
 
 def _read_kto(row: Row, reading: Reading) -> Example:

@@ -76,6 +76,11 @@ class Encoder:
         adds = self._backend.encode("", add_special_tokens=True).ids
         self._prefix = [token for token in adds if token != self._eos_id or token == self._bos_id][:1]
 
+    @property
+    def openings(self) -> frozenset[int]:
+        """The tokens with which the tokenizer begins a text."""
+        return frozenset([*self._prefix, *([] if self._bos_id is None else [self._bos_id])])
+
     def encode(self, examples: Sequence[Example]) -> list[Encoding | Malformed]:
         """Encode examples, each to its tokens or to the reason why it cannot be. Other errors are the template's."""
         layouts: list[_Layout | Malformed] = []

@@ -6,6 +6,7 @@ other conversations and compared with the template's own text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +93,16 @@ def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return text
 
 
-def modelfile(tokenizer: Any, file: str, system: str | None = None) -> str:
+def modelfile(tokenizer: Any, file: str, system: str | None = None, ends: Sequence[int] = ()) -> str:
     """A Modelfile for `ollama create`. Without turns it leaves the template to the one in the GGUF file.
 
-    `system` is the system prompt that conversations began with in training.
+    `system` is the system prompt that conversations began with in training, and `ends` the tokens by which answers ended.
     """
     lines = [f"FROM {file}"]
     turns = Turns.of(tokenizer)
     if turns is not None:
         lines.append(f'TEMPLATE """{_go(turns)}"""')
-    stops = [tokenizer.eos_token]
+    stops = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(list(ends))]
     if turns is not None and (mark := turns.user[0].removeprefix(turns.first).strip()):
         stops.append(mark)
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(filter(None, stops))]

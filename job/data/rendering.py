@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,8 @@ PINNED_DATE = datetime.datetime(2024, 7, 26)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters, which no text may hold (Unicode 16.0, 23.7)
 _SENTINEL = re.compile("\ufdd2(\\d+)\ufdd3")
+_PIECES = re.compile(f"([{_BEGIN}{_END}]|\ufdd2\\d+\ufdd3)")
+_BROKEN_MARK = re.compile(r"[<\[][^<>\[\]]*$")
 _WHOLE_PREFIXES = 12  # messages up to which every prefix is rendered; beyond, only the turns around each answer are
 _MOST_CHARACTERS, _MOST_PIECES = 16 << 20, 1 << 20
 _KWARGS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -106,7 +108,7 @@ class ChatTemplate:
             | {"tools": None, "documents": None, "add_generation_prompt": False}
             | self._tokens
         )
-        self._prompts: dict[tuple[str, bool], str] = {}
+        self._prompts: dict[tuple[Any, ...], str] = {}
         self.marks = "generation marks" if marked == text else "training variant" if marked is not None else "turns"
         self.dated = "strftime_now" in text
 
@@ -218,8 +220,15 @@ class ChatTemplate:
             for part in _parts(message.get("content")):
                 found = text.find(part, position)
                 if found < 0 and "</think>" in part:  # templates that leave out earlier reasoning
-                    part = part.rpartition("</think>")[2].strip()
+                    thought, _, part = part.rpartition("</think>")
+                    thought, part = thought.rpartition("<think>")[2].strip(), part.strip()
                     found = text.find(part, position)
+                    if thought and thought not in text:
+                        if index == last:
+                            raise LeftOut(
+                                f"the chat template leaves out the reasoning_content of {who}, <think> … </think>"
+                            )
+                        tell("the chat template leaves out the reasoning of earlier answers")
                 if found < 0 and message["role"] in ("system", "developer"):
                     found = position if part in text else -1  # some templates place it before the last question
                 elif found >= 0:
@@ -247,7 +256,7 @@ class ChatTemplate:
             text, spans = _unmarked(self._render(self._marked, messages, variables))
             if not spans:
                 raise Malformed("the chat template marks nothing as the assistant's")
-            return text, self._by_message(spans, messages, variables) if apart else [spans]
+            return text, self._by_message(text, spans, messages, variables) if apart else [spans]
         text = self.render(messages, **variables)
         found = self._by_turns(text, messages, variables) or self._by_sentinels(text, messages, variables)
         if found is None:
@@ -257,21 +266,28 @@ class ChatTemplate:
         return text, [[span] for span in found]
 
     def _by_message(
-        self, spans: list[Span], messages: Sequence[Message], variables: Mapping[str, Any]
+        self, text: str, spans: list[Span], messages: Sequence[Message], variables: Mapping[str, Any]
     ) -> list[list[Span]]:
-        """Give each of the assistant's messages the marked spans that came with it."""
+        """Give each of the assistant's messages its marked spans, by a rendering in which every message is signed.
+
+        A template may mark the end of a turn, the reasoning and the answer apart, and in other turns leave one out. So
+        their number says nothing. Without the signatures the rendering must be that of the messages themselves.
+        """
         places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(spans) == len(places):
-            return [[span] for span in spans]
-        counts = []
-        for index in places:
-            try:
-                counts.append(len(_unmarked(self._render(self._marked, messages[: index + 1], variables))[1]))
-            except Malformed:
-                return [spans, *[[] for _ in places[1:]]]
-        if counts[-1:] != [len(spans)] or counts != sorted(counts):
-            return [spans, *[[] for _ in places[1:]]]
-        return [spans[before:after] for before, after in zip([0, *counts], counts, strict=False)]
+        if len(places) == 1:
+            return [spans]
+        try:
+            frame = self._render(
+                self._marked, [_signed(index, message) for index, message in enumerate(messages)], variables
+            )
+        except Malformed:
+            frame = ""
+        if _unmarked(_SENTINEL.sub("", frame)) != (text, spans):
+            raise Malformed("the chat template depends on contents so that its marks cannot be told apart by message")
+        found: dict[int, list[Span]] = {index: [] for index in places}
+        for span, index in zip(spans, _owners(frame, set(places)), strict=True):
+            found[index].append(span)
+        return [found[index] for index in places]
 
     def _by_turns(self, text: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[Span] | None:
         """Spans from what each answer adds to the text before it; None if what is added does not add up to the text.
@@ -314,10 +330,11 @@ class ChatTemplate:
         return spans
 
     def _prompt_after(self, asked: Sequence[Message], before: str, variables: Mapping[str, Any]) -> str:
-        """What the template writes to ask for an answer, which depends on nothing but who spoke last."""
+        """What the template writes to ask for an answer, which depends on who spoke last and on the row's variables."""
         if not asked:
             return self._prompt_at_first(variables)
-        key = (asked[-1]["role"], "tools" in variables)
+        own = sorted((name, repr(value)) for name, value in variables.items() if name != "tools")
+        key = (asked[-1]["role"], "tools" in variables, *own)
         if key not in self._prompts:
             prompted = self.render(asked, **variables, add_generation_prompt=True)
             self._prompts[key] = prompted[len(before) :] if prompted.startswith(before) else ""
@@ -365,6 +382,8 @@ class ChatTemplate:
                 return None
             position += len(content)
             end = _common_start(closing, fixed[number + 1])
+            if end not in (closing, fixed[number + 1]):  # within the mark that begins the next turn
+                end = _BROKEN_MARK.sub("", end)
             if not end.strip():
                 return None  # no end of the turn that could be learned
             spans.append((begin, position + len(end)))
@@ -410,6 +429,60 @@ def _with_arguments(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]
     if as_text and not isinstance(function["arguments"], str):
         function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": function}
+
+
+def _signed(index: int, message: Message) -> Message:
+    """The message with a word at its end that occurs nowhere else, before blanks that a template may cut off."""
+    mark = f"\ufdd2{index}\ufdd3"
+
+    def sign(text: str) -> str:
+        end = len(text.rstrip())
+        return text[:end] + mark + text[end:]
+
+    signed, content = dict(message), message.get("content")
+    if isinstance(content, str) and (content or not message.get("tool_calls")):
+        signed["content"] = sign(content)
+    elif isinstance(content, list) and content:
+        signed["content"] = [*content[:-1], {**content[-1], "text": sign(content[-1]["text"])}]
+    if calls := message.get("tool_calls"):
+        function = {**calls[-1]["function"], "name": calls[-1]["function"]["name"] + mark}
+        signed["tool_calls"] = [*calls[:-1], {**calls[-1], "function": function}]
+    return signed
+
+
+def _owners(frame: str, assistants: set[int]) -> Iterator[int]:
+    """Whose message each mark of a rendering of signed messages is.
+
+    That which signed within it. A mark without a signature belongs to the assistant's message right before or right after
+    it. Raises Malformed if both or neither of them are the assistant's.
+    """
+    marks: list[set[int]] = []  # the signatures within each
+    around: list[tuple[int | None, int | None]] = []  # the last signature before each, and the first one after it
+    inside: set[int] = set()
+    last: int | None = None
+    before: int | None = None
+    begin: int | None = None
+    position = 0
+    for piece in _PIECES.split(frame):
+        if piece == _BEGIN:
+            begin, inside, before = position, set(), last
+        elif piece == _END and begin is not None:
+            if position > begin:
+                marks.append(inside)
+                around.append((before, None))
+            begin = None
+        elif signature := _SENTINEL.fullmatch(piece):
+            last = int(signature[1])
+            if begin is not None:
+                inside.add(last)
+            around = [(one, last if other is None else other) for one, other in around]
+        else:
+            position += len(piece)
+    for inside, neighbours in zip(marks, around, strict=True):
+        owners = inside or assistants & set(neighbours)
+        if len(owners) != 1 or not owners <= assistants:
+            raise Malformed("the chat template's marks cannot be told apart by message")
+        yield from owners
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:

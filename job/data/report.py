@@ -18,7 +18,8 @@ from job.errors import InputError
 _SHOWN_PER_REASON = 5
 _FIRST_SAMPLES, _OTHER_SAMPLES = 4, 4
 _LONGEST_SAMPLE = 1200  # tokens shown
-_LEAST_LEARNED, _MOST_CUT = 0.01, 0.5
+_LEAST_LEARNED, _MOST_CUT, _LEAST_ENDED = 0.01, 0.5, 0.5
+_AFTER_THE_END = 2  # tokens of a turn after the one that ends it
 
 
 @dataclass
@@ -38,6 +39,7 @@ class SplitReport:
     bos_id: int | None
     eos_id: int
     end_ids: frozenset[int]
+    blank_ids: frozenset[int] = frozenset()  # tokens that may follow an end within the same turn
     rows: int = 0
     documents: int = 0
     tokens: int = 0
@@ -57,7 +59,8 @@ class SplitReport:
     bos: Counter[int] = field(default_factory=Counter)
     eos: Counter[int] = field(default_factory=Counter)
     double_bos: int = 0
-    ends_learned: int = 0
+    ends_learned: int = 0  # documents in which a learned stretch ends with such a token
+    ends: Counter[int] = field(default_factory=Counter)
     most_id: int = -1
     duplicates: int = 0
     hashes: list[np.ndarray[Any, Any]] = field(default_factory=list)
@@ -118,13 +121,33 @@ class SplitReport:
             self.double_bos += int(
                 ((ids[first] == self.bos_id) & (ids[second] == self.bos_id) & (second > first)).sum()
             )
-        ends = np.isin(ids, np.fromiter(self.end_ids, np.int32)) & target
-        self.ends_learned += int((np.add.reduceat(ends.astype(np.int64), starts[:-1]) > 0).sum())
+        self._count_ends(ids, target, starts)
         for index in range(len(lengths)):
             place = self._place()
             if place is not None:
                 part = slice(starts[index], min(starts[index + 1], starts[index] + _LONGEST_SAMPLE))
                 self.samples[place : place + 1] = [(ids[part].copy(), learned[part].copy())]
+
+    def _count_ends(
+        self, ids: np.ndarray[Any, Any], target: np.ndarray[Any, Any], starts: np.ndarray[Any, Any]
+    ) -> None:
+        """By which token each learned stretch ends. Blanks may follow it, as in ChatML."""
+        goes_on = np.append(target[1:], False)
+        goes_on[starts[1:] - 1] = False
+        lasts = np.flatnonzero(target & ~goes_on)
+        firsts = starts[np.searchsorted(starts, lasts, side="right") - 1]
+        ended = np.full(len(lasts), -1, np.int64)
+        known, blank = np.fromiter(self.end_ids, np.int32), np.fromiter(self.blank_ids, np.int32)
+        searched = np.ones(len(lasts), bool)
+        for back in range(_AFTER_THE_END + 1):
+            at = np.maximum(lasts - back, firsts)
+            found = searched & target[at] & np.isin(ids[at], known)
+            ended[found] = ids[at][found]
+            searched &= ~found & np.isin(ids[at], blank)
+        tokens, counts = np.unique(ended[ended >= 0], return_counts=True)
+        self.ends.update(dict(zip(tokens.tolist(), counts.tolist(), strict=True)))
+        documents = np.searchsorted(starts, lasts[ended >= 0], side="right")
+        self.ends_learned += len(np.unique(documents))
 
     def _place(self) -> int | None:
         """Where among the samples the next document belongs: the first ones, and of all others some with equal chances.
@@ -194,9 +217,14 @@ class SplitReport:
                 "Remove the token from the rows or from the chat template: both add one.",
             )
         whole = self.documents - self.cut - self.split
-        if chat and whole > 0 and not self.ends_learned:
+        if chat and whole > 0 and self.ends_learned < _LEAST_ENDED * whole:
+            few = (
+                f"Only {self.ends_learned:,} of {whole:,} {self.name} rows teach"
+                if self.ends_learned
+                else f"No {self.name} row teaches"
+            )
             raise InputError(
-                f"No {self.name} row teaches the end of a turn, so the model would never stop.",
+                f"{few} the end of a turn, so the model would never stop.",
                 "Set FT_CHAT_TEMPLATE to a template that ends each answer with the tokenizer's end token.",
             )
 
@@ -223,6 +251,7 @@ class SplitReport:
             "longest_row": self.longest,
             "bos_per_row": {str(number): count for number, count in sorted(self.bos.items())},
             "eos_per_row": {str(number): count for number, count in sorted(self.eos.items())},
+            "end_tokens": {str(token): count for token, count in self.ends.most_common()},
             "told": dict(self.told),
             "reasons": [
                 {
@@ -288,6 +317,12 @@ def _advice(reason: str) -> str:
 def overlap(train: SplitReport, evaluation: SplitReport) -> int:
     """Rows of the evaluation data that are training data too, token by token."""
     return len(train.hash_set() & evaluation.hash_set())
+
+
+def learned_ends(report: dict[str, Any]) -> list[int]:
+    """The tokens by which most answers of the training data end, from its report. None for an older version's."""
+    counts = {int(token): count for token, count in report.get("train", {}).get("end_tokens", {}).items()}
+    return [token for token, count in counts.items() if count >= sum(counts.values()) / 4]
 
 
 def labels_of(ids: np.ndarray[Any, Any], learned: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

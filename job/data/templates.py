@@ -110,6 +110,7 @@ def _with_backend(tokenizer: Any, backend: tokenizers.Tokenizer) -> Any:
 
 
 NO_TEMPLATE = "llama-2, because the model has no chat template"
+NO_TEMPLATE_NOR_BOS = "chatml, because the model has no chat template, and no begin-of-sequence token"
 
 
 def set_chat_template(tokenizer: Any, wanted: str) -> str:
@@ -117,6 +118,9 @@ def set_chat_template(tokenizer: Any, wanted: str) -> str:
     if wanted == "auto":
         if tokenizer.chat_template:
             return "the tokenizer's own"
+        if not tokenizer.bos_token:  # Llama 2's begins each turn with it
+            tokenizer.chat_template = CHATML
+            return NO_TEMPLATE_NOR_BOS
         tokenizer.chat_template = LLAMA_2
         return NO_TEMPLATE
     if wanted in NAMED:
@@ -128,7 +132,7 @@ def set_chat_template(tokenizer: Any, wanted: str) -> str:
             f"FT_CHAT_TEMPLATE={wanted!r} is neither a file nor a known template.",
             f"Use auto, {', '.join(NAMED)}, or a Jinja file.",
         )
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    tokenizer.chat_template = path.read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
     return path.name
 
 

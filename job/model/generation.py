@@ -5,7 +5,8 @@ A model's own generation_config may ask for a hundred thousand beams, or for a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -18,9 +19,12 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAMPLING = {"temperature": (0.0, 10.0), "top_p": (0.0, 1.0), "top_k": (0, 1000), "repetition_penalty": (0.1, 10.0)}
 
 
-def greedy(model: PreTrainedModel) -> GenerationConfig:
-    """Always the likeliest token, ending where the model's own configuration says that an answer ends."""
-    return GenerationConfig(do_sample=False, **_token_ids(model))
+def greedy(model: PreTrainedModel, ends: Sequence[int] = ()) -> GenerationConfig:
+    """Always the likeliest token, ending where the model's own configuration says that an answer ends.
+
+    It also ends with the tokens `ends`, by which the answers of the training ended.
+    """
+    return GenerationConfig(do_sample=False, **_with_ends(_token_ids(model), ends))
 
 
 def published(model: PreTrainedModel) -> GenerationConfig:
@@ -36,6 +40,22 @@ def published(model: PreTrainedModel) -> GenerationConfig:
     elif kept:  # sampling settings without sampling are only warned about
         kept = {}
     return GenerationConfig(**kept, **_token_ids(model))
+
+
+def add_ends(folder: Path, ends: Sequence[int]) -> None:
+    """Let a published model's answers end by the tokens `ends`, too: to its base they may have meant nothing."""
+    config = GenerationConfig.from_pretrained(folder)
+    found = _with_ends({"eos_token_id": config.eos_token_id}, ends)["eos_token_id"]
+    if found != config.eos_token_id:
+        config.eos_token_id = found
+        config.save_pretrained(folder)
+
+
+def _with_ends(token_ids: dict[str, Any], ends: Sequence[int]) -> dict[str, Any]:
+    own = token_ids.get("eos_token_id")
+    known = own if isinstance(own, list) else [own] if own is not None else []
+    more = [token for token in ends if token not in known]
+    return {**token_ids, "eos_token_id": [*known, *more]} if more else token_ids
 
 
 def _token_ids(model: PreTrainedModel) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from job.data.check import reading_of
 from job.data.conversations import opened
 from job.data.masking import checked_prompt, rendered_prompt
 from job.data.ollama import modelfile
+from job.data.report import learned_ends
 from job.data.templates import load_tokenizer
 from job.errors import InputError
 from job.model.compute import Compute
@@ -57,7 +58,9 @@ def export(run: Run) -> None:
         output("export", str(place))
     first = next((item["file"] for item in found if item["file"].endswith(".gguf")), None)
     if first is not None:
-        text = modelfile(reference.tokenizer, f"./{first}", reference.system)
+        text = modelfile(
+            reference.tokenizer, f"./{first}", reference.system, learned_ends(read_json(run.paths.data_report_file))
+        )
         (run.paths.exports_dir / "Modelfile").write_text(text, encoding="utf-8")
 
 

@@ -14,12 +14,13 @@ from datasets import load_from_disk
 
 from job.data.check import reading_of
 from job.data.masking import checked_prompt
+from job.data.report import learned_ends
 from job.data.templates import load_tokenizer
 from job.data.tokenizer_files import difference, publish_tokenizer
 from job.errors import InputError
 from job.model.adapters import with_adapter
 from job.model.compute import Compute
-from job.model.generation import answer, greedy
+from job.model.generation import add_ends, answer, greedy
 from job.model.loading import load_base, stored_dtype
 from job.model.merge import Recipe, UnknownLayout, write_merged, write_merged_whole
 from job.model.merge_proof import Predictions, Rows, check_weights, load_as_a_user_would, same_beginnings
@@ -66,6 +67,7 @@ def merge(run: Run) -> None:
     if not hashes:
         write_merged_whole(trained, run.paths.model_dir, run.paths.merged_dir, recipe, tokens)
     publish_tokenizer(run.paths.model_dir, run.paths.tokenizer_dir, run.paths.merged_dir)
+    add_ends(run.paths.merged_dir, learned_ends(read_json(run.paths.data_report_file)))
     run.check_stop()
     started = time.monotonic()
     proof = prove(run, trained, recipe, compute)
@@ -87,7 +89,8 @@ def prove(run: Run, trained: Any, recipe: Recipe, compute: Compute) -> dict[str,
     expected = Predictions.of(trained, rows)
     with trained.disable_adapter():
         loss_base = Predictions.of(trained, rows).loss(rows)
-    trained.get_base_model().generation_config = greedy(trained.get_base_model())
+    ends = learned_ends(read_json(run.paths.data_report_file))
+    trained.get_base_model().generation_config = greedy(trained.get_base_model(), ends)
     answers = _answers(run, trained, tokenizer, prompts)
     weights = check_weights(trained, run.paths.model_dir, run.paths.merged_dir, recipe, run.check_stop)
     dtype = next(parameter.dtype for parameter in trained.parameters() if parameter.is_floating_point())

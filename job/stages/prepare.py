@@ -17,7 +17,7 @@ import numpy as np
 from job.data import report as reports
 from job.data.check import reading_of, recognised
 from job.data.conversations import Reading
-from job.data.engine import Encoded, RowEncoder, cores, encode_all
+from job.data.engine import WITHOUT_SYSTEM_PROMPT, Encoded, RowEncoder, cores, encode_all
 from job.data.files import Batch, FileOptions
 from job.data.formats import Format
 from job.data.masking import Encoder, TrainOn, checked_prompt
@@ -26,7 +26,14 @@ from job.data.prepared import writing
 from job.data.rendering import PINNED_DATE, ChatTemplate
 from job.data.report import SplitReport
 from job.data.selection import Selection, select
-from job.data.templates import NO_TEMPLATE, add_tokens, load_tokenizer, set_chat_template, templates_of
+from job.data.templates import (
+    NO_TEMPLATE,
+    NO_TEMPLATE_NOR_BOS,
+    add_tokens,
+    load_tokenizer,
+    set_chat_template,
+    templates_of,
+)
 from job.data.trees import gathered
 from job.environment.mixture import Part, evaluation_part, held_out_fraction, training_parts
 from job.errors import InputError
@@ -55,6 +62,11 @@ def prepare(run: Run) -> None:
     known = vocabulary(config)
     if known is not None and settings.new_tokens:
         known = max(known, len(tokenizer))
+    if known is not None and tokenizer.pad_token_id >= known:
+        message(
+            f"The tokenizer's {tokenizer.pad_token} has no embedding: {tokenizer.eos_token} pads instead.", "warning"
+        )
+        tokenizer.pad_token = tokenizer.eos_token
     job = _Preparation(run, tokenizer, name, templates_of(tokenizer), row_length(settings, config), known)
     for prompt in settings.sample_prompts if "sample" in settings.stages else ():
         length = len(checked_prompt(prompt, tokenizer, reading_of(settings)))  # now rather than after the training
@@ -262,6 +274,11 @@ class _Preparation:
             self.tokenizer.bos_token_id,
             self.tokenizer.eos_token_id,
             frozenset({*added, self.tokenizer.eos_token_id}),
+            frozenset(
+                token
+                for text in ("\n", "\n\n", " ", "\r\n")
+                for token in self.tokenizer.encode(text, add_special_tokens=False)
+            ),
         )
         packed = settings.packing and name == "train"
         learned: dict[str, None] = {}
@@ -290,6 +307,11 @@ class _Preparation:
                 for text in before:
                     split.told.setdefault(text, 1)
         formats = ", ".join(dict.fromkeys(source.format.name for source in sources))
+        if split.told.get(WITHOUT_SYSTEM_PROMPT, 0) >= max(1, split.documents):
+            raise InputError(
+                f"FT_SYSTEM_PROMPT is set, but no {name} row is a conversation that it could begin.",
+                'Unset it, or name the columns of questions and answers: FT_DATASET_COLUMNS={"question": …, "answer": …}.',
+            )
         self._tell_of_template(split, any(source.format.chat for source in sources))
         split.refuse_bad_rows(settings.bad_rows, settings.max_bad_rows, formats)
         split.refuse_nonsense(
@@ -315,10 +337,13 @@ class _Preparation:
 
     def _tell_of_template(self, split: SplitReport, chat: bool) -> None:
         if not chat:
+            if self.run.settings.chat_template != "auto":
+                message("FT_CHAT_TEMPLATE is used for prompts only: the rows are no conversations.", "warning")
             return
-        if self.template_name == NO_TEMPLATE:
+        if self.template_name in (NO_TEMPLATE, NO_TEMPLATE_NOR_BOS):
+            named = "of Llama 2" if self.template_name == NO_TEMPLATE else "named ChatML"
             message(
-                "The model has no chat template: conversations are written in that of Llama 2. Set FT_CHAT_TEMPLATE to choose another.",
+                f"The model has no chat template: conversations are written in that {named}. Set FT_CHAT_TEMPLATE to choose another.",
                 "warning",
             )
         if any(template is not None and template.dated for template in self.templates):

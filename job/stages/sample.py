@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from job.data.check import reading_of
 from job.data.masking import checked_prompt
+from job.data.report import learned_ends
 from job.data.templates import load_tokenizer
 from job.model.adapters import with_adapter
 from job.model.compute import Compute
@@ -25,7 +26,7 @@ def sample(run: Run) -> None:
         quantized=run.settings.use_4bit,
         tokens=len(tokenizer) if run.settings.new_tokens else 0,
     )
-    base.generation_config = greedy(base)
+    base.generation_config = greedy(base, learned_ends(read_json(run.paths.data_report_file)))
     model = with_adapter(run.paths.adapter_dir, base)
     samples = []
     prompts = run.settings.sample_prompts
