@@ -124,11 +124,13 @@ def replace_files(source: Path, target: Path, change: Update = _NO_CHANGE) -> No
     durability.sync_tree(partial)
     for name in change.removed:
         (target / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds others' files
+            (target / name).parent.rmdir()
     wanted = sorted(set(_names(partial)) - change.kept, key=lambda name: (name != RECORD, name))
     for name in wanted:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(partial, target, name)
         os.replace(partial / name, target / name)
-    for folder in {(target / name).parent for name in (*wanted, *change.removed)}:
+    for folder in {target, *((target / name).parent for name in wanted)}:
         durability.sync_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -137,11 +139,19 @@ def _carry(old: Path, new: Path, names: set[str]) -> None:
     """Let `new` hold the files of others, too."""
     for name in names:
         (new / name).unlink(missing_ok=True)
-        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(old, new, name)
         with contextlib.suppress(FileNotFoundError):  # another publication was faster, on a file system without locks
             durability.link(old / name, new / name)
     for folder in {(new / name).parent for name in names}:
         durability.sync_folder(folder)
+
+
+def _make_parents(source: Path, target: Path, name: str) -> None:
+    """Make the folders of a file in `target`, with the permissions that they have in `source`."""
+    for folder in reversed(Path(name).parents[:-1]):
+        if not (target / folder).is_dir():
+            (target / folder).mkdir()
+            shutil.copymode(source / folder, target / folder)
 
 
 def is_fixed(folder: Path) -> bool:
