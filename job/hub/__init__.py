@@ -26,7 +26,7 @@ from job.errors import InputError, JobError, PermissionRefused, SettingsError, T
 _T = TypeVar("_T")
 _PAUSES_SECONDS = (1.0, 3.0, 8.0, 20.0)
 _LONGEST_PAUSE_SECONDS = 60.0
-_MOVED = (409, 412, 416)  # what was asked for has changed meanwhile
+_FINAL = (400, 413, 422)  # of the Hub's own API. Storage services also answer 400 to a connection that stalls
 
 
 @contextmanager
@@ -116,11 +116,11 @@ def _explained(error: Exception, what: str) -> JobError | None:
             if re.search(r"storage|quota|limit|billing|payment", words, re.IGNORECASE):
                 way_out = "Free storage on the Hub, let the account have more, or set FT_HUB_PRIVATE=false if private storage is what ran out."
             return PermissionRefused(f"The Hub refused {what} ({status}){words}", way_out)
-        if is_outage(error) or status < 400 or status in _MOVED:
-            return TransientError(f"The Hub answered {status} for {what}{words}", "Start the job again later.")
-        return SettingsError(
-            f"The Hub refused {what} ({status}){words}", "Change what it names. Another start would be refused too."
-        )
+        if status in _FINAL and "/api/" in str(error.response.request.url):
+            return SettingsError(
+                f"The Hub refused {what} ({status}){words}", "Change what it names. Another start would be refused too."
+            )
+        return TransientError(f"The Hub answered {status} for {what}{words}", "Start the job again later.")
     if isinstance(error, RuntimeError) and "CAS" in str(error):  # hf_xet, out of retries
         return TransientError(f"The Hub's storage failed for {what}: {error}", "Start the job again.")
     if _is_lost_connection(error) or isinstance(error, json.JSONDecodeError):

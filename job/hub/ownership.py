@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from job.run import Run, write_json
 RECORD = "finetune_run.json"  # a file in everything we publish
 # What a place may hold before anybody has published there
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf")
+# What an older version of this job, whose record lists no files, has certainly written
+_OLD = re.compile(
+    r"(adapter/|fp8/)?(model[\w-]*\.safetensors(\.index\.json)?|adapter_model\.safetensors|adapter_config\.json)"
+)
 _ALWAYS_OURS = ("adapter_config.json",)  # loaders take the whole folder for an adapter if one is left
 _LARGE = 1 << 20  # bytes of a text that nobody edits
 EMPTY = frozenset({".gitattributes", ".gitignore", "README.md", "LICENSE", "lost+found", ".DS_Store"})
@@ -64,6 +69,18 @@ def list_files(repository: Path) -> None:
     write_json(repository / RECORD, {**record, "files": files})
 
 
+def remember(repository: Path, record: bytes | None) -> None:
+    """Add the hashes of what this run published before to the record, for places that are not replaced in one step.
+
+    If a kill strikes between two files, the next start must know both kinds as this run's.
+    """
+    own = json.loads((repository / RECORD).read_text(encoding="utf-8"))
+    former = _listed(record) or {}
+    files = {name: sorted({*new, *former.get(name, ())}) if new else [] for name, new in own.get("files", {}).items()}
+    if "files" in own:
+        write_json(repository / RECORD, {**own, "files": files})
+
+
 def _may_be_edited(path: Path) -> bool:
     return not path.name.endswith(_WEIGHTS) and path.stat().st_size <= _LARGE
 
@@ -96,7 +113,7 @@ def update(
     found, wanted = set(found), {*wanted, RECORD}
     listed = _listed(record)
     if listed is None:  # of an older version of this job, or nothing was published yet
-        return Update(frozenset(), frozenset(name for name in found - wanted if _is_weights(name)))
+        return Update(frozenset(), frozenset(name for name in found - wanted if _OLD.fullmatch(name)))
     theirs = sorted((found & wanted) - set(listed) - {RECORD} - EMPTY)
     if theirs:
         raise SettingsError(
@@ -118,10 +135,6 @@ def update(
             f"Left {', '.join(sorted(kept))} in {place} as changed by others since this run published there.", "warning"
         )
     return Update(frozenset(kept), frozenset(removed))
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(_WEIGHTS) or name.rpartition("/")[2] in _ALWAYS_OURS
 
 
 def _listed(record: bytes | None) -> dict[str, list[str]] | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from job import durability
 from job.errors import PermissionRefused, SettingsError, TransientError
-from job.hub.ownership import RECORD, Update, hashes, is_there, refuse_others, update
+from job.hub.ownership import RECORD, Update, hashes, is_there, refuse_others, remember, update
 from job.run import Run
 
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2  # renameat2(2)
@@ -49,23 +49,26 @@ class Folder:
         with only_one(self._folder if fixed else self._folder.parent):
             restore_interrupted(self._folder)
             self._choose()
-            change = self._change(repository)
+            record = self._folder / RECORD
+            former = record.read_bytes() if record.is_file() else None
+            change = self._change(repository, former)
+            remember(repository, former)
+            own = sizes(repository)
             if fixed or is_fixed(self._folder):
                 replace_files(repository, self._folder, change)
             else:
                 publish_folder(repository, self._folder, change)
-        return {"destination": str(self._folder), "sizes": sizes(self._folder)}
+        return {"destination": str(self._folder), "sizes": own}
 
     def holds(self, record: dict[str, Any]) -> bool:
         with contextlib.suppress(OSError):
             return is_there(record.get("sizes") or {RECORD: 0}, sizes(self._folder))
         return False
 
-    def _change(self, repository: Path) -> Update:
-        record = self._folder / RECORD
+    def _change(self, repository: Path, record: bytes | None) -> Update:
         return update(
             str(self._folder),
-            record.read_bytes() if record.is_file() else None,
+            record,
             _names(self._folder),
             _names(repository),
             lambda name: hashes((self._folder / name).read_bytes()) if (self._folder / name).is_file() else (),
@@ -100,7 +103,8 @@ def publish_folder(source: Path, target: Path, change: Update = _NO_CHANGE) -> N
     _let_everyone_read(source)
     shutil.move(source, partial)  # a rename on the same volume, otherwise a copy
     durability.sync_tree(partial)
-    _carry(target, partial, (set(_names(target, whole=True)) - set(_names(partial)) - change.removed) | change.kept)
+    new, old = set(_names(partial)), set(_names(target, whole=True))
+    _carry(target, partial, (old - new - change.removed) | change.kept)
     try:
         while not _swap(partial, target):
             pass
@@ -110,6 +114,7 @@ def publish_folder(source: Path, target: Path, change: Update = _NO_CHANGE) -> N
         replace_files(partial, target, change)  # mounted there, as `is_fixed` could not know
         return
     durability.sync_folder(target.parent)
+    _carry(partial, target, set(_names(partial)) - old - new)  # what somebody wrote there meanwhile
     shutil.rmtree(partial, ignore_errors=True)  # the old model
 
 
@@ -138,8 +143,13 @@ def replace_files(source: Path, target: Path, change: Update = _NO_CHANGE) -> No
 def _carry(old: Path, new: Path, names: set[str]) -> None:
     """Let `new` hold the files of others, too."""
     for name in names:
-        (new / name).unlink(missing_ok=True)
+        if (new / name).is_symlink() or (new / name).is_file():
+            (new / name).unlink()
         _make_parents(old, new, name)
+        if (old / name).is_dir() and not (old / name).is_symlink():
+            (new / name).mkdir(exist_ok=True)
+            shutil.copymode(old / name, new / name)
+            continue
         with contextlib.suppress(FileNotFoundError):  # another publication was faster, on a file system without locks
             durability.link(old / name, new / name)
     for folder in {(new / name).parent for name in names}:
@@ -203,7 +213,7 @@ def _refuse_others(run: Run, folder: Path) -> None:
 
 
 def _names(folder: Path, *, whole: bool = False) -> Iterable[str]:
-    """Everything below a folder that is no folder, by its path there. Links are not followed.
+    """Everything below a folder that is no folder, or an empty one, by its path there. Links are not followed.
 
     With `whole`, raises OSError if some of it cannot be seen.
     """
@@ -213,8 +223,15 @@ def _names(folder: Path, *, whole: bool = False) -> Iterable[str]:
             raise error
 
     for parent, folders, files in os.walk(folder, onerror=failed):
-        for name in (*files, *(name for name in folders if (Path(parent) / name).is_symlink())):
+        for name in (*files, *(name for name in folders if _is_leaf(Path(parent) / name))):
             yield (Path(parent) / name).relative_to(folder).as_posix()
+
+
+def _is_leaf(folder: Path) -> bool:
+    try:
+        return folder.is_symlink() or not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _let_everyone_read(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from job import durability
 from job.checkpoints import manifest
 from job.errors import SettingsError
-from job.hub.ownership import RECORD, hashes, is_there, refuse_others, update
+from job.hub.ownership import RECORD, hashes, is_there, refuse_others, remember, update
 from job.run import Run
 from job.storage import open_store
 from job.storage.proof import prove
@@ -38,6 +38,7 @@ class Bucket:
         change = update(
             self._url, record, found, wanted, lambda name: hashes(self._store.get(f"{self._prefix}/{name}"))
         )
+        remember(repository, record)
         if change.kept:  # the manifest vouches for what is there
             repository = self._with_theirs(repository, change.kept)
         for name in change.removed:  # first, as the record that names them is replaced by what follows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -132,6 +133,82 @@ def test_a_card_that_nobody_changed_is_replaced(place: Place, tmp_path: Path) ->
     assert place.read()["README.md"].endswith(b"New.\n")
 
 
+def test_a_kill_between_two_files_leaves_none_that_the_next_start_takes_for_others(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.destination.publish(laid_out(tmp_path / "first", "here"))
+    second = laid_out(tmp_path / "second", "here", text="new")
+    for name in ("README.md", "config.json", "adapter/adapter_config.json"):
+        (second / name).write_text((second / name).read_text(encoding="utf-8") + " ", encoding="utf-8")
+    list_files(second)
+    shutil.copytree(second, tmp_path / "again")
+    left = [2]
+
+    def dies(act: Any) -> Any:
+        def acting(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.EIO, "as if killed")
+            return act(*arguments, **named)
+
+        return acting
+
+    with monkeypatch.context() as patch:
+        if isinstance(place.destination, to_folder.Folder):
+            patch.setattr(to_folder, "is_fixed", lambda folder: True)
+            patch.setattr(os, "replace", dies(os.replace))
+        elif hasattr(place.destination, "_store"):
+            patch.setattr(type(place.destination._store), "upload", dies(type(place.destination._store).upload))
+        else:  # one commit changes everything at once
+            patch.setattr(type(place.destination), "_commit", dies(lambda *_: None))
+            left[0] = 0
+        with pytest.raises(OSError, match="as if killed"):
+            place.destination.publish(second)
+    place.destination.publish(tmp_path / "again")
+    found = place.read()
+    assert all(found[name].endswith(b" ") for name in ("README.md", "config.json", "adapter/adapter_config.json"))
+
+
+def test_weights_of_others_stay_where_an_older_version_listed_no_files(place: Place, tmp_path: Path) -> None:
+    old = laid_out(tmp_path / "first", "here")
+    (old / RECORD).write_text('{"run_id": "here"}', encoding="utf-8")
+    place.destination.publish(old)
+    place.add("v2/model.safetensors", b"another run's")
+    place.add("mine.gguf", b"mine")
+    place.destination.publish(laid_out(tmp_path / "second", "here", merged=False))
+    assert {"v2/model.safetensors", "mine.gguf"} <= place.names
+    assert "model.safetensors" not in place.names
+    assert not any(name.startswith("adapter/") for name in place.names)
+
+
+def test_a_note_that_somebody_removes_again_is_no_reason_to_publish_again(place: Place, tmp_path: Path) -> None:
+    place.destination.publish(laid_out(tmp_path / "first", "here"))
+    place.add("notes.txt", b"theirs")
+    record = place.destination.publish(laid_out(tmp_path / "second", "here", text="new"))
+    assert "notes.txt" not in record.get("sizes", {})
+
+
+def test_what_another_job_publishes_below_the_folder_meanwhile_stays(
+    make_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    (destination,) = destinations_of(make_run(PUBLISH_TO=str(target)))
+    destination.publish(laid_out(tmp_path / "first", "here"))
+    (target / "inbox").mkdir()
+    swap = to_folder._swap
+
+    def then_another_publishes(new: Path, into: Path) -> bool:
+        monkeypatch.setattr(to_folder, "_swap", swap)
+        to_folder.publish_folder(laid_out(tmp_path / "theirs", "another"), target / "other")
+        return swap(new, into)
+
+    monkeypatch.setattr(to_folder, "_swap", then_another_publishes)
+    destination.publish(laid_out(tmp_path / "second", "here", text="new"))
+    assert weights(target) == "new"
+    assert weights(target / "other") == "weights"
+    assert (target / "inbox").is_dir()
+
+
 def test_a_file_of_somebody_else_where_one_must_be_written_is_named(place: Place, tmp_path: Path) -> None:
     place.destination.publish(laid_out(tmp_path / "first", "here", merged=False))
     place.add("config.json", b"theirs")
@@ -223,7 +300,7 @@ def test_a_kill_halfway_into_a_volume_leaves_a_place_that_the_next_start_may_use
     target.mkdir()
     monkeypatch.setattr(to_folder, "is_fixed", lambda folder: True)
     (destination,) = destinations_of(make_run(PUBLISH_TO=str(target)))
-    replace, left = os.replace, [2]
+    replace, left = os.replace, [3]  # the record as it is written, and two files
 
     def dies(source: Any, to: Any) -> None:
         left[0] -= 1
@@ -272,6 +349,24 @@ def test_a_refusal_is_told_in_the_hubs_words_and_is_no_reason_to_start_again(
         destination.publish(laid_out(tmp_path / "new", run.id))
     if status == 403:
         assert "FT_HUB_PRIVATE" in caught.value.hint  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("status", "url", "error"),
+    [
+        (400, "https://bucket.s3.amazonaws.com/part", TransientError), (423, "https://huggingface.co/api/x", TransientError),
+        (404, "https://huggingface.co/api/x", TransientError), (413, "https://huggingface.co/api/x", SettingsError),
+    ],
+)  # fmt: skip
+def test_only_what_the_hubs_own_interface_refuses_is_final(status: int, url: str, error: type[Exception]) -> None:
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from job.hub import hub_errors
+
+    response = httpx.Response(status, request=httpx.Request("PUT", url))
+    with pytest.raises(error), hub_errors("x"):
+        raise HfHubHTTPError("RequestTimeout", response=response)
 
 
 def test_a_card_whose_metadata_the_hub_refuses_is_published_without_them(
