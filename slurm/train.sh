@@ -56,9 +56,12 @@ for name in FT_OUTPUT_DIR FT_STORE_URL FT_MODEL_NAME FT_DATASET_NAME FT_PUBLISH_
   folders=("$(setting "$name")")
   [ "$name" != FT_PUBLISH_TO ] || IFS=, read -ra folders <<<"${folders[0]}" # it may name several places
   for folder in "${folders[@]}"; do
-    folder="${folder#"${folder%%[! ]*}"}" folder="${folder#file://}"
+    folder="${folder#"${folder%%[! ]*}"}" folder="${folder%"${folder##*[! ]}"}" folder="${folder#file://}"
     [[ "$folder" == /* && "$folder" != "$PWD"/* && "$folder" != *[:,]* ]] || continue
-    case "$name" in FT_OUTPUT_DIR | FT_STORE_URL | FT_PUBLISH_TO) mkdir -p "$folder" || exit 69 ;; esac
+    case "$name" in
+      FT_OUTPUT_DIR | FT_STORE_URL) mkdir -p "$folder" || exit 69 ;;
+      FT_PUBLISH_TO) mkdir -p "$folder" 2>/dev/null || true ;; # preflight says what is wrong with it
+    esac
     [ ! -e "$folder" ] || mounts+=",$folder:$folder"
   done
 done

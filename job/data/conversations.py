@@ -285,13 +285,11 @@ def opened(messages: Sequence[Message], reading: Reading) -> list[Message]:
 
 def _place_system(messages: list[Message], learned: list[bool], text: str | None, reading: Reading) -> None:
     """Add the system prompt of the row or of FT_SYSTEM_PROMPT where there is none, then keep, fold or drop it."""
-    while (
-        len(messages) > 1
-        and messages[0]["role"] in ("system", "developer")
-        and not plain(messages[0]["content"]).strip()
-    ):
-        del messages[0], learned[0]  # as in many a ShareGPT file; no prompt in use has a blank one
     has_one = messages[0]["role"] in ("system", "developer")
+    is_replaced = text is not None or reading.system_prompt is not None or reading.system_role != "keep"
+    if has_one and len(messages) > 1 and is_replaced and not plain(messages[0]["content"]).strip():
+        del messages[0], learned[0]  # otherwise it stays: a blank one switches off a template's own
+        has_one = False
     if text is not None and has_one and plain(messages[0]["content"]).strip() != text.strip():
         reading.tell("the column of system prompts is not used where the messages begin with another one")
     if text is None and not has_one:

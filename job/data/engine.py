@@ -28,7 +28,6 @@ from job.guard.limits import Budget, TooMuch, time_limit
 
 TooLong = Literal["auto", "cut", "cut_left", "drop", "split"]
 
-WITHOUT_SYSTEM_PROMPT = "FT_SYSTEM_PROMPT is not put before rows that are no conversations"
 _LONGEST_TEXT = 4 << 20  # characters of a row; the tokenizer takes some 200 bytes for each
 _ROW_SECONDS = 20.0
 _PREVIEW = 200  # characters
@@ -60,6 +59,7 @@ class Encoded:
     split: int = 0
     nothing_left: int = 0  # whose learned tokens were all cut off
     not_wanted: int = 0
+    conversations: int = 0
     bad: list[Bad] = field(default_factory=list)
     told: dict[str, int] = field(default_factory=dict)
 
@@ -95,6 +95,7 @@ class RowEncoder:
                 documents.append(found)
         encoded = self._of_length(documents)
         encoded.rows, encoded.bad, encoded.not_wanted = len(batch), bad, not_wanted
+        encoded.conversations = sum(example.messages is not None for example in examples)
         encoded.told = dict(self.reading.told)
         return encoded
 
@@ -108,7 +109,7 @@ class RowEncoder:
         except Exception as error:  # a stranger's row may hold anything anywhere
             raise Malformed(f"it does not fit {self.format.name}: {in_a_line(error)}") from error
         if example.messages is None and self.reading.system_prompt is not None:
-            self.reading.tell(WITHOUT_SYSTEM_PROMPT)
+            self.reading.tell("FT_SYSTEM_PROMPT is not put before rows that are no conversations")
         if (size := _characters(example)) > _LONGEST_TEXT:
             raise Malformed(f"it has {size:,} characters, and {_LONGEST_TEXT:,} are the most")
         return example

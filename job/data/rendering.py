@@ -197,7 +197,9 @@ class ChatTemplate:
     ) -> None:
         """Raise LeftOut if the text lacks something that the messages say: a template leaves out what it does not know."""
         position = 0
-        last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+        last = len(messages) - 1  # an answer before another question is an earlier one
+        while last >= 0 and messages[last]["role"] not in ("assistant", "user"):
+            last -= 1
         for index, message in enumerate(messages):
             who = f"message {index + 1} ({message['role']})"
             for call in message.get("tool_calls", ()):
@@ -276,13 +278,15 @@ class ChatTemplate:
         places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if len(places) == 1:
             return [spans]
-        try:
-            frame = self._render(
-                self._marked, [_signed(index, message) for index, message in enumerate(messages)], variables
-            )
-        except Malformed:
-            frame = ""
-        if _unmarked(_SENTINEL.sub("", frame)) != (text, spans):
+        for blank in (True, False):
+            signed = [_signed(index, message, blank=blank) for index, message in enumerate(messages)]
+            try:
+                frame = self._render(self._marked, signed, variables)
+            except Malformed:
+                continue
+            if _unmarked(_SENTINEL.sub("", frame)) == (text, spans):
+                break
+        else:
             raise Malformed("the chat template depends on contents so that its marks cannot be told apart by message")
         found: dict[int, list[Span]] = {index: [] for index in places}
         for span, index in zip(spans, _owners(frame, set(places)), strict=True):
@@ -431,8 +435,11 @@ def _with_arguments(call: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]
     return {**call, "function": function}
 
 
-def _signed(index: int, message: Message) -> Message:
-    """The message with a word at its end that occurs nowhere else, before blanks that a template may cut off."""
+def _signed(index: int, message: Message, *, blank: bool) -> Message:
+    """The message with a word at its end that occurs nowhere else, before blanks that a template may cut off.
+
+    Some templates leave out a content that is blank: one beside calls is not signed, nor any other unless `blank`.
+    """
     mark = f"\ufdd2{index}\ufdd3"
 
     def sign(text: str) -> str:
@@ -440,7 +447,7 @@ def _signed(index: int, message: Message) -> Message:
         return text[:end] + mark + text[end:]
 
     signed, content = dict(message), message.get("content")
-    if isinstance(content, str) and (content or not message.get("tool_calls")):
+    if isinstance(content, str) and (content.strip() or (blank and not message.get("tool_calls"))):
         signed["content"] = sign(content)
     elif isinstance(content, list) and content:
         signed["content"] = [*content[:-1], {**content[-1], "text": sign(content[-1]["text"])}]

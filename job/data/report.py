@@ -52,6 +52,7 @@ class SplitReport:
     split: int = 0
     nothing_left: int = 0
     not_wanted: int = 0
+    conversations: int = 0
     bad: int = 0
     wrong: Bad | None = None
     reasons: dict[str, Reason] = field(default_factory=dict)
@@ -59,8 +60,9 @@ class SplitReport:
     bos: Counter[int] = field(default_factory=Counter)
     eos: Counter[int] = field(default_factory=Counter)
     double_bos: int = 0
-    ends_learned: int = 0  # documents in which a learned stretch ends with such a token
+    ends_learned: int = 0  # documents that teach an end
     ends: Counter[int] = field(default_factory=Counter)
+    within: Counter[int] = field(default_factory=Counter)  # the same tokens where an answer goes on
     most_id: int = -1
     duplicates: int = 0
     hashes: list[np.ndarray[Any, Any]] = field(default_factory=list)
@@ -76,6 +78,7 @@ class SplitReport:
         self.split += encoded.split
         self.nothing_left += encoded.nothing_left
         self.not_wanted += encoded.not_wanted
+        self.conversations += encoded.conversations
         self.longest = max([self.longest, *encoded.full_lengths])
         self.original_lengths.update(encoded.full_lengths)
         for text, number in encoded.told.items():
@@ -131,23 +134,39 @@ class SplitReport:
     def _count_ends(
         self, ids: np.ndarray[Any, Any], target: np.ndarray[Any, Any], starts: np.ndarray[Any, Any]
     ) -> None:
-        """By which token each learned stretch ends. Blanks may follow it, as in ChatML."""
+        """By which token each document's last learned stretch ends. Blanks may follow it, as in ChatML.
+
+        A token that also occurs within answers ends a part of them, such as their reasoning, and no answer.
+        """
+        first = starts[:-1]
         goes_on = np.append(target[1:], False)
         goes_on[starts[1:] - 1] = False
-        lasts = np.flatnonzero(target & ~goes_on)
-        firsts = starts[np.searchsorted(starts, lasts, side="right") - 1]
-        ended = np.full(len(lasts), -1, np.int64)
+        lasts = np.flatnonzero(target & ~goes_on)  # where each stretch ends
+        opens = np.append(False, target[:-1])
+        opens[first] = False
+        begins = np.flatnonzero(target & ~opens)
+        owner = np.searchsorted(starts, lasts, side="right") - 1
         known, blank = np.fromiter(self.end_ids, np.int32), np.fromiter(self.blank_ids, np.int32)
+        is_known = np.isin(ids, known) & target
+        ended, place = np.full(len(lasts), -1, np.int64), np.full(len(lasts), -1, np.int64)
         searched = np.ones(len(lasts), bool)
         for back in range(_AFTER_THE_END + 1):
-            at = np.maximum(lasts - back, firsts)
-            found = searched & target[at] & np.isin(ids[at], known)
-            ended[found] = ids[at][found]
+            at = np.maximum(lasts - back, begins)
+            found = searched & is_known[at]
+            ended[found], place[found] = ids[at][found], at[found]
             searched &= ~found & np.isin(ids[at], blank)
-        tokens, counts = np.unique(ended[ended >= 0], return_counts=True)
+        # Everything is learned where a stretch begins with its document: then answers end anywhere within it
+        whole = begins <= first[owner] + 1
+        has_end = np.logical_or.reduceat(is_known, first)
+        self.ends_learned += len(np.unique(owner[(ended >= 0) | (whole & has_end[owner])]))
+        is_last = np.append(owner[1:] != owner[:-1], True) & (ended >= 0)
+        tokens, counts = np.unique(ended[is_last], return_counts=True)
         self.ends.update(dict(zip(tokens.tolist(), counts.tolist(), strict=True)))
-        documents = np.searchsorted(starts, lasts[ended >= 0], side="right")
-        self.ends_learned += len(np.unique(documents))
+        is_known[place[place >= 0]] = False
+        inner = np.flatnonzero(is_known)
+        inner = inner[~whole[np.searchsorted(begins, inner, side="right") - 1]] if len(inner) else inner
+        tokens, counts = np.unique(ids[inner], return_counts=True)
+        self.within.update(dict(zip(tokens.tolist(), counts.tolist(), strict=True)))
 
     def _place(self) -> int | None:
         """Where among the samples the next document belongs: the first ones, and of all others some with equal chances.
@@ -251,7 +270,9 @@ class SplitReport:
             "longest_row": self.longest,
             "bos_per_row": {str(number): count for number, count in sorted(self.bos.items())},
             "eos_per_row": {str(number): count for number, count in sorted(self.eos.items())},
-            "end_tokens": {str(token): count for token, count in self.ends.most_common()},
+            "end_tokens": {
+                str(token): count for token, count in self.ends.most_common() if self.within[token] < count / 20
+            },
             "told": dict(self.told),
             "reasons": [
                 {

@@ -17,7 +17,7 @@ import numpy as np
 from job.data import report as reports
 from job.data.check import reading_of, recognised
 from job.data.conversations import Reading
-from job.data.engine import WITHOUT_SYSTEM_PROMPT, Encoded, RowEncoder, cores, encode_all
+from job.data.engine import Encoded, RowEncoder, cores, encode_all
 from job.data.files import Batch, FileOptions
 from job.data.formats import Format
 from job.data.masking import Encoder, TrainOn, checked_prompt
@@ -307,7 +307,7 @@ class _Preparation:
                 for text in before:
                     split.told.setdefault(text, 1)
         formats = ", ".join(dict.fromkeys(source.format.name for source in sources))
-        if split.told.get(WITHOUT_SYSTEM_PROMPT, 0) >= max(1, split.documents):
+        if name == "train" and settings.system_prompt is not None and split.documents and not split.conversations:
             raise InputError(
                 f"FT_SYSTEM_PROMPT is set, but no {name} row is a conversation that it could begin.",
                 'Unset it, or name the columns of questions and answers: FT_DATASET_COLUMNS={"question": …, "answer": …}.',

@@ -75,6 +75,14 @@ def test_a_call_and_the_answer_after_it_are_told_apart(name: str) -> None:
     assert "look_up" not in answer
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "glm4moe", "qwen2_5"])
+def test_a_blank_content_beside_a_call_is_no_obstacle(name: str) -> None:
+    turns = [CALLS[0], {**CALLS[1], "content": "\n\n"}, *CALLS[2:]]
+    call, answer = by_message(template(name), turns, TOOLS)
+    assert ("look_up" in call, "A light." in answer) == (True, True)
+    assert "look_up" not in answer
+
+
 def test_marks_that_depend_on_the_contents_are_refused_and_not_guessed() -> None:
     odd = "{% for m in messages %}{% if m.content == 'Hello.' %}{% generation %}{% endgeneration %}{% endif %}{% generation %}{{ m.content|length }}{{ m.content }}{% endgeneration %}{% endfor %}"
     with pytest.raises(Malformed, match="cannot be told apart by message"):
@@ -185,7 +193,26 @@ def test_an_answer_that_ends_with_another_token_is_published_to_end_with_it(prep
 def test_the_models_own_end_stays_the_only_one_where_answers_end_with_it(prepared: Make, chosen: str) -> None:
     run = prepared([{"messages": CHAT}] * 4, CHAT_TEMPLATE=chosen)
     assert learned_ends(json.loads(run.paths.data_report_file.read_text(encoding="utf-8"))) == [2]
-    assert report(run)["end_tokens"] == {"2": 8}
+    assert report(run)["end_tokens"] == {"2": 4}
+
+
+def test_a_token_that_ends_a_part_of_an_answer_is_not_taken_for_the_end_of_answers(
+    prepared: Make, tmp_path: Path
+) -> None:
+    """As gpt-oss' `<|end|>`, which also ends the reasoning, and `</think>` where template marks leave a gap behind it."""
+    file = tmp_path / "parts.jinja"
+    file.write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}[A]{% generation %}{% if loop.last %}thought<unk>{% endif %}"
+        "{{ m.content }}{{ eos_token if loop.last else '<unk>' }}{% endgeneration %}{% else %}[U]{{ m.content }}{% endif %}{% endfor %}"
+    )
+    run = prepared([{"messages": CHAT}] * 4, CHAT_TEMPLATE=str(file))
+    assert learned_ends(json.loads(run.paths.data_report_file.read_text(encoding="utf-8"))) == [2]
+
+
+def test_where_everything_is_learned_the_ends_of_answers_within_a_row_count(prepared: Make) -> None:
+    for rows in ([*CHAT, CHAT[0]], [*CHAT[:3], {**CHAT[3], "weight": 0}]):
+        run = prepared([{"messages": rows}] * 4, TRAIN_ON="all", CHAT_TEMPLATE="llama-2")
+        assert report(run)["rows"] == 4
 
 
 # -- reasoning ---------------------------------------------------------------------------------------------------------
@@ -206,6 +233,8 @@ def test_reasoning_within_an_answer_that_the_template_cuts_off_is_refused_in_the
     earlier = [CHAT[0], {"role": "assistant", "content": "<think>Why.</think>Hello."}, *CHAT[2:]]
     used.checked(used.render(earlier), earlier, None, told.append)
     assert told == ["the chat template leaves out the reasoning of earlier answers"]
+    asked_again = [*last, {"role": "user", "content": "Really?"}]
+    used.checked(used.render(asked_again), asked_again, None, told.append)
     empty = thinking("<think>\n\n</think>\n\nSo long.")
     used.checked(used.render(empty), empty, None, told.append)
 
@@ -230,11 +259,15 @@ def test_the_advice_for_reasoning_works_under_every_name_that_it_has(
 # -- system prompts, templates and tokenizers --------------------------------------------------------------------------
 
 
-def test_a_blank_system_prompt_is_none(read: Callable[..., Found], tmp_path: Path) -> None:
+def test_a_blank_system_prompt_is_none_where_it_would_be_folded_or_another_one_is_set(
+    read: Callable[..., Found], tmp_path: Path
+) -> None:
+    """Where it stays it means something: Qwen2.5's template then leaves out the prompt that it begins with otherwise."""
     blank = {"messages": [{"role": "system", "content": " "}, *CHAT[:2]]}
     plain = read(lines(tmp_path, [{"messages": CHAT[:2]}]), template="chatml")
-    for role in ("keep", "fold", "drop"):
+    for role in ("fold", "drop"):
         assert read(lines(tmp_path, [blank]), template="chatml", system_role=role).documents == plain.documents
+    assert "system" in read(lines(tmp_path, [blank]), template="chatml").texts()[0]
     asked = Reading(system_prompt="Be brief.")
     assert conversation(blank, blank["messages"], asked).messages == opened(CHAT[:2], asked)
 
@@ -244,8 +277,12 @@ def test_a_system_prompt_for_rows_that_it_cannot_begin_is_refused(prepared: Make
     with pytest.raises(InputError, match="FT_SYSTEM_PROMPT is set, but no train row is a conversation"):
         prepared(rows, SYSTEM_PROMPT="Be brief.")
     asked = [{"prompt": CHAT[:1], "completion": CHAT[1:2]}]
-    told = report(prepared([*rows, *asked], SYSTEM_PROMPT="Be brief."))["told"]
+    told = report(prepared([*rows, *asked], SYSTEM_PROMPT="Be brief.", DEDUPLICATE="true"))["told"]
     assert told["FT_SYSTEM_PROMPT is not put before rows that are no conversations"] == 4
+    evaluated = prepared(
+        [*asked * 8, *rows], SYSTEM_PROMPT="Be brief.", EVAL_SPLIT="train[8:]", DATASET_SPLIT="train[:8]"
+    )
+    assert report(evaluated, "eval")["rows"] == 4
 
 
 def test_a_template_from_windows_begins_with_its_first_character(
