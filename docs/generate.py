@@ -15,7 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from job.environment import contradictions, settings_table  # noqa: E402
+from job.environment import settings_table  # noqa: E402
+from job.environment.contradictions import contradictions  # noqa: E402
 from job.settings import Settings, variable  # noqa: E402
 from job.training.plan.load import obstacle  # noqa: E402
 
