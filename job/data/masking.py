@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from job.data.chat_template import ChatTemplate
 from job.data.conversations import Example, Message, Reading, opened, plain
 from job.data.files.batch import Malformed
-from job.data.rendering import ChatTemplate
 from job.data.words import WordEncoder
 from job.errors import InputError, in_a_line
 from job.guard.limits import time_limit

@@ -9,7 +9,8 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from job.data.rendering import ChatTemplate, has_marks
+from job.data.chat_template import ChatTemplate
+from job.data.rendering import has_marks
 from job.data.sentencepiece_model import convert
 from job.errors import InputError, SettingsError, in_a_line
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from job.data import report as reports
+from job.data.chat_template import ChatTemplate
 from job.data.check import reading_of, recognised
 from job.data.conversations import Reading
 from job.data.engine import Encoded, RowEncoder, cores, encode_all
@@ -23,7 +24,7 @@ from job.data.formats import Format
 from job.data.masking import Encoder, TrainOn, checked_prompt
 from job.data.page import page
 from job.data.prepared import writing
-from job.data.rendering import PINNED_DATE, ChatTemplate
+from job.data.rendering import PINNED_DATE
 from job.data.report import SplitReport
 from job.data.selection import Selection, select
 from job.data.templates import (

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from job.data.chat_template import ChatTemplate
 from job.data.conversations import Reading, conversation
 from job.data.files import LeftOut, Malformed
-from job.data.rendering import ChatTemplate
 from job.data.templates import CHATML, load_tokenizer, templates_of
 from tests.data.chat_templates import FORGETFUL, OWN, TRL, of_trl
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from job.data.chat_template import ChatTemplate
 from job.data.conversations import Reading, conversation, opened
 from job.data.files import LeftOut, Malformed
 from job.data.masking import Encoder
-from job.data.rendering import ChatTemplate
 from job.data.report import learned_ends
 from job.data.templates import LLAMA_2, load_tokenizer, set_chat_template, templates_of
 from job.errors import InputError, SettingsError
