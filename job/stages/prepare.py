@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +15,16 @@ import numpy as np
 from job.data import report as reports
 from job.data.chat_template import ChatTemplate
 from job.data.check import reading_of, recognised
-from job.data.conversations import Reading
+from job.data.chosen_rows import Source, assign, count_rows, held_out, places_of, sampled
 from job.data.engine import Encoded, RowEncoder, cores, encode_all
-from job.data.files import Batch, FileOptions
+from job.data.files import FileOptions
 from job.data.formats import Format
 from job.data.masking import Encoder, TrainOn, checked_prompt
 from job.data.page import page
 from job.data.prepared import writing
 from job.data.rendering import PINNED_DATE
 from job.data.report import SplitReport
-from job.data.selection import Selection, select
+from job.data.selection import select
 from job.data.templates import (
     NO_TEMPLATE,
     NO_TEMPLATE_NOR_BOS,
@@ -35,7 +33,6 @@ from job.data.templates import (
     set_chat_template,
     templates_of,
 )
-from job.data.trees import gathered
 from job.environment.mixture import Part, evaluation_part, held_out_fraction, training_parts
 from job.errors import InputError
 from job.guard.limits import limit_files
@@ -134,65 +131,6 @@ _WORDS: dict[TrainOn, str] = {"all": "everything", "assistant": "the assistant's
 
 
 @dataclass
-class _Source:
-    """The rows of one dataset: where they are, how they are read, and which of them are used."""
-
-    selection: Selection
-    options: FileOptions
-    format: Format
-    reading: Reading
-    weight: float
-    mask: np.ndarray[Any, Any] | None = None
-
-    def batches(self) -> Iterator[Batch]:
-        """The rows, as often as the weight says, without those that the mask excludes."""
-        masks: list[np.ndarray[Any, Any] | None] = [None] * int(self.weight)
-        if (some := self._some()) is not None:
-            masks.append(some)
-        position = 0
-        for mask in masks:
-            batches = self.selection.batches(self.options)
-            for batch in _masked(gathered(batches) if self.format.trees else batches, mask):
-                if self.mask is None:
-                    yield batch
-                    continue
-                chosen = np.flatnonzero(self.mask[position : position + len(batch)]).tolist()
-                position += len(batch)
-                if chosen:
-                    yield batch.only(chosen)
-
-    def _some(self) -> np.ndarray[Any, Any] | None:
-        """Which rows are used once more, since the weight is no whole number."""
-        rest = self.weight - int(self.weight)
-        if rest <= 1e-9:
-            return None
-        count = self.selection.count(replace(self.options, tell=lambda text: None))
-        some = np.zeros(count, bool)
-        some[np.random.default_rng(0).permutation(count)[: round(rest * count)]] = True
-        return some
-
-    def places(self, count: int) -> np.ndarray[Any, Any]:
-        """For each of the `count` rows that the weight makes of them, its place among the dataset's own rows."""
-        if self.weight == 1:
-            return np.arange(count)
-        once = _count(replace(self, weight=1.0, mask=None))
-        parts, some = [np.arange(once)] * int(self.weight), self._some()
-        return np.concatenate(parts if some is None else [*parts, np.flatnonzero(some[:once])])
-
-
-def _masked(batches: Iterator[Batch], mask: np.ndarray[Any, Any] | None) -> Iterator[Batch]:
-    position = 0
-    for batch in batches:
-        if mask is None:
-            yield batch
-            continue
-        chosen = np.flatnonzero(mask[position : position + len(batch)]).tolist()
-        position += len(batch)
-        if chosen:
-            yield batch.only(chosen)
-
-
-@dataclass
 class _Preparation:
     """The work of the stage, for one tokenizer and template."""
 
@@ -227,47 +165,47 @@ class _Preparation:
 
     # -- which rows --------------------------------------------------------------------------------------------------
 
-    def _splits(self) -> Iterator[tuple[str, list[_Source], Path]]:
+    def _splits(self) -> Iterator[tuple[str, list[Source], Path]]:
         settings, paths = self.run.settings, self.run.paths
         train = [
             self._source(part, folder, "FT_DATASET_SPLIT")
             for part, folder in training_parts(settings, paths.dataset_dir)
         ]
         fraction = held_out_fraction(settings)
-        counts = [_count(source) for source in train] if settings.dataset_sample or fraction else []
-        used = _sampled(sum(counts), settings)
-        held_out = None
+        counts = [count_rows(source) for source in train] if settings.dataset_sample or fraction else []
+        used = sampled(sum(counts), settings)
+        held = None
         if fraction is not None and used is not None:
-            held_out, copies = _held_out(used, _places(train, counts), fraction, settings.seed)
+            held, copies = held_out(used, places_of(train, counts), fraction, settings.seed)
             if not (used & ~copies).any():
                 raise InputError(
                     f"FT_EVAL_SPLIT={settings.eval_split} of {int(used.sum()):,} rows leaves none to train on.",
                     "Lower or unset it, or add rows.",
                 )
-            _assign(train, counts, used & ~copies)
+            assign(train, counts, used & ~copies)
         elif used is not None and settings.dataset_sample:
-            _assign(train, counts, used)
+            assign(train, counts, used)
         yield "train", train, paths.train_data_dir
-        if held_out is not None:
-            _assign(train, counts, held_out)
+        if held is not None:
+            assign(train, counts, held)
             yield "eval", train, paths.eval_data_dir
             return
         found = evaluation_part(settings, paths.dataset_dir, paths.eval_dataset_dir)
         if found is not None:
             yield "eval", [self._source(*found, "FT_EVAL_SPLIT")], paths.eval_data_dir
 
-    def _source(self, part: Part, folder: Path, variable: str) -> _Source:
+    def _source(self, part: Part, folder: Path, variable: str) -> Source:
         """A dataset whose format is known. Raises InputError if it is none that can be trained on."""
         settings = self.run.settings
         reading = reading_of(settings)
         options = FileOptions(settings.dataset_encoding, settings.dataset_separator, None, reading.tell)
         selection = select(folder, part.split, part.config, options, variable=variable)
         chosen, columns = recognised(selection, options, settings, reading)
-        return _Source(selection, replace(options, columns=columns), chosen, reading, part.weight)
+        return Source(selection, replace(options, columns=columns), chosen, reading, part.weight)
 
     # -- what becomes of them ----------------------------------------------------------------------------------------
 
-    def _prepare(self, name: str, sources: Sequence[_Source], target: Path) -> tuple[SplitReport, dict[str, Any]]:
+    def _prepare(self, name: str, sources: Sequence[Source], target: Path) -> tuple[SplitReport, dict[str, Any]]:
         settings = self.run.settings
         added = set(self.tokenizer.added_tokens_decoder)
         split = SplitReport(
@@ -349,47 +287,6 @@ class _Preparation:
             )
         if any(template is not None and template.dated for template in self.templates):
             split.told[f"the chat template's date is always {PINNED_DATE:%d %B %Y}"] += 1
-
-
-def _count(source: _Source) -> int:
-    return sum(map(len, replace(source, options=replace(source.options, tell=lambda text: None)).batches()))
-
-
-def _sampled(count: int, settings: Settings) -> np.ndarray[Any, Any] | None:
-    """Which of all rows are used: all, or FT_DATASET_SAMPLE of them."""
-    if not count:
-        return None
-    used = np.ones(count, bool)
-    if settings.dataset_sample is not None and settings.dataset_sample < count:
-        used[np.random.default_rng(settings.seed).permutation(count)[settings.dataset_sample :]] = False
-    return used
-
-
-def _places(sources: Sequence[_Source], counts: Sequence[int]) -> np.ndarray[Any, Any]:
-    """For each of all rows a number that only its copies share, which a weight above 1 makes."""
-    starts = itertools.accumulate(counts, initial=0)
-    return np.concatenate(
-        [source.places(count) + start for source, count, start in zip(sources, counts, starts, strict=False)]
-    )
-
-
-def _held_out(
-    used: np.ndarray[Any, Any], places: np.ndarray[Any, Any], fraction: float, seed: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The rows to evaluate on, those that `datasets.Dataset.train_test_split` would choose, and these with their copies."""
-    rows = np.flatnonzero(used)
-    rows = rows[np.sort(np.unique(places[rows], return_index=True)[1])]
-    held = rows[np.random.default_rng(seed).permutation(len(rows))[: math.ceil(fraction * len(rows))]]
-    chosen = np.zeros(len(used), bool)
-    chosen[held] = True
-    return chosen, np.isin(places, places[held])
-
-
-def _assign(sources: Sequence[_Source], counts: Sequence[int], mask: np.ndarray[Any, Any]) -> None:
-    position = 0
-    for source, count in zip(sources, counts, strict=True):
-        source.mask = mask[position : position + count]
-        position += count
 
 
 def _kept(
