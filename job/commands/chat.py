@@ -113,8 +113,7 @@ def _loaded(run: Run, which: str, folder: Path) -> Any:
     tokens = len(tokenizer) if run.settings.new_tokens and which == "adapter" else 0
     quantized = which == "adapter" and run.settings.use_4bit
     model: Any = load_base(folder, run.settings, compute, quantized=quantized, tokens=tokens)
-    report = run.paths.data_report_file
-    model.generation_config = greedy(model, learned_ends(read_json(report)) if report.is_file() else ())
+    model.generation_config = greedy(model, learned_ends(run.paths.data_report_file))
     if which == "adapter":
         from job.model.adapters import with_adapter
 

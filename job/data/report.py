@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -340,10 +342,12 @@ def overlap(train: SplitReport, evaluation: SplitReport) -> int:
     return len(train.hash_set() & evaluation.hash_set())
 
 
-def learned_ends(report: dict[str, Any]) -> list[int]:
-    """The tokens by which most answers of the training data end, from its report. None for an older version's."""
-    counts = {int(token): count for token, count in report.get("train", {}).get("end_tokens", {}).items()}
-    return [token for token, count in counts.items() if count >= sum(counts.values()) / 4]
+def learned_ends(file: Path) -> list[int]:
+    """The tokens by which most answers of the training data end, from its report. None where that does not say."""
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8")).get("train", {}).get("end_tokens", {})
+    return [int(token) for token, count in found.items() if count >= sum(found.values()) / 4]
 
 
 def labels_of(ids: np.ndarray[Any, Any], learned: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

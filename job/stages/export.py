@@ -58,9 +58,7 @@ def export(run: Run) -> None:
         output("export", str(place))
     first = next((item["file"] for item in found if item["file"].endswith(".gguf")), None)
     if first is not None:
-        text = modelfile(
-            reference.tokenizer, f"./{first}", reference.system, learned_ends(read_json(run.paths.data_report_file))
-        )
+        text = modelfile(reference.tokenizer, f"./{first}", reference.system, learned_ends(run.paths.data_report_file))
         (run.paths.exports_dir / "Modelfile").write_text(text, encoding="utf-8")
 
 

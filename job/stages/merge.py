@@ -67,7 +67,7 @@ def merge(run: Run) -> None:
     if not hashes:
         write_merged_whole(trained, run.paths.model_dir, run.paths.merged_dir, recipe, tokens)
     publish_tokenizer(run.paths.model_dir, run.paths.tokenizer_dir, run.paths.merged_dir)
-    add_ends(run.paths.merged_dir, learned_ends(read_json(run.paths.data_report_file)))
+    add_ends(run.paths.merged_dir, learned_ends(run.paths.data_report_file))
     run.check_stop()
     started = time.monotonic()
     proof = prove(run, trained, recipe, compute)
@@ -89,7 +89,7 @@ def prove(run: Run, trained: Any, recipe: Recipe, compute: Compute) -> dict[str,
     expected = Predictions.of(trained, rows)
     with trained.disable_adapter():
         loss_base = Predictions.of(trained, rows).loss(rows)
-    ends = learned_ends(read_json(run.paths.data_report_file))
+    ends = learned_ends(run.paths.data_report_file)
     trained.get_base_model().generation_config = greedy(trained.get_base_model(), ends)
     answers = _answers(run, trained, tokenizer, prompts)
     weights = check_weights(trained, run.paths.model_dir, run.paths.merged_dir, recipe, run.check_stop)

@@ -26,7 +26,7 @@ def sample(run: Run) -> None:
         quantized=run.settings.use_4bit,
         tokens=len(tokenizer) if run.settings.new_tokens else 0,
     )
-    base.generation_config = greedy(base, learned_ends(read_json(run.paths.data_report_file)))
+    base.generation_config = greedy(base, learned_ends(run.paths.data_report_file))
     model = with_adapter(run.paths.adapter_dir, base)
     samples = []
     prompts = run.settings.sample_prompts

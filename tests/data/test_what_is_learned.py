@@ -176,15 +176,15 @@ def test_an_answer_that_ends_with_another_token_is_published_to_end_with_it(prep
     file = tmp_path / "other.jinja"
     file.write_text(OTHER_END, encoding="utf-8")
     run = prepared([{"messages": CHAT}] * 4, CHAT_TEMPLATE=str(file))
-    found = json.loads(run.paths.data_report_file.read_text(encoding="utf-8"))
-    assert learned_ends(found) == [0]
+    ends = learned_ends(run.paths.data_report_file)
+    assert ends == [0]
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "generation_config.json").write_text(
         '{"eos_token_id": 2, "temperature": 0.7, "do_sample": true}', encoding="utf-8"
     )
     for _ in range(2):
-        add_ends(folder, learned_ends(found))
+        add_ends(folder, ends)
     written = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     assert (written["eos_token_id"], written["temperature"]) == ([2, 0], 0.7)
 
@@ -192,7 +192,7 @@ def test_an_answer_that_ends_with_another_token_is_published_to_end_with_it(prep
 @pytest.mark.parametrize("chosen", ["chatml", "llama-2"])
 def test_the_models_own_end_stays_the_only_one_where_answers_end_with_it(prepared: Make, chosen: str) -> None:
     run = prepared([{"messages": CHAT}] * 4, CHAT_TEMPLATE=chosen)
-    assert learned_ends(json.loads(run.paths.data_report_file.read_text(encoding="utf-8"))) == [2]
+    assert learned_ends(run.paths.data_report_file) == [2]
     assert report(run)["end_tokens"] == {"2": 4}
 
 
@@ -206,7 +206,7 @@ def test_a_token_that_ends_a_part_of_an_answer_is_not_taken_for_the_end_of_answe
         "{{ m.content }}{{ eos_token if loop.last else '<unk>' }}{% endgeneration %}{% else %}[U]{{ m.content }}{% endif %}{% endfor %}"
     )
     run = prepared([{"messages": CHAT}] * 4, CHAT_TEMPLATE=str(file))
-    assert learned_ends(json.loads(run.paths.data_report_file.read_text(encoding="utf-8"))) == [2]
+    assert learned_ends(run.paths.data_report_file) == [2]
 
 
 def test_where_everything_is_learned_the_ends_of_answers_within_a_row_count(prepared: Make) -> None:
