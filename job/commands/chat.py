@@ -98,7 +98,7 @@ def _loaded(run: Run, which: str, folder: Path) -> Any:
     from job.data.conversations import opened
     from job.data.masking import prompt_ids
     from job.data.report import learned_ends
-    from job.data.templates import load_tokenizer, set_chat_template
+    from job.data.templates import load_tokenizer, set_chat_template, vocabulary_of
     from job.model.compute import Compute
     from job.model.generation import greedy, stream
     from job.model.loading import load_base
@@ -110,7 +110,7 @@ def _loaded(run: Run, which: str, folder: Path) -> Any:
     if not tokenizer.chat_template:
         set_chat_template(tokenizer, run.settings.chat_template)
     compute = Compute.of(run.settings, local_rank=0, config=read_json(folder / "config.json"))
-    tokens = len(tokenizer) if run.settings.new_tokens and which == "adapter" else 0
+    tokens = vocabulary_of(tokenizer) if run.settings.new_tokens and which == "adapter" else 0
     quantized = which == "adapter" and run.settings.use_4bit
     model: Any = load_base(folder, run.settings, compute, quantized=quantized, tokens=tokens)
     model.generation_config = greedy(model, learned_ends(run.paths.data_report_file))

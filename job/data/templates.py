@@ -147,6 +147,11 @@ def add_tokens(tokenizer: Any, new: Sequence[str]) -> None:
     tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False) for token in new])
 
 
+def vocabulary_of(tokenizer: Any) -> int:
+    """The embeddings that a tokenizer needs. Its ids may have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def new_token_ids(tokenizer: Any, new: Sequence[str]) -> list[int]:
     """The ids of the tokens that FT_NEW_TOKENS added to the tokenizer of a run."""
     return [int(number) for number in tokenizer.convert_tokens_to_ids(list(new))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,13 @@ def with_adapters_own(settings: Settings, config: Mapping[str, Any]) -> Settings
         raise InputError(
             f"FT_ADAPTER_NAME={settings.adapter_name}: its target_modules are not a list of names.",
             "Name them in its adapter_config.json.",
+        )
+    if outer := [
+        name for name in config["target_modules"] if re.search(r"(^|\.)(lm_head|embed_tokens|wte)$", str(name))
+    ]:
+        raise InputError(
+            f"FT_ADAPTER_NAME={settings.adapter_name}: it adapts {outer[0]}, which is no inner layer and which this job does not merge.",
+            "Choose an adapter of the decoder's linear layers.",
         )
     if config.get("trainable_token_indices") and not settings.new_tokens:
         raise InputError(

@@ -25,7 +25,8 @@ _NUMBERS = {
     "num_key_value_heads": 4096, "head_dim": 4096, "vocab_size": 1 << 22, "max_position_embeddings": 1 << 28,
     "num_experts": 1 << 14, "num_local_experts": 1 << 14,
 }  # fmt: skip
-_TYPES = {"float32", "float16", "bfloat16", "float64", "auto", None}
+_TYPES = {"float32", "float16", "bfloat16", "float64", None}
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None}
 _MOST_ADDED_TOKENS = 20_000
 _MOST_GROWTH = 64.0  # how much longer normalizers may make a text
@@ -82,8 +83,13 @@ def check_config(config: Mapping[str, Any]) -> None:
             ):
                 raise _refused("config.json", f"{name} is {str(value)[:60]!r}, which would load code")
         for name in ("dtype", "torch_dtype"):
-            if not _known(part.get(name), _TYPES, "torch."):
+            if not _known(part.get(name), _TYPES):
                 raise _refused("config.json", f"{name} is {str(part.get(name))[:60]!r}, which is not a type of weights")
+    if config.get("model_type") in _TRANSPOSED:
+        raise InputError(
+            f"The model is a {config['model_type']}, whose layers hold their weights transposed: this job does not merge adapters of them.",
+            "Set FT_MODEL_NAME to a Llama or another decoder with linear layers.",
+        )
     architectures = config.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list)
@@ -107,8 +113,8 @@ def _check_quantization(stored: Mapping[str, Any]) -> None:
         )
 
 
-def _known(value: Any, allowed: set[Any], prefix: str = "") -> bool:
-    return value is None or (isinstance(value, str) and value.removeprefix(prefix) in allowed)
+def _known(value: Any, allowed: set[Any]) -> bool:
+    return value is None or (isinstance(value, str) and value in allowed)
 
 
 def _check_index(index: Mapping[str, Any], folder: Path) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from job.errors import InputError
+from job.errors import InputError, in_a_line
 from job.settings import Settings
+
+ADAPTERS_HINT = (
+    "An adapter must have been made for FT_MODEL_NAME, and hold every tensor that its adapter_config.json names."
+)
 
 
 def lora_config(
@@ -61,7 +67,8 @@ def with_adapter(folder: Path, base: PreTrainedModel) -> PeftModel:
 
     Raises InputError if the adapter does not fit the model.
     """
-    model = PeftModel.from_pretrained(base, folder, is_trainable=False)
+    with _fitting(folder):
+        model = PeftModel.from_pretrained(base, folder, is_trainable=False)
     _require_fit(folder, model)
     model.eval()
     return model
@@ -77,7 +84,8 @@ def with_adapter_alone(folder: Path, skeleton: PreTrainedModel) -> PeftModel:
         if hasattr(module, "_move_adapter_to_device_of_base_layer"):  # which would empty it
             module._move_adapter_to_device_of_base_layer = _stay
     _require_fit(folder, model)
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), low_cpu_mem_usage=True)
+    with _fitting(folder):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), low_cpu_mem_usage=True)
     return model
 
 
@@ -87,7 +95,20 @@ def _stay(*_: object, **__: object) -> None:
 
 def _require_fit(folder: Path, model: PeftModel) -> None:
     # peft only warns about a file that fits no layer, and the base would then pass for the trained model
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
+    with _fitting(folder), safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
         differing = set(stored.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if differing:
-        raise InputError(f"The trained adapter does not fit its model: {min(differing)}, ….", "This is a bug.")
+        raise InputError(f"The adapter in {folder} does not fit its model: {min(differing)}, ….", ADAPTERS_HINT)
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Raise InputError for a file that cannot be read, or whose tensors have other shapes than the model's."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+            raise
+        raise InputError(
+            f"The adapter in {folder} does not fit its model: {in_a_line(error)}", ADAPTERS_HINT
+        ) from error

@@ -88,13 +88,12 @@ def write_merged(
     stored = Weights(base)
     packed = {name.partition(_PACKED)[0] for name in stored if _PACKED in name}
     quantized = set() if recipe.four_bit is None or packed else _in_four_bits(base, settings, compute.dtype)
-    if missing := (quantized | packed | set(changes)) - set(stored) - set(_tied(model.get_base_model())):
-        raise UnknownLayout(min(missing))
     shapes = {name: tuple(parameter.shape) for name, _, parameter in base_weights(model)}
-    wanted = [
-        name for name in stored
-        if not any(name.startswith(f"{weight}.") for weight in packed) and name not in _tied(model.get_base_model())
-    ]  # fmt: skip
+    if missing := (quantized | packed | set(changes) | set(shapes)) - set(stored) - set(_tied(model.get_base_model())):
+        raise UnknownLayout(min(missing))
+    buffers = {name for name, _ in model.get_base_model().named_buffers()}
+    # a file may hold what no model reads, such as the scales of another program
+    wanted = [name for name in stored if name in {*shapes, *buffers} and name not in _tied(model.get_base_model())]
     tensors = {}
     for name in wanted:
         shape = shapes.get(name, stored.shape(name)) if name in changes or name in packed else stored.shape(name)

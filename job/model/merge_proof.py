@@ -90,12 +90,16 @@ def check_weights(
     """Compare every weight in `folder` with base and adapter as they are in `model`.
 
     Where the adapter was merged into the original weights, the base's are read from its files. A value may differ by one
-    rounding to the written type. Raises InputError if a weight is missing, or has another shape.
+    rounding to the written type. Raises InputError if a weight is missing, or has another shape. Weights that the files
+    name otherwise than the model does, such as those of experts, are compared as transformers loads them.
     """
-    changes, found = changes_of(model), Weights(folder)
+    changes = changes_of(model)
+    found: Weights | dict[str, torch.Tensor] = Weights(folder)
     originals = Weights(base) if recipe.held_in is None else None
     off, weights_off, worst, largest = 0, 0, "", -1.0
     tied = _tied(model)
+    if any(name not in found and tied.get(name, name) not in found for name, _, _ in base_weights(model)):
+        found = load_as_a_user_would(folder, recipe.dtype, torch.device("cpu")).state_dict()
     for name, module, parameter in base_weights(model):
         go_on()
         stored_as = name if name in found else tied.get(name, name)

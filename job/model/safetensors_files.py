@@ -34,7 +34,7 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         index = folder / INDEX
-        if index.is_file():
+        if index.is_file() and not (folder / SINGLE).is_file():  # transformers looks for the single file first
             self._files: dict[str, Path] = {
                 name: folder / Path(file).name
                 for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()

@@ -15,7 +15,7 @@ from datasets import load_from_disk
 from job.data.check import reading_of
 from job.data.masking import checked_prompt
 from job.data.report import learned_ends
-from job.data.templates import load_tokenizer
+from job.data.templates import load_tokenizer, vocabulary_of
 from job.data.tokenizer_files import difference, publish_tokenizer
 from job.errors import InputError
 from job.model.adapters import with_adapter
@@ -41,7 +41,7 @@ def merge(run: Run) -> None:
     config = read_json(run.paths.model_dir / "config.json")
     compute = Compute.of(run.settings, local_rank=run.node.local_rank, config=config)
     recipe = Recipe.of(run.settings, compute, stored_dtype(run.paths.model_dir))
-    tokens = len(load_tokenizer(run.paths.tokenizer_dir)) if run.settings.new_tokens else 0
+    tokens = vocabulary_of(load_tokenizer(run.paths.tokenizer_dir)) if run.settings.new_tokens else 0
     started = time.monotonic()
     shutil.rmtree(run.paths.merged_dir, ignore_errors=True)
     try:

@@ -32,6 +32,7 @@ from job.data.templates import (
     load_tokenizer,
     set_chat_template,
     templates_of,
+    vocabulary_of,
 )
 from job.environment.mixture import Part, evaluation_part, held_out_fraction, training_parts
 from job.errors import InputError
@@ -59,7 +60,14 @@ def prepare(run: Run) -> None:
     config = read_json(paths.model_dir / "config.json")
     known = vocabulary(config)
     if known is not None and settings.new_tokens:
-        known = max(known, len(tokenizer))
+        beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= known}
+        if others := sorted(beyond.keys() - set(settings.new_tokens)):
+            raise InputError(
+                f"The tokenizer has {others[0]!r} ({beyond[others[0]]}), for which the model has no embedding, and FT_NEW_TOKENS would "
+                f"have to give it one that is not trained: it has {known}.",
+                "Name that token in FT_NEW_TOKENS instead of in the tokenizer's files, or remove it.",
+            )
+        known = max(known, vocabulary_of(tokenizer))
     if known is not None and tokenizer.pad_token_id >= known:
         message(
             f"The tokenizer's {tokenizer.pad_token} has no embedding: {tokenizer.eos_token} pads instead.", "warning"
@@ -67,7 +75,14 @@ def prepare(run: Run) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     job = _Preparation(run, tokenizer, name, templates_of(tokenizer), row_length(settings, config), known)
     for prompt in settings.sample_prompts if "sample" in settings.stages else ():
-        length = len(checked_prompt(prompt, tokenizer, reading_of(settings)))  # now rather than after the training
+        ids = checked_prompt(prompt, tokenizer, reading_of(settings))  # now rather than after the training
+        length = len(ids)
+        if known is not None and max(ids, default=0) >= known:
+            raise InputError(
+                f"A prompt of FT_SAMPLE_PROMPTS has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)}) in the chat "
+                f"template, and the model has embeddings for {known} only.",
+                "Use the tokenizer that belongs to the model, or set FT_CHAT_TEMPLATE to a template without such tokens.",
+            )
         if length >= (most := int(config.get("max_position_embeddings") or 2**20)):
             raise InputError(
                 f"A prompt of FT_SAMPLE_PROMPTS has {length:,} tokens, and the model reads {most:,} at most.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from job.data.check import reading_of
 from job.data.masking import checked_prompt
 from job.data.report import learned_ends
-from job.data.templates import load_tokenizer
+from job.data.templates import load_tokenizer, vocabulary_of
 from job.model.adapters import with_adapter
 from job.model.compute import Compute
 from job.model.generation import answer, greedy
@@ -24,7 +24,7 @@ def sample(run: Run) -> None:
         run.settings,
         compute,
         quantized=run.settings.use_4bit,
-        tokens=len(tokenizer) if run.settings.new_tokens else 0,
+        tokens=vocabulary_of(tokenizer) if run.settings.new_tokens else 0,
     )
     base.generation_config = greedy(base, learned_ends(run.paths.data_report_file))
     model = with_adapter(run.paths.adapter_dir, base)

@@ -22,7 +22,7 @@ from job.environment.adapter_settings import with_adapters_own
 from job.environment.local_files import public_name
 from job.environment.model_settings import refuse_unfit
 from job.errors import InputError, Stopped, is_lost_contact
-from job.model.adapters import hold_adapter_in_float32, lora_config
+from job.model.adapters import ADAPTERS_HINT, hold_adapter_in_float32, lora_config
 from job.model.architectures import default_targets
 from job.model.compute import Compute
 from job.model.loading import load_base
@@ -170,9 +170,14 @@ def _build_trainer(
         )
     except ValueError as error:
         if "arget modules" in str(error) or "target_modules" in str(error):
+            known = (
+                "=auto knows no layers of this kind of model"
+                if settings.lora_target_modules == "auto"
+                else " does not fit the model"
+            )
             raise InputError(
-                f"FT_LORA_TARGET_MODULES does not fit the model: {error}",
-                "Use auto, all-linear, or names of its linear layers.",
+                f"FT_LORA_TARGET_MODULES{known}: {error}",
+                "Set it to all-linear, or to names of linear layers such as q_proj,v_proj.",
             ) from error
         raise
     give_heads_a_bias(trainer.model)
@@ -181,7 +186,7 @@ def _build_trainer(
         trainable, everything = trainer.model.get_nb_trainable_parameters()
         message(f"{trainable:,} of {everything:,} parameters are trained ({trainable / everything:.2%}).")
     if settings.adapter_name is not None and checkpoint is None:
-        trainer.load_adapter(run.paths.earlier_adapter_dir)
+        trainer.load_adapter(run.paths.earlier_adapter_dir, f"FT_ADAPTER_NAME={settings.adapter_name}: {ADAPTERS_HINT}")
         if run.node.is_first:
             message(f"Going on from the adapter of {public_name(settings.adapter_name)}.")
     execution.prepare(trainer.model, trainer.args)

@@ -288,7 +288,7 @@ class AdapterTrainer(PlannedTrainer):
         if not self.is_fsdp_enabled:  # with FSDP it was loaded before sharding
             self.load_adapter(Path(resume_from_checkpoint))
 
-    def load_adapter(self, checkpoint: Path) -> None:
+    def load_adapter(self, checkpoint: Path, hint: str = _HINT) -> None:
         """Load the adapter into the existing parameters, in the type in which it was trained and saved.
 
         transformers would load any weights that it finds, including pickles, and peft would cast them to float32.
@@ -298,12 +298,16 @@ class AdapterTrainer(PlannedTrainer):
         try:
             found = set_peft_model_state_dict(self.model, load_file(file))
         except (FileNotFoundError, SafetensorError) as error:
-            raise InputError(f"{file} cannot be read: {error}", _HINT) from error
+            raise InputError(f"{file} cannot be read: {error}", hint) from error
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "size mismatch" not in str(error):
+                raise
+            raise InputError(f"The adapter in {checkpoint} has other sizes: {error}", hint) from error
         trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
         missing = [name for name in found.missing_keys if name in trained]
         if found.unexpected_keys or missing:
             raise InputError(
-                f"The adapter in {checkpoint} has other layers: {[*found.unexpected_keys, *missing][0]}, ….", _HINT
+                f"The adapter in {checkpoint} has other layers: {[*found.unexpected_keys, *missing][0]}, ….", hint
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -354,6 +354,39 @@ def test_a_pad_token_that_the_model_has_no_embedding_for_is_not_used(
     assert "<pad> has no embedding" in capsys.readouterr().out
 
 
+def test_a_token_without_an_embedding_is_named_where_new_ones_are_to_be_trained(
+    prepared: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import job.stages.prepare as stage
+
+    def with_more(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["<|far|>"])
+        return tokenizer
+
+    monkeypatch.setattr(stage, "load_tokenizer", with_more)
+    with pytest.raises(InputError, match=r"'<\|far\|>' \(\d+\), for which the model has no embedding"):
+        prepared([{"messages": CHAT}] * 4, NEW_TOKENS="<call>")
+
+
+def test_a_prompt_whose_template_has_tokens_without_an_embedding_is_refused_before_the_training(
+    prepared: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import job.stages.prepare as stage
+
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}", encoding="utf-8")
+
+    def with_more(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["<|user|>"])
+        return tokenizer
+
+    monkeypatch.setattr(stage, "load_tokenizer", with_more)
+    with pytest.raises(InputError, match="A prompt of FT_SAMPLE_PROMPTS has the token"):
+        prepared([{"text": "The lamp is lit."}] * 4, CHAT_TEMPLATE=str(file))
+
+
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
