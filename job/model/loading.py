@@ -74,7 +74,7 @@ def _require_whole(settings: Settings, model: PreTrainedModel, report: dict[str,
         head is not None
         and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
         and head.weight.data_ptr() != embedding.weight.data_ptr()
-        and not torch.equal(head.weight, embedding.weight)
+        and not torch.equal(head.weight, embedding.weight.to(head.weight.device))
     ):
         raise InputError(
             f"FT_MODEL_NAME={settings.model_name}: config.json says that head and embeddings are the same (tie_word_embeddings), "

@@ -193,7 +193,7 @@ _RAMP_SECONDS = 0.2e-3  # lost per layer because kernels ramp up and run out
 
 
 _SLOW_HOST = 1.5  # a host may need so much longer for its launches than _LAUNCH says, beside others of the same kind
-# The cores of rented machines are shared: one and the same machine has needed 1.0 to 2.2 times as long as _LAUNCH says
+# The cores of rented machines are shared: hosts have needed 1.0 to 2.2 times as long as _LAUNCH says (docs/log.md)
 _HOSTS = (1.0, 1.5, 2.0)
 
 
